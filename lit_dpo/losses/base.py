@@ -1,0 +1,78 @@
+"""What a preference loss is: the contract that every loss, the package's own and a user's, fulfils."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from lit_dpo.pairs import PairLogps
+
+
+@dataclass(frozen=True)
+class PreferenceLoss(ABC):
+    """A function from log-probs of policy and reference to one loss per pair.
+
+    Subclass it as a frozen dataclass; the fields are the loss's options, in Python and on the command line, and the
+    class docstring is their help. A subclass needs nothing but `__call__`; see CONTRIBUTING.md for a walk through.
+
+    Attributes:
+        beta: Factor between log-ratios and implicit rewards, in rewards per nat; 1 unless the loss has such an option.
+        layers: Decoder blocks whose log-probs the loss wants in `PairLogps.layers`, as 1-based numbers once `resolve`
+            has run; none unless the loss asks for some.
+        detach_head: Whether those intermediate log-probs leave final norm and head out of the gradient.
+        needs_reference: False for a loss that never looks at the reference; none is then built, and the loss is
+            called with a reference of zeros.
+    """
+
+    if TYPE_CHECKING:  # read-only for the type checker; a subclass declares them as fields or takes the defaults
+
+        @property
+        def beta(self) -> float: ...  # noqa: D102
+        @property
+        def layers(self) -> tuple[int | float, ...]: ...  # noqa: D102
+        @property
+        def detach_head(self) -> bool: ...  # noqa: D102
+
+    needs_reference: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        declared = {name for base in cls.__mro__ for name in (*vars(base), *inspect.get_annotations(base))}
+        for name, default in (("beta", 1.0), ("layers", ()), ("detach_head", False)):
+            if name not in declared:
+                setattr(cls, name, default)
+        torch.serialization.add_safe_globals([cls])  # so that checkpoints holding one load with weights_only=True
+
+    @abstractmethod
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """Loss of each pair, shape ``(batch,)``; the mean over pairs is the caller's."""
+
+    def resolve(self, blocks: int) -> Self:
+        """This loss for a decoder of ``blocks`` blocks: depths become block numbers, and are checked."""
+        return self
+
+    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+        """Named terms worth logging, each of shape ``(batch,)``."""
+        return {}
+
+
+def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+    """``r_w`` and ``r_l``: policy minus reference log-probs of chosen and rejected, each of shape ``(batch,)``."""
+    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
+
+
+def implicit_rewards(policy: PairLogps, reference: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
+    """Rewards ``beta * r`` of chosen and rejected, detached, each of shape ``(batch,)``; the same for every loss."""
+    chosen, rejected = log_ratios(policy.detach(), reference.detach())
+    return beta * chosen, beta * rejected
+
+
+def check(condition: bool, name: str, rule: str, value: object) -> None:
+    """Raise ValueError ```name` must be rule, got value.`` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"`{name}` must be {rule}, got {value}.")

@@ -1,0 +1,88 @@
+"""A weighted sum of losses."""
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from lit_dpo.losses.base import PreferenceLoss, check
+from lit_dpo.pairs import PairLogps
+
+
+@dataclass(frozen=True)
+class WeightedLoss(PreferenceLoss):
+    """A weighted sum of other losses, such as DPO plus a supervised term; every part is logged under its name.
+
+    The loss of a pair is ``sum_i weights[i] * losses[i]``. Reward metrics use the beta of the first part that looks at
+    the reference.
+
+    Source: DPO with a supervised term, for example https://arxiv.org/abs/2404.19733, equation 1.
+
+    Args:
+        losses: The parts, at least one, each of another class or with other options.
+        weights: One weight a part, each at least 0; empty means 1 for all.
+
+    Raises:
+        ValueError: The numbers of losses and weights differ, or a weight is negative.
+
+    >>> import torch
+    >>> from lit_dpo import DPOLoss, PairLogps, SFTLoss
+    >>> same = PairLogps(*torch.tensor([[-10.0], [-30.0], [5.0], [5.0]]))
+    >>> loss = WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0, 0.5))
+    >>> round(loss(same, same).item(), 4)  # log(2) + 0.5 * 10 / 5
+    1.6931
+    """
+
+    losses: tuple[PreferenceLoss, ...]
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "losses", tuple(self.losses))
+        object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.losses))
+        check(len(self.losses) > 0, "losses", "at least one loss", self.losses)
+        check(
+            len(self.weights) == len(self.losses),
+            "weights",
+            f"{len(self.losses)} numbers, one a loss",
+            self.weights,
+        )
+        check(min(self.weights) >= 0, "weights", "at least 0", self.weights)
+        wants = {loss.detach_head for loss in self.losses if loss.layers}
+        check(len(wants) < 2, "losses", "of one mind about `detach_head`", self.losses)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """Whether any part does."""
+        return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def beta(self) -> float:
+        """The beta of the first part that looks at the reference, else of the first."""
+        return next((loss for loss in self.losses if loss.needs_reference), self.losses[0]).beta
+
+    @property
+    def layers(self) -> tuple[int | float, ...]:
+        """Every part's layers, each once."""
+        return tuple(dict.fromkeys(chain.from_iterable(loss.layers for loss in self.losses)))
+
+    @property
+    def detach_head(self) -> bool:
+        """As the parts with intermediate layers say."""
+        return any(loss.detach_head for loss in self.losses)
+
+    def resolve(self, blocks: int) -> Self:
+        """This sum with every part resolved."""
+        return replace(self, losses=tuple(loss.resolve(blocks) for loss in self.losses))
+
+    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+        """Loss of each pair, shape ``(batch,)``."""
+        values = [w * loss(policy, reference) for w, loss in zip(self.weights, self.losses, strict=True)]
+        return torch.stack(values).sum(0)
+
+    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+        """Each part's own value before weighting, by class name in lower case without ``Loss``."""
+        names = [type(loss).__name__.removesuffix("Loss").lower() for loss in self.losses]
+        unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+        return {name: loss(policy, reference) for name, loss in zip(unique, self.losses, strict=True)}

@@ -1,0 +1,237 @@
+"""Getting a policy and its tokenizer, from a name, a folder or a description, and writing them out again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from lit_dpo.scoring import own_attention
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+Scalar = str | int | float | bool | None
+ModelDescription = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
+
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the policy's linear layers, through peft.
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+
+    Args:
+        rank: Rank of each update, at least 1; bigger adapts more and costs more.
+        alpha: Scale of the update, applied as ``alpha / rank``.
+        dropout: Probability of dropping an input of an adapter while training, in [0, 1).
+        target_modules: Names of the layers to adapt; ``all-linear`` is every linear layer but the output head.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        """Wrap the model: its own weights are frozen, the adapters' train and start as no change at all.
+
+        Raises:
+            ImportError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError('LoRA needs the package peft: pip install "lit-dpo[peft]".') from error
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+        wrapped: nn.Module = get_peft_model(model, config)
+        return wrapped
+
+
+def load_model(
+    source: str | ModelDescription,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: Dtype = "float32",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model, with dropout off.
+
+    Args:
+        source: A hub name or a local folder with weights; or a description such as
+            ``{"model_type": "llama", "hidden_size": 64, ...}``, from which a model with random weights is made.
+        tokenizer: Fills in what a description leaves out: vocabulary size and special tokens.
+        dtype: Of the weights.
+        seed: Of the random weights: the same description and seed give the same model.
+
+    Raises:
+        ValueError: There is no such model, or the description names no known ``model_type``.
+    """
+    kind = getattr(torch, dtype)
+    if isinstance(source, str):
+        try:
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found("model", source, error)) from error
+    else:
+        config = _config(source, tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+    _disable_dropout(model)
+    return model
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or local folder, or ``quickstart``: a small one made from the embedded data.
+
+    Raises:
+        ValueError: There is no such tokenizer.
+    """
+    if source == "quickstart":
+        return quickstart_tokenizer()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found("tokenizer", source, error)) from error
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer made from texts, with the ChatML chat template.
+
+    Args:
+        texts: What to learn merges from.
+        vocab_size: Tokens at most, the 256 bytes and 3 special tokens included.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    tokenizer.chat_template = _CHATML
+    return tokenizer
+
+
+def quickstart_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the quickstart: 1,024 tokens learnt from the embedded preference data."""
+    lines = Path(__file__).with_name("data").joinpath("quickstart.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return train_tokenizer((m["content"] for row in rows for side in row.values() for m in side), vocab_size=1024)
+
+
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, merge: bool = True) -> Path:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with ``from_pretrained``.
+
+    The folder appears whole or not at all: it is written beside its place and renamed into it.
+
+    Args:
+        model: A transformers model or a peft wrapper around one; it is left as it is.
+        tokenizer: Saved along, chat template included.
+        folder: Must not exist, or be empty.
+        merge: Fold LoRA adapters into the weights; otherwise only the adapters are written.
+
+    Raises:
+        FileExistsError: `folder` holds something already.
+    """
+    target = new_folder(folder)
+    own_attention(model)
+    if hasattr(model, "peft_config") and merge:
+        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        os.chmod(part, 0o755)
+        model.save_pretrained(part)  # type: ignore[operator]
+        tokenizer.save_pretrained(part)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return target
+
+
+def new_folder(folder: str | Path) -> Path:
+    """A path where a folder may be made, its parents present.
+
+    Raises:
+        FileExistsError: Something is there already.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Any:
+    values = dict(description)
+    if tokenizer is not None:
+        values.setdefault("vocab_size", len(tokenizer))
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            values.setdefault(name, getattr(tokenizer, name))
+    try:
+        return AutoConfig.for_model(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`model` names no usable `model_type`: {description.get('model_type')!r}. Give a hub name, a folder, "
+            "or a description such as {model_type: llama, hidden_size: 256, num_hidden_layers: 4, ...}."
+        ) from error
+
+
+def _not_found(what: str, source: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    hint = (
+        "that folder exists but does not load"
+        if Path(source).is_dir()
+        else "no such folder, and not to be had from the hub"
+    )
+    return f"`{what}` {source!r}: {hint} ({reason}). Give a folder saved by `save_pretrained`, or a hub name."
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """Set every dropout rate to zero, those kept as plain numbers on attention modules too; the config stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

@@ -1,0 +1,204 @@
+"""The two values everything else exchanges: a batch of pairs, and the log-probs of its completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A padding-free batch of preference pairs on one line of tokens, ``[P C R][P C R]...``.
+
+    The prompt of a pair stands once; the chosen and the rejected completion follow it as two branches. A token
+    sees the earlier tokens of its own pair that are prompt or of its own branch, and positions restart at the
+    prompt's end for the rejected branch, so the log-probs and gradients are those of separately encoded sequences.
+
+    Args:
+        input_ids: Token ids, shape ``(tokens,)``, int64.
+        position_ids: Positions, shape ``(tokens,)``, int64.
+        lengths: Tokens of prompt, chosen, rejected, shape ``(batch, 3)``, each at least 1.
+        row_ids: Index of each pair in its data set, shape ``(batch,)``, int64.
+        weights: Weight of each pair in the mean over pairs, shape ``(batch,)``; ``None`` means 1. A pair of weight 0
+            is a filler: it is scored, so that every process does equal work, and counts nowhere.
+        shape: The rows of ``lengths`` as Python integers, read from ``lengths`` when left out. It travels with the
+            batch so that no later step needs to wait for the device.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    lengths: Tensor
+    row_ids: Tensor
+    weights: Tensor | None = None
+    shape: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.shape:
+            object.__setattr__(self, "shape", tuple((p, c, r) for p, c, r in self.lengths.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    @classmethod
+    def from_lists(
+        cls,
+        pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
+        row_ids: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
+    ) -> PairBatch:
+        """Lay out token-id lists ``(prompt, chosen, rejected)`` as one flat batch.
+
+        Raises:
+            ValueError: A prompt or completion is empty, or there is no pair at all.
+
+        >>> batch = PairBatch.from_lists([([1, 2], [3, 4], [5])])
+        >>> batch.input_ids.tolist(), batch.position_ids.tolist()
+        ([1, 2, 3, 4, 5], [0, 1, 2, 3, 2])
+        >>> batch.sources.tolist(), batch.targets.tolist(), batch.sequences.tolist()
+        ([1, 2, 1], [3, 4, 5], [0, 0, 1])
+        """
+        if not pairs or not all(segment for pair in pairs for segment in pair):
+            raise ValueError("A batch needs at least one pair, and each prompt and completion at least one token.")
+        ids: list[int] = []
+        positions: list[int] = []
+        for prompt, chosen, rejected in pairs:
+            ids += [*prompt, *chosen, *rejected]
+            positions += range(len(prompt) + len(chosen))
+            positions += range(len(prompt), len(prompt) + len(rejected))
+        return cls(
+            input_ids=torch.tensor(ids),
+            position_ids=torch.tensor(positions),
+            lengths=torch.tensor([[len(p), len(c), len(r)] for p, c, r in pairs]),
+            row_ids=torch.arange(len(pairs)) if row_ids is None else torch.tensor(row_ids),
+            weights=None if weights is None else torch.tensor(weights),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PairBatch:
+        """The same batch on another device; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PairBatch:
+        """The same batch in page-locked host memory (called by a `DataLoader` with ``pin_memory=True``)."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: object) -> PairBatch:
+        assert callable(function)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest single sequence, prompt and one completion together."""
+        return max(p + max(c, r) for p, c, r in self.shape)
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each of the 2B completions in the order chosen 0, rejected 0, chosen 1, ..., shape (2B,)."""
+        return self.lengths[:, 1:].flatten()
+
+    @cached_property
+    def sequences(self) -> Tensor:
+        """Which of the 2B completions each completion token belongs to, shape (completion tokens,)."""
+        counts = self.completion_lengths
+        order = torch.arange(len(counts), device=counts.device)
+        return order.repeat_interleave(counts, output_size=sum(c + r for _, c, r in self.shape))
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """Place of each completion token in its completion, from 0, shape (completion tokens,)."""
+        counts = self.completion_lengths
+        first = counts.cumsum(0) - counts
+        return torch.arange(len(self.sequences), device=counts.device) - first[self.sequences]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Flat index of each completion token, shape (completion tokens,)."""
+        prompt, chosen, _ = self.lengths.unbind(1)
+        total = self.lengths.sum(1)
+        pair_start = total.cumsum(0) - total
+        starts = torch.stack([pair_start + prompt, pair_start + prompt + chosen], dim=1).flatten()  # (2B,)
+        return starts[self.sequences] + self._within
+
+    @cached_property
+    def targets(self) -> Tensor:
+        """Token ids to predict: every completion token, shape (completion tokens,)."""
+        return self.input_ids[self._places]
+
+    @cached_property
+    def sources(self) -> Tensor:
+        """Flat index of the hidden state that predicts each target, shape (completion tokens,).
+
+        For a completion's first token that is the prompt's last token, on both branches.
+        """
+        chosen = self.lengths[:, 1]
+        jump = torch.stack([torch.zeros_like(chosen), chosen], dim=1).flatten()  # rejected steps over chosen
+        return self._places - 1 - torch.where(self._within == 0, jump[self.sequences], 0)
+
+    def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """The same pairs as 2B separate right-padded rows, for models that the flat line cannot serve.
+
+        Returns:
+            ``input_ids`` and ``attention_mask`` of shape ``(2B, longest)``, rows in the order chosen 0, rejected 0,
+            chosen 1, ...; and the index into the flattened rows of the hidden state that predicts each target,
+            shape ``(completion tokens,)``, in the order of `targets`.
+        """
+        device = self.input_ids.device
+        prompts = self.lengths[:, 0].repeat_interleave(2)  # (2B,)
+        rows = prompts + self.completion_lengths
+        total = self.lengths.sum(1)
+        pair_start = (total.cumsum(0) - total).repeat_interleave(2)
+        skip = torch.stack([torch.zeros_like(total), self.lengths[:, 1]], dim=1).flatten()
+        place = torch.arange(self.longest, device=device).expand(len(rows), -1)  # (2B, longest)
+        mask = place < rows[:, None]
+        flat = pair_start[:, None] + place + torch.where(place >= prompts[:, None], skip[:, None], 0)
+        ids = torch.where(mask, self.input_ids[flat.clamp(max=len(self.input_ids) - 1)], pad_id)
+        sources = self.sequences * self.longest + prompts[self.sequences] + self._within - 1
+        return ids, mask.long(), sources
+
+
+@dataclass(frozen=True)
+class PairLogps:
+    """Log-probs of both completions of each pair, summed over the completion's tokens, in nats.
+
+    Args:
+        chosen: Log-prob of the chosen completion given the prompt, shape ``(batch,)``, float32 or float64.
+        rejected: The same for the rejected completion, shape ``(batch,)``.
+        chosen_tokens: Tokens summed over, the end-of-sequence token included, shape ``(batch,)``.
+        rejected_tokens: The same for the rejected completion, shape ``(batch,)``.
+        layers: The same four at intermediate decoder blocks, by 1-based block number.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+    layers: Mapping[int, PairLogps] = field(default_factory=dict)
+
+    @property
+    def margin(self) -> Tensor:
+        """``chosen - rejected``, shape (batch,)."""
+        return self.chosen - self.rejected
+
+    def per_token(self) -> PairLogps:
+        """The same log-probs as means over the completion's tokens instead of sums."""
+        return replace(
+            self,
+            chosen=self.chosen / self.chosen_tokens,
+            rejected=self.rejected / self.rejected_tokens,
+            layers={k: v.per_token() for k, v in self.layers.items()},
+        )
+
+    def detach(self) -> PairLogps:
+        """The same values, cut off from the graph."""
+        layers = {k: v.detach() for k, v in self.layers.items()}
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach(), layers=layers)
+
+    def zeros(self) -> PairLogps:
+        """Log-probs of zero for the same pairs: the reference of a loss that needs none."""
+        layers = {k: v.zeros() for k, v in self.layers.items()}
+        zero = torch.zeros_like(self.chosen)
+        return replace(self, chosen=zero, rejected=zero, layers=layers)

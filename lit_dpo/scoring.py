@@ -1,0 +1,315 @@
+"""From a batch of pairs and a causal language model to log-probs.
+
+Knows how transformers' decoders are put together: the attention interface that the flat line plugs into, the decoder
+blocks, the final norm, the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lit_dpo.attention import pair_attention
+from lit_dpo.logps import sum_by_completion, token_logps
+from lit_dpo.pairs import PairBatch, PairLogps
+
+Layout = Literal["auto", "flat", "padded"]
+"""How a batch reaches the model: one padding-free line with each prompt once, or padded rows. ``auto`` picks."""
+
+PAIR_ATTENTION = "lit_dpo_pairs"
+_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "final_norm")
+
+
+def score(
+    model: nn.Module,
+    batch: PairBatch,
+    layers: Sequence[int | float] = (),
+    *,
+    detach_head: bool = False,
+    layout: Layout = "auto",
+) -> PairLogps:
+    """Log-probs of both completions of every pair under a transformers causal language model.
+
+    The decoder runs once over the batch. Only completion tokens reach the output head, tile by tile, so nothing of
+    size (tokens, vocabulary) is ever alive. Gradients are exact.
+
+    Args:
+        model: A transformers causal language model, or a peft wrapper around one.
+        batch: B pairs on the model's device.
+        layers: 1-based numbers of decoder blocks to score besides the last: their output goes through the model's
+            own final norm and head.
+        detach_head: Keep the gradient of `layers` out of final norm and head.
+        layout: ``flat`` shares prompts and computes no padding; ``padded`` serves every causal language model;
+            ``auto`` takes the flat line wherever `flat_obstacle` finds nothing against it.
+
+    Returns:
+        Sums over completion tokens, shape ``(batch,)`` each, float32 (float64 for a float64 model).
+
+    Raises:
+        ValueError: The flat layout was asked for and cannot serve this model or batch, or a layer does not exist.
+    """
+    parts = decoder_parts(model)
+    if layout == "auto":
+        layout = "padded" if flat_obstacle(model, batch) else "flat"
+    elif layout == "flat" and (why := flat_obstacle(model, batch)):
+        raise ValueError(f"The flat layout cannot serve this model: {why}. Use `layout: padded` or `auto`.")
+    inputs, sources = _flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)
+    with _captured(parts, layers) as between:
+        last = parts.decoder(**inputs, use_cache=False).last_hidden_state
+    gathered = [last.flatten(0, 1)[sources]]  # (completion tokens, width)
+    for layer in layers:
+        state = between[int(layer)].flatten(0, 1)[sources]
+        gathered.append(_frozen(parts.norm, state) if detach_head else parts.norm(state))
+    sums = _head_sums(parts, gathered, batch, detach_head)  # one (2B,) a layer
+    first, *others = (_pair_logps(values, batch) for values in sums)
+    return PairLogps(
+        first.chosen,
+        first.rejected,
+        first.chosen_tokens,
+        first.rejected_tokens,
+        {int(layer): logps for layer, logps in zip(layers, others, strict=True)},
+    )
+
+
+@dataclass(frozen=True)
+class DecoderParts:
+    """The pieces of a causal language model that scoring touches.
+
+    Args:
+        model: The causal language model itself, adapters' wrapper taken off.
+        decoder: Token ids to final hidden states.
+        blocks: The decoder blocks in order.
+        norm: The norm behind the last block.
+        head: Hidden states to logits.
+    """
+
+    model: PreTrainedModel
+    decoder: nn.Module
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+
+def decoder_parts(model: nn.Module) -> DecoderParts:
+    """Find decoder, blocks, final norm and head of a transformers causal language model.
+
+    Raises:
+        ValueError: A piece is missing or has a form that scoring would get wrong, such as an adapter on the head.
+    """
+    base = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
+    if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
+        raise ValueError(f"`model` must be a transformers causal language model, got {type(base).__name__}.")
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"The output head of {type(base).__name__} is a {type(head).__name__}, not a linear layer. "
+            "Leave the head out of the adapter's `target_modules`, or use a model with a linear head."
+        )
+    depth = base.config.get_text_config().num_hidden_layers
+    blocks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    norms = [getattr(decoder, name) for name in _NORM_NAMES if hasattr(decoder, name)]
+    if not blocks or not norms:
+        raise ValueError(f"No {'decoder blocks' if not blocks else 'final norm'} found in {type(decoder).__name__}.")
+    return DecoderParts(base, decoder, blocks[0], norms[0], head)
+
+
+def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:
+    """Why the flat layout cannot serve this model, or this batch on it; ``None`` if it can."""
+    base = decoder_parts(model).model
+    if getattr(base, "_is_stateful", False):
+        return f"{type(base).__name__} carries a state from token to token instead of attending"
+    if not getattr(base, "_supports_attention_backend", False):
+        return f"{type(base).__name__} does not use transformers' attention interface"
+    config = base.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    window = min((size for size in windows if size), default=None)
+    if batch is not None and window is not None and batch.longest > window:
+        return f"a sequence of {batch.longest} tokens is longer than the model's attention window of {window}"
+    return None
+
+
+def choose_layout(model: nn.Module, layout: Layout = "auto") -> tuple[Layout, str | None]:
+    """Audit the scoring of a few made-up pairs against the model's own logits, and settle the layout.
+
+    Returns:
+        ``auto`` or ``padded``, and the reason where the flat line does not serve.
+
+    Raises:
+        ValueError: The layout asked for, or every layout, gives other log-probs than the model itself.
+    """
+    parts = decoder_parts(model)
+    batch = _made_up_pairs(parts)
+    if layout != "padded":
+        reason = flat_obstacle(model, batch) or _difference(model, batch, "flat")
+        if reason is None:
+            return "auto", None
+        if layout == "flat":
+            raise ValueError(f"The flat layout cannot serve this model: {reason}. Use `layout: padded` or `auto`.")
+    else:
+        reason = "the padded layout was asked for"
+    if problem := _difference(model, batch, "padded"):
+        raise ValueError(f"{type(parts.model).__name__} cannot be scored: {problem}.")
+    return "padded", reason
+
+
+def own_attention(model: nn.Module) -> None:
+    """Give the model back the attention implementation it was loaded with, for generation or export."""
+    _use_attention(decoder_parts(model).model, None)
+
+
+def _made_up_pairs(parts: DecoderParts) -> PairBatch:
+    generator = torch.Generator().manual_seed(0)
+    lengths = ((3, 2, 1), (1, 1, 4), (4, 2, 2))
+    vocabulary = min(1000, parts.model.config.get_text_config().vocab_size)
+    pairs = [[torch.randint(vocabulary, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    return PairBatch.from_lists([(p, c, r) for p, c, r in pairs]).to(next(parts.model.parameters()).device)
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, batch: PairBatch, layout: Layout) -> str | None:
+    """Compare scoring with the model's own logits over separate padded rows; say what differs, if anything."""
+    parts = decoder_parts(model)
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        own_attention(model)
+        ids, mask, sources = batch.padded(_pad_id(parts))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logps = logits.flatten(0, 1)[sources].double().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        expected = _pair_logps(sum_by_completion(logps, batch.completion_lengths), batch)
+        got = score(model, batch, layout=layout)
+    except (NotImplementedError, TypeError) as error:
+        return str(error)
+    finally:
+        for module, training in modes:
+            module.training = training
+    compared = ((got.chosen, expected.chosen), (got.rejected, expected.rejected))
+    gap = max(float((ours - own).abs().max()) for ours, own in compared)
+    limit = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.5
+    if gap <= limit:
+        return None
+    return f"its log-probs in the {layout} layout differ from its own logits by {gap:.3g} nats (limit {limit})"
+
+
+def _flat_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
+    _use_attention(parts.model, PAIR_ATTENTION)
+    inputs = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        # A 4-D mask passes through the model untouched; this one has no element and fits nothing, so that attention
+        # which is not ours cannot run on it by accident.
+        "attention_mask": torch.empty(1, 1, 0, 0, device=batch.input_ids.device),
+        "pair_shape": batch.shape,
+    }
+    return inputs, batch.sources
+
+
+def _padded_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
+    _use_attention(parts.model, None)
+    ids, mask, sources = batch.padded(_pad_id(parts))
+    return {"input_ids": ids, "attention_mask": mask}, sources
+
+
+def _pad_id(parts: DecoderParts) -> int:
+    pad = parts.model.config.get_text_config().pad_token_id
+    return pad if isinstance(pad, int) and pad >= 0 else 0  # masked, so any id will do
+
+
+def _use_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Switch the attention implementation; ``None`` is the one the model was loaded with."""
+    current: str = model.config._attn_implementation
+    if current != PAIR_ATTENTION:
+        object.__setattr__(model, "_attention_before_lit_dpo", current)
+    wanted = name or str(model._attention_before_lit_dpo)
+    if wanted != current:
+        model.set_attn_implementation(wanted)
+
+
+@contextmanager
+def _captured(parts: DecoderParts, layers: Sequence[int | float]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of decoder blocks, by 1-based number, while the context is open."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            outputs[number] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    for layer in layers:
+        if not 1 <= layer <= len(parts.blocks) or layer != int(layer):
+            raise ValueError(f"There is no block {layer}: the decoder has {len(parts.blocks)} blocks, counted from 1.")
+    handles = [parts.blocks[int(layer) - 1].register_forward_hook(keep(int(layer))) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _frozen(module: nn.Module, state: Tensor) -> Tensor:
+    """Apply a module with its parameters cut off from the graph."""
+    result: Tensor = functional_call(module, {k: v.detach() for k, v in module.named_parameters()}, (state,))
+    return result
+
+
+def _head_sums(parts: DecoderParts, states: list[Tensor], batch: PairBatch, detach_head: bool) -> list[Tensor]:
+    """Sums of target log-probs for each layer's states, one (2B,) tensor a layer."""
+    config = parts.model.config.get_text_config()
+    weight, bias = parts.head.weight, parts.head.bias
+    scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    def logps(group: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        if not group:
+            return []
+        targets = batch.targets.repeat(len(group))
+        values = token_logps(torch.cat(group), weight, targets, bias, scale, softcap)
+        return [sum_by_completion(v, batch.completion_lengths) for v in values.chunk(len(group))]
+
+    if not detach_head:
+        return logps(states, weight, bias)
+    detached = None if bias is None else bias.detach()
+    return logps(states[:1], weight, bias) + logps(states[1:], weight.detach(), detached)
+
+
+def _pair_logps(sums: Tensor, batch: PairBatch) -> PairLogps:
+    _, chosen_tokens, rejected_tokens = batch.lengths.unbind(1)
+    return PairLogps(sums[0::2], sums[1::2], chosen_tokens, rejected_tokens)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    pair_shape: tuple[tuple[int, int, int], ...] | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the flat line under transformers' signature; other calls go to the usual one."""
+    if pair_shape is None:
+        more = kwargs if softcap is None else {**kwargs, "softcap": softcap}
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        return out, None
+    extra = [name for name, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    if extra or kwargs.get("is_causal") is False:
+        raise NotImplementedError(f"its attention uses {', '.join(extra) or 'a non-causal mask'}")
+    out = pair_attention(query, key, value, pair_shape, scaling, softcap, dropout)
+    return out.transpose(1, 2), None  # (1, tokens, heads, width)
+
+
+AttentionInterface.register(PAIR_ATTENTION, _attention)
+AttentionMaskInterface.register(PAIR_ATTENTION, sdpa_mask)
