@@ -1,0 +1,135 @@
+"""From encoded rows to batches: compact storage, the order of an epoch, and the flat layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from lit_dpo.data.load import EncodedRow
+from lit_dpo.pairs import PairBatch
+
+_WINDOW = 16  # optimizer steps sorted by length together: long enough to group, short enough to stay shuffled
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which pairs make up one batch of one process.
+
+    Args:
+        rows: Row numbers in the data set.
+        weights: Their weights in the mean over pairs; ``None`` means 1 each.
+    """
+
+    rows: list[int]
+    weights: list[float] | None = None
+
+
+class PairDataset(Dataset[PairBatch]):
+    """Encoded pairs in one int32 tensor; indexed by a `BatchPlan`, it gives a `PairBatch`.
+
+    Args:
+        rows: The encoded rows.
+    """
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        segments = [(row.encoded.prompt, row.encoded.chosen, row.encoded.rejected) for row in rows]
+        self.lengths = torch.tensor([[len(part) for part in pair] for pair in segments])  # (rows, 3)
+        self.tokens = torch.tensor([i for pair in segments for part in pair for i in part], dtype=torch.int32)
+        total = self.lengths.sum(1)
+        self.starts = total.cumsum(0) - total
+        self.sources = [row.source for row in rows]
+        self.origins = [row.row for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def pair(self, row: int) -> tuple[list[int], list[int], list[int]]:
+        """Token ids of prompt, chosen, rejected of a row."""
+        start, lengths = int(self.starts[row]), self.lengths[row].tolist()
+        prompt, chosen, rejected = self.tokens[start : start + sum(lengths)].split(lengths)
+        return prompt.tolist(), chosen.tolist(), rejected.tolist()
+
+    def __getitem__(self, plan: BatchPlan) -> PairBatch:
+        return PairBatch.from_lists([self.pair(row) for row in plan.rows], plan.rows, plan.weights)
+
+
+class PairSampler(DistributedSampler[BatchPlan]):
+    """The batches of an epoch for one of several processes.
+
+    Which pairs share an optimizer step depends on seed, epoch and the pairs per step alone, not on how these are cut
+    into micro-batches or shared among processes. An incomplete last step is filled with pairs of weight zero, so that
+    all processes make equally many equal batches, and its real pairs are weighted so that the step is still the plain
+    mean over them. Pairs of similar length share a step; the order of steps is random.
+
+    (A subclass of `DistributedSampler`, because Lightning replaces any other sampler by its own.)
+
+    Args:
+        dataset: The pairs.
+        rows: Row numbers to draw from.
+        batch_size: Pairs of one process in one batch.
+        shuffle: Random order, new in each epoch; otherwise long pairs come first.
+        seed: Of the order.
+        accumulate: Batches per optimizer step.
+        num_replicas: Number of processes.
+        rank: Number of this process.
+    """
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        rows: Tensor,
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        accumulate: int = 1,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle, seed)
+        self.rows, self.batch_size, self.accumulate = rows, batch_size, accumulate
+        self.sizes = dataset.lengths.sum(1)
+
+    def __len__(self) -> int:
+        per_batch = self.batch_size * self.num_replicas
+        full, rest = divmod(len(self.rows), per_batch * self.accumulate)
+        return full * self.accumulate + -(-rest // per_batch)
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        for step in self.steps():
+            yield from self._share(step)
+
+    def steps(self) -> list[list[int]]:
+        """Row numbers of each optimizer step of this epoch, over all processes."""
+        per_step = self.batch_size * self.num_replicas * self.accumulate
+        if not self.shuffle:
+            return self._chunks(self._by_length(self.rows), per_step)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+        full = len(order) // per_step * per_step
+        windows = order[:full].split(_WINDOW * per_step) if full else ()
+        steps = [step for window in windows for step in self._chunks(self._by_length(window), per_step)]
+        steps = [steps[i] for i in torch.randperm(len(steps), generator=generator)]
+        return steps + self._chunks(self._by_length(order[full:]), per_step)
+
+    def _by_length(self, rows: Tensor) -> Tensor:
+        return rows[self.sizes[rows].argsort(descending=True, stable=True)]
+
+    @staticmethod
+    def _chunks(rows: Tensor, size: int) -> list[list[int]]:
+        return [chunk.tolist() for chunk in rows.split(size)] if len(rows) else []
+
+    def _share(self, step: list[int]) -> Iterator[BatchPlan]:
+        """This process's batches of one optimizer step."""
+        batches = -(-len(step) // (self.batch_size * self.num_replicas))
+        slots = batches * self.num_replicas
+        size = -(-len(step) // slots)
+        weight = size * self.accumulate * self.num_replicas / len(step)
+        filled = step + [step[-1]] * (slots * size - len(step))
+        weights = [weight] * len(step) + [0.0] * (len(filled) - len(step))
+        for slot in range(self.rank, slots, self.num_replicas):
+            part = slice(slot * size, (slot + 1) * size)
+            yield BatchPlan(filled[part], None if set(weights[part]) == {1.0} else weights[part])

@@ -1,0 +1,239 @@
+"""Pairs to token ids: where the prompt ends, which special tokens stand where, what is cut at the limit.
+
+One rule holds everywhere: prompt + completion are the ids that the tokenizer gives for the whole text, so
+the model sees in training what it sees in use. Where a token reaches over the boundary, the prompt keeps
+only its own whole tokens and both completions begin one token earlier ("healed").
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jinja2 import TemplateError
+
+from lit_dpo.data.layouts import Content, Message, Pair, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["keep_start", "keep_end"]
+
+_PROBE: Message = {"role": "assistant", "content": "\ufdd0"}  # a noncharacter: no template and no reply begins with it
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a pair; `prompt + chosen` and `prompt + rejected` are the two sequences to score.
+
+    Args:
+        prompt: Ids of the prompt, at least one, with the BOS if there is one.
+        chosen: Ids of the preferred completion, at least one, with the EOS unless it was cut off.
+        rejected: Ids of the other completion, likewise; never equal to `chosen`.
+        truncated: Something was cut to fit the limit.
+        healed: A token of the prompt's own ids reached over the boundary and went to the completions.
+        control_text: The text spells a special token, which was encoded as ordinary characters.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    truncated: bool = False
+    healed: bool = False
+    control_text: bool = False
+
+
+class PairEncoder:
+    """Encode pairs with one tokenizer and one length limit.
+
+    Text is tokenized as it is: a BOS that the tokenizer adds stands at the start, the EOS at the end of
+    each completion, and text that spells a special token stays ordinary text. Messages go through the chat
+    template, which writes its own BOS and ends its turns itself; what it prints after the last turn's end
+    is cut off. The prompt then ends where the template would let the model start to speak, or, if it does
+    not print its generation prompt in front of a finished reply, where the reply's own content starts.
+
+    Args:
+        tokenizer: A transformers tokenizer; with a chat template if the data are messages.
+        max_length: Most tokens in prompt + longest completion; at least 2.
+        truncation: `keep_start` cuts the ends of completions and refuses prompts that fill the limit;
+            `keep_end` cuts the start of the prompt first, then the ends of completions.
+        append_eos: Whether completions end with the EOS; off if the model is to learn nothing about ending.
+
+    Raises:
+        ValueError: A wrong argument, or the tokenizer lacks the EOS or chat template that the data need.
+        RowError: A pair cannot be encoded faithfully.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        truncation: Truncation = "keep_start",
+        append_eos: bool = True,
+    ) -> None:
+        if max_length < 2:
+            raise ValueError(
+                f"`max_length` must be at least 2, one token each of prompt and completion, got {max_length}."
+            )
+        if truncation not in ("keep_start", "keep_end"):
+            raise ValueError(f"`truncation` must be `keep_start` or `keep_end`, got `{truncation}`.")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.truncation = truncation
+        self.append_eos = append_eos
+        self._start = _added_at_start(tokenizer)
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = tuple(sorted(special, key=len, reverse=True))
+        self._find_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)").search
+        # Whether this tokenizer can keep text that spells a special token ordinary; slow ones may not.
+        ids = set(special.values())
+        self._splits_special = not any(ids & set(self._ids(token, split=True)) for token in self._special)
+
+    def __call__(self, pair: Pair) -> Encoded:
+        """Encode one pair; the result always has tokens to train on, and completions that differ."""
+        if isinstance(pair.prompt, str):
+            prompt, chosen, rejected, control_text = self._encode_text(pair)
+        else:
+            prompt, chosen, rejected = self._encode_messages(pair)
+            control_text = False
+        boundary = _shared(prompt, chosen, rejected)
+        if boundary == 0:
+            remedy = "lengthen the prompt, or use a tokenizer with a BOS"
+            raise RowError(pair.row, "prompt", "no token belongs to the prompt alone", remedy)
+        encoded = Encoded(
+            chosen[:boundary], chosen[boundary:], rejected[boundary:], False, boundary < len(prompt), control_text
+        )
+        for column, ids in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
+            if not ids:
+                raise RowError(pair.row, column, "the completion has no tokens", "remove the row")
+        if chosen == rejected:
+            remedy = "they differ only in what the tokenizer or template drops: remove the row"
+            raise RowError(pair.row, "rejected", "chosen and rejected are identical", remedy)
+        return self._fit(encoded, pair)
+
+    def _ids(self, text: str, split: bool) -> list[int]:
+        """Ids of a text alone; with `split`, spelled-out special tokens stay ordinary text."""
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=split, verbose=False
+        ).input_ids
+        return ids
+
+    def _end(self) -> list[int]:
+        if not self.append_eos:
+            return []
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError(
+                "The tokenizer has no EOS token to end completions; set `tokenizer.eos_token` or `append_eos: false`."
+            )
+        return [int(eos)]
+
+    def _encode_text(self, pair: Pair) -> tuple[list[int], list[int], list[int], bool]:
+        """Ids of the prompt and of both whole texts, each from the start, and whether control text was met."""
+        end, eos, texts = self._end(), self.tokenizer.eos_token, []
+        for column, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+            assert isinstance(text, str)
+            if column != "prompt" and end and eos and text.endswith(eos):
+                text = text.removesuffix(eos)  # it is appended as a token
+                if not text.strip():
+                    raise RowError(
+                        pair.row, column, "the completion is empty", f"it is nothing but {eos!r}: fill it in"
+                    )
+            texts.append(text)
+        control_text = any(self._find_special(text) for text in texts)
+        if control_text and not self._splits_special:
+            self._refuse_special(pair)
+        prompt, chosen, rejected = texts
+        ids = [self._start + self._ids(text, split=True) for text in (prompt, prompt + chosen, prompt + rejected)]
+        return ids[0], ids[1] + end, ids[2] + end, control_text
+
+    def _encode_messages(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
+        """Ids of the prompt and of both whole conversations, each from the start."""
+        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
+        assert not isinstance(prompt, str)
+        assert not isinstance(chosen, str)
+        assert not isinstance(rejected, str)
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "The tokenizer has no chat template for data in messages; use an instruct model's tokenizer, "
+                "set `tokenizer.chat_template`, or give the data as text."
+            )
+        self._refuse_special(pair)
+        left, right = self._render(prompt + chosen, pair), self._render(prompt + rejected, pair)
+        before = self._render(prompt, pair, generation_prompt=True)
+        if not (left.startswith(before) and right.startswith(before)):
+            before = left[: _shared(self._render([*prompt, _PROBE], pair), left, right)]
+        return self._prompt_ids(before), self._finished_ids(left), self._finished_ids(right)
+
+    def _render(self, messages: list[Message], pair: Pair, generation_prompt: bool = False) -> str:
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=generation_prompt, tokenize=False)
+        except (TemplateError, TypeError, ValueError) as error:
+            remedy = f'it says "{error}": change the turns, or set `on_bad_row: skip`'
+            raise RowError(pair.row, None, "the chat template refuses the conversation", remedy) from error
+        return str(text)
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        """Ids of a rendered text, which brings its own BOS; exactly one, even if the template doubles it."""
+        ids, bos = self._ids(text, split=False), self.tokenizer.bos_token_id
+        while bos is not None and ids[:2] == [bos, bos]:
+            del ids[0]
+        return ids
+
+    def _finished_ids(self, text: str) -> list[int]:
+        """Ids of a rendered conversation, ended by the template's own last special token or else the EOS."""
+        stripped = text.rstrip()
+        if stripped.endswith(self._special):
+            return self._prompt_ids(stripped)
+        return self._prompt_ids(text) + self._end()
+
+    def _refuse_special(self, pair: Pair) -> None:
+        for column, content in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+            for text in _texts(content):
+                if found := self._find_special(text):
+                    remedy = f"it would act as a token: remove {found[0]!r}, or set `on_bad_row: skip`"
+                    raise RowError(pair.row, column, "the text spells a special token", remedy)
+
+    def _fit(self, encoded: Encoded, pair: Pair) -> Encoded:
+        """Cut to `max_length`. A cut completion loses its EOS with its end, as it does not end there."""
+        prompt, longest = encoded.prompt, max(len(encoded.chosen), len(encoded.rejected))
+        excess = len(prompt) + longest - self.max_length
+        if excess <= 0:
+            return encoded
+        if self.truncation == "keep_end":
+            kept = int(prompt[0] == self.tokenizer.bos_token_id)
+            prompt = prompt[:kept] + prompt[kept + min(excess, len(prompt) - 1) :]
+        elif len(prompt) >= self.max_length:
+            remedy = (
+                f"it has {len(prompt)} tokens and `max_length` is {self.max_length}: raise it, or set "
+                "`truncation: keep_end` or `on_bad_row: skip`"
+            )
+            raise RowError(pair.row, "prompt", "the prompt leaves no room for a completion", remedy)
+        room = self.max_length - len(prompt)
+        chosen, rejected = encoded.chosen[:room], encoded.rejected[:room]
+        if chosen == rejected:
+            remedy = f"they first differ after {room} tokens: raise `max_length` or set `on_bad_row: skip`"
+            raise RowError(pair.row, "rejected", "chosen and rejected are identical after truncation", remedy)
+        return Encoded(prompt, chosen, rejected, True, encoded.healed, encoded.control_text)
+
+
+def _shared(first: Sequence[object], *others: Sequence[object]) -> int:
+    """Length of the longest prefix that all the sequences share."""
+    if all(other[: len(first)] == first for other in others):
+        return len(first)
+    differ = (i for i, items in enumerate(zip(first, *others, strict=False)) if len(set(items)) > 1)
+    return next(differ, min(map(len, others)))
+
+
+def _texts(content: Content) -> list[str]:
+    return [content] if isinstance(content, str) else [message["content"] for message in content]
+
+
+def _added_at_start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The ids, at most a BOS, that the tokenizer puts before a text of its own accord."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    full: list[int] = tokenizer("a").input_ids
+    starts = (i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    return full[: next(starts, 0)]

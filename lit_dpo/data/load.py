@@ -1,0 +1,147 @@
+"""Data sets to encoded rows, with an account of every row: kept + skipped == read, always."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lit_dpo.data.encode import Encoded
+from lit_dpo.data.layouts import LayoutError, Pair, RowError, parse_row
+from lit_dpo.data.read import read_rows, source_name
+
+OnBadRow = Literal["error", "skip"]
+_EXAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A pair's token ids, the name of the data set it is from, and its location there."""
+
+    encoded: Encoded
+    source: str
+    row: str
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What became of the rows of one load. All numbers count rows.
+
+    Args:
+        read: Rows found.
+        kept: Rows returned.
+        skipped: Reason -> rows refused for it.
+        examples: Reason -> locations of the first few.
+        truncated: Kept rows that were cut to the length limit.
+        healed: Kept rows whose prompt gave its last token to the completions.
+        control_text: Kept rows of text that spells a special token, encoded as ordinary characters.
+        duplicates: Kept rows with the same tokens as an earlier one. Legal: they weigh double.
+        contradictory: Kept rows with the tokens of an earlier one, but chosen and rejected swapped.
+    """
+
+    read: int = 0
+    kept: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    truncated: int = 0
+    healed: int = 0
+    control_text: int = 0
+    duplicates: int = 0
+    contradictory: int = 0
+
+    def __str__(self) -> str:
+        notable = {
+            "truncated": self.truncated,
+            "healed at the prompt's end": self.healed,
+            "with special tokens spelled out as text": self.control_text,
+            "exact duplicates": self.duplicates,
+            "contradicting an earlier row": self.contradictory,
+        }
+        counts = [f"{self.read} rows read", f"{self.kept} kept", f"{self.skipped.total()} skipped"]
+        lines = [", ".join(counts + [f"{n} {what}" for what, n in notable.items() if n])]
+        if self.skipped:
+            reasons = (
+                f"{n}x {reason} ({', '.join(self.examples[reason])})" for reason, n in self.skipped.most_common()
+            )
+            lines.append("skipped: " + "; ".join(reasons))
+        return "\n".join(lines)
+
+    def skip(self, error: RowError) -> None:
+        """Count a refused row."""
+        self.skipped[error.reason] += 1
+        places = self.examples.setdefault(error.reason, [])
+        if len(places) < _EXAMPLES:
+            places.append(error.where)
+
+
+def load_pairs(
+    specs: Sequence[str],
+    encoder: Callable[[Pair], Encoded],
+    columns: Mapping[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> tuple[list[EncodedRow], LoadReport]:
+    """Read, parse and encode data sets, in the order given.
+
+    Args:
+        specs: Data sets, as `read_rows` takes them.
+        encoder: Usually a `PairEncoder`.
+        columns: Our column name -> the files', for names that are not known.
+        on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
+
+    Raises:
+        RowError: A row must not be trained on, and `on_bad_row` is `error`; or a file is damaged.
+        LayoutError: The same for unknown columns; with `skip` too, if no row of a data set has known ones.
+        ValueError: No row is left to train on.
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise ValueError(f"`on_bad_row` must be `error` or `skip`, got `{on_bad_row}`.")
+    rows: list[EncodedRow] = []
+    report = LoadReport()
+    seen: set[bytes] = set()
+
+    def refuse(error: RowError) -> None:
+        if on_bad_row == "error":
+            raise error
+        report.read += 1
+        report.skip(error)
+
+    for spec in specs:
+        source = source_name(spec)
+        unknown: LayoutError | None = None
+        known = False
+        for where, row in read_rows(spec, refuse):
+            try:
+                encoded = encoder(parse_row(row, source, where, columns))
+            except LayoutError as error:
+                unknown = unknown or error
+                refuse(error)
+            except RowError as error:
+                known = True
+                refuse(error)
+            else:
+                known = True
+                report.read += 1
+                report.kept += 1
+                rows.append(EncodedRow(encoded, source, where))
+                _note(encoded, report, seen)
+        if unknown and not known:
+            raise unknown
+    if not rows:
+        raise ValueError(f"No row to train on in {', '.join(specs) or 'an empty list'}; correct the data. {report}.")
+    return rows, report
+
+
+def _note(encoded: Encoded, report: LoadReport, seen: set[bytes]) -> None:
+    report.truncated += encoded.truncated
+    report.healed += encoded.healed
+    report.control_text += encoded.control_text
+    key = _digest(encoded.prompt, encoded.chosen, encoded.rejected)
+    if key in seen:
+        report.duplicates += 1
+    elif _digest(encoded.prompt, encoded.rejected, encoded.chosen) in seen:
+        report.contradictory += 1
+    seen.add(key)
+
+
+def _digest(*ids: list[int]) -> bytes:
+    return hashlib.blake2b(repr(ids).encode(), digest_size=16).digest()

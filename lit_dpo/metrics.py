@@ -1,0 +1,89 @@
+"""What is measured of every pair, and its exact mean over a split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_dpo.losses import PreferenceLoss, implicit_rewards
+from lit_dpo.pairs import PairLogps
+
+
+def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    """Values worth averaging over pairs, under TRL's names where it has one, each of shape ``(batch,)``.
+
+    ``rewards/accuracies`` is the share of pairs whose chosen reward lies above the rejected one; a tie counts one
+    half, and ``rewards/ties`` is the share of ties. With a reference there are also ``displacement``, the share of
+    pairs whose chosen completion became less likely than under the reference, ``reference/margins`` (nats) and
+    ``reference/accuracies``. For a loss without a reference, rewards are plain log-probs times beta.
+
+    Args:
+        loss: Gives the scale of rewards and the names of its parts.
+        losses: Its value for each pair, shape ``(batch,)``.
+        policy: Log-probs under the policy.
+        reference: Log-probs under the reference, or zeros.
+    """
+    policy = policy.detach()
+    chosen, rejected = implicit_rewards(policy, reference, loss.beta)
+    values = {
+        "loss": losses.detach(),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": _win(chosen - rejected),
+        "rewards/ties": (chosen == rejected).to(chosen.dtype),
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+    if loss.needs_reference:
+        values["displacement"] = (chosen < 0).to(chosen.dtype)
+        values["reference/margins"] = reference.margin
+        values["reference/accuracies"] = _win(reference.margin)
+    values |= {f"loss/{name}": value for name, value in loss.parts(policy, reference).items()}
+    return values
+
+
+def _win(margin: Tensor) -> Tensor:
+    """1 above zero, 0 below, one half at zero; NaN stays NaN."""
+    return (margin.sign() + 1) / 2
+
+
+class PairMeans(Metric):
+    """Means of named per-pair values over everything seen since the last reset, exact and in one reduction.
+
+    Sums are kept in float64, so the means do not depend on batch size, batch order or number of processes. Pairs of
+    weight zero count nowhere.
+
+    >>> means = PairMeans()
+    >>> means.update({"loss": torch.tensor([1.0, 3.0])})
+    >>> means.update({"loss": torch.tensor([8.0, 99.0])}, weights=torch.tensor([1.0, 0.0]))
+    >>> means.compute()["loss"].item()
+    4.0
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: tuple[str, ...] = ()
+        # One vector, so that one collective reduces all: the number of pairs, then a sum for every name.
+        self.add_state("sums", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Mapping[str, Tensor], weights: Tensor | None = None) -> None:
+        """Add the values of some pairs, each of shape ``(batch,)``; a pair counts if its weight is not zero."""
+        table = torch.stack(
+            [torch.ones_like(next(iter(values.values()))), *values.values()]
+        ).double()  # (names + 1, batch)
+        if weights is not None:
+            table = torch.where(weights != 0, table, 0.0)
+        self.names = tuple(values)
+        self.sums = self.sums + table.sum(1)  # the first update broadcasts from (1,)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean of every name, 0-dimensional float32."""
+        means = (self.sums[1:] / self.sums[0]).float()
+        return dict(zip(self.names, means, strict=True))

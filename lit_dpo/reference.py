@@ -1,0 +1,92 @@
+"""Where the reference log-probs come from."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_dpo.models import Dtype, ModelDescription, load_model
+from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.scoring import Layout, score
+
+
+class Reference(ABC):
+    """The model that rewards are measured from: it never trains, and a subclass says where its log-probs come from.
+
+    The training module owns one and calls `build` once, `move` whenever it moves itself, and `score` once a batch. A
+    reference is no `nn.Module`, and so it adds nothing to checkpoints, optimizers, or the policy's train and eval mode.
+    """
+
+    def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:  # noqa: B027
+        """Get ready, given the freshly loaded policy before adapters are attached to it."""
+
+    def check(self, policy: nn.Module) -> None:  # noqa: B027
+        """Raise ValueError if this reference cannot serve the finished policy, adapters attached."""
+
+    def models(self) -> list[nn.Module]:
+        """Models of its own that live on the device, for strategies that shard."""
+        return []
+
+    def move(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
+        """Apply a change of device or dtype to its own models."""
+        for model in self.models():
+            model._apply(function, recurse)
+
+    @torch.no_grad()
+    def score(
+        self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float] = (), layout: Layout = "auto"
+    ) -> PairLogps:
+        """Log-probs of a batch under the reference, without a graph; see `lit_dpo.scoring.score`."""
+        return self._score(policy, batch, layers, layout)
+
+    @abstractmethod
+    def _score(
+        self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout
+    ) -> PairLogps: ...
+
+
+class FrozenReference(Reference):
+    """A second model: a frozen copy of the policy as it starts, or another model.
+
+    Args:
+        model: Hub name, folder or description of the reference; ``None`` is a copy of the policy's starting weights.
+            It must share the policy's tokenizer.
+    """
+
+    def __init__(self, model: str | ModelDescription | None = None) -> None:
+        self.source = model
+        self.model: nn.Module | None = None
+
+    def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
+        """Copy or load the model and freeze it."""
+        model = copy.deepcopy(policy) if self.source is None else load_model(self.source, tokenizer, dtype)
+        self.model = model.requires_grad_(False).eval()
+
+    def models(self) -> list[nn.Module]:
+        """The frozen model."""
+        return [] if self.model is None else [self.model]
+
+    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+        if self.model is None:
+            raise RuntimeError("The reference has not been built: `build` comes before `score`.")
+        return score(self.model, batch, layers, layout=layout)
+
+
+class AdapterReference(Reference):
+    """The policy itself with its LoRA adapters switched off: no second model in memory."""
+
+    def check(self, policy: nn.Module) -> None:
+        """Raise ValueError for a policy without adapters."""
+        if not hasattr(policy, "peft_config"):
+            raise ValueError(
+                "`AdapterReference` needs a policy with adapters: set `adapter`, or use `FrozenReference` instead."
+            )
+
+    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+        with policy.disable_adapter():  # type: ignore[operator]
+            return score(policy, batch, layers, layout=layout)
