@@ -21,6 +21,7 @@ from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.reference import AdapterReference, FrozenReference, Reference
 from lit_dpo.schedules import WarmupDecay
 from lit_dpo.scoring import Layout, choose_layout, decoder_parts, score
+from lit_dpo.strategies import shard
 
 
 class PreferenceModule(LightningModule):
@@ -106,9 +107,12 @@ class PreferenceModule(LightningModule):
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if self.reference is not None:
             self.reference.check(policy)
+        if self.device_mesh is not None:
+            for model in (policy, *(self.reference.models() if self.reference is not None else [])):
+                shard(model, self.device_mesh["data_parallel"], self.trainer.precision)
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
 
-    def restart_from(self, model: str, reference: Reference | None = None) -> None:
+    def restart_from(self, model: str | ModelDescription, reference: Reference | None = None) -> None:
         """Forget policy and reference; the next run loads both from another folder. Adapters start anew."""
         self.model, self.policy, self._settled = model, None, None
         self.reference = self._default_reference() if reference is None else reference

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ Layout = Literal["auto", "flat", "padded"]
 """How a batch reaches the model: one padding-free line with each prompt once, or padded rows. ``auto`` picks."""
 
 PAIR_ATTENTION = "lit_dpo_pairs"
+SHARDED_METHOD = "completion_sums"
 _NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "final_norm")
 
 
@@ -57,27 +59,29 @@ def score(
     Raises:
         ValueError: The flat layout was asked for and cannot serve this model or batch, or a layer does not exist.
     """
-    parts = decoder_parts(model)
     if layout == "auto":
         layout = "padded" if flat_obstacle(model, batch) else "flat"
     elif layout == "flat" and (why := flat_obstacle(model, batch)):
         raise ValueError(f"The flat layout cannot serve this model: {why}. Use `layout: padded` or `auto`.")
+    # A sharded model gathers its weights only around calls of its own methods (see `lit_dpo.strategies`).
+    sums = getattr(model, SHARDED_METHOD, partial(completion_sums, model))(batch, layers, detach_head, layout)
+    last, *between = (_pair_logps(values, batch) for values in sums)
+    return replace(last, layers={int(layer): logps for layer, logps in zip(layers, between, strict=True)})
+
+
+def completion_sums(
+    model: nn.Module, batch: PairBatch, layers: Sequence[int | float], detach_head: bool, layout: Layout
+) -> tuple[Tensor, ...]:
+    """The part of `score` that touches weights: summed log-probs of the 2B completions, one ``(2B,)`` a layer."""
+    parts = decoder_parts(model)
     inputs, sources = _flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)
     with _captured(parts, layers) as between:
         last = parts.decoder(**inputs, use_cache=False).last_hidden_state
-    gathered = [last.flatten(0, 1)[sources]]  # (completion tokens, width)
+    states = [last.flatten(0, 1)[sources]]  # (completion tokens, width)
     for layer in layers:
         state = between[int(layer)].flatten(0, 1)[sources]
-        gathered.append(_frozen(parts.norm, state) if detach_head else parts.norm(state))
-    sums = _head_sums(parts, gathered, batch, detach_head)  # one (2B,) a layer
-    first, *others = (_pair_logps(values, batch) for values in sums)
-    return PairLogps(
-        first.chosen,
-        first.rejected,
-        first.chosen_tokens,
-        first.rejected_tokens,
-        {int(layer): logps for layer, logps in zip(layers, others, strict=True)},
-    )
+        states.append(_frozen(parts.norm, state) if detach_head else parts.norm(state))
+    return tuple(_head_sums(parts, states, batch, detach_head))
 
 
 @dataclass(frozen=True)

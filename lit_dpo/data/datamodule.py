@@ -140,6 +140,11 @@ class PreferenceDataModule(LightningDataModule):
 
     # -- partitions ---------------------------------------------------------------------------------------------------
 
+    @property
+    def pool_size(self) -> int:
+        """Rows of the training set, held-out ones included."""
+        return len(self._sets["train"])
+
     def split(self, margins: Tensor | None = None) -> list[Tensor]:
         """Split the training pairs into the partition's parts, once.
 

@@ -1,0 +1,16 @@
+"""What happens around training: stopping, keeping, showing, exporting."""
+
+from lit_dpo.callbacks.early_stopping import BestCheckpoint, RewardEarlyStopping
+from lit_dpo.callbacks.exporting import ExportModel
+from lit_dpo.callbacks.predictions import PairPredictionWriter
+from lit_dpo.callbacks.samples import SampleCompletions
+from lit_dpo.callbacks.summary import RunSummary
+
+__all__ = [
+    "BestCheckpoint",
+    "ExportModel",
+    "PairPredictionWriter",
+    "RewardEarlyStopping",
+    "RunSummary",
+    "SampleCompletions",
+]

@@ -1,0 +1,43 @@
+"""An exported model at the end of training."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.export import export_checkpoint
+from lit_dpo.models import export
+from lit_dpo.module import PreferenceModule
+
+
+class ExportModel(Callback):
+    """Write the best policy of a run as a folder that transformers loads.
+
+    The best one is the checkpoint that the run's checkpoint callback ranks first; without any it is the last policy.
+
+    Args:
+        folder: Name of the folder to make inside the run's folder.
+        merge: Fold LoRA adapters into the weights.
+    """
+
+    def __init__(self, folder: str = "export", merge: bool = True) -> None:
+        self.folder, self.merge = folder, merge
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder on the first process."""
+        assert isinstance(pl_module, PreferenceModule)
+        target = f"{trainer.log_dir or trainer.default_root_dir}/{self.folder}"
+        if trainer.is_global_zero:
+            write_policy(trainer, pl_module, target, self.merge)
+        trainer.strategy.barrier("export")
+        rank_zero_info(f"Exported the policy to {target}")
+
+
+def write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge: bool = True) -> None:
+    """Write the best policy of a finished fit to a folder; the last policy if no checkpoint was ranked."""
+    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if best:
+        export_checkpoint(best, folder, merge)
+    else:
+        assert module.policy is not None
+        export(module.policy, module.tokenizer, folder, merge)

@@ -1,0 +1,65 @@
+"""Predictions as a file: one JSON object a pair."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class PairPredictionWriter(BasePredictionWriter):
+    """Write rewards and log-probs of every predicted pair to a jsonl file, in the order of the data.
+
+    Each line holds ``row`` (``file:line``), ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``,
+    ``logp_chosen`` and ``logp_rejected`` (nats).
+
+    Args:
+        path: The file; it is replaced whole at the end of the run.
+    """
+
+    def __init__(self, path: str = "predictions.jsonl") -> None:
+        super().__init__("epoch")
+        self.path = Path(path)
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write this process's part, and let the first process join the parts."""
+        rows = [_rows(batch) for batch in predictions]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _write(self._part(trainer.global_rank), [row for batch in rows for row in batch])
+        trainer.strategy.barrier("predictions")
+        if trainer.is_global_zero:
+            self._join(trainer)
+        trainer.strategy.barrier("predictions joined")
+
+    def _join(self, trainer: Trainer) -> None:
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        rows = sorted({row["row_id"]: row for row in rows}.values(), key=lambda row: row["row_id"])
+        if trainer.datamodule is not None and hasattr(trainer.datamodule, "origin"):  # type: ignore[attr-defined]
+            origins = trainer.datamodule.origin([row["row_id"] for row in rows])  # type: ignore[attr-defined]
+            rows = [{"row": origin, **row} for origin, row in zip(origins, rows, strict=True)]
+        _write(parts[0], rows)
+        os.replace(parts[0], self.path)
+        for part in parts[1:]:
+            part.unlink()
+        rank_zero_info(f"Wrote {len(rows)} predictions to {self.path}")
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f".{self.path.name}.{rank}")
+
+
+def _rows(batch: dict[str, Any]) -> list[dict[str, float]]:
+    names = list(batch)
+    return [dict(zip(names, values, strict=True)) for values in zip(*(batch[n].tolist() for n in names), strict=True)]
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,196 @@
+"""The command line: ``lit-dpo fit|validate|test|predict`` on LightningCLI, and ``lit-dpo export``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+from jsonargparse import _typehints  # see _switching_forgets_options
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+
+import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
+from lit_dpo.callbacks import PairPredictionWriter, RunSummary
+from lit_dpo.data import Partition, PreferenceDataModule
+from lit_dpo.export import export_checkpoint
+from lit_dpo.losses import PreferenceLoss
+from lit_dpo.module import PreferenceModule
+from lit_dpo.reference import Reference
+from lit_dpo.stepwise import fit_stepwise
+
+_EXPORT = "export"
+_PLUGGABLE = (PreferenceLoss, Reference, Partition)
+
+
+class Parser(LightningArgumentParser):
+    """An argument parser whose errors name what was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one sentence, with the nearest valid names, and exit with status 2."""
+        text = " ".join(str(message).split())
+        if unknown := re.search(r'key "([\w.]+)".*Expected a dot import path string: ([\w.]+)', text):
+            text = f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
+        near = _nearest(text, self)
+        if near:
+            text = f"{text.rstrip('.')}. Did you mean {' or '.join(near)}?"
+        sys.stderr.write(f"lit-dpo: error: {text}\n")
+        raise SystemExit(2)
+
+
+class PreferenceCLI(LightningCLI):
+    """LightningCLI for `PreferenceModule` and `PreferenceDataModule`."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        with _switching_forgets_options():
+            super().__init__(
+                PreferenceModule,
+                PreferenceDataModule,
+                parser_class=Parser,
+                parser_kwargs={"description": _DESCRIPTION},
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_kwargs={"overwrite": True},
+                args=list(args),
+            )
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave options alone: Lightning would let a checkpoint's override explicit ones, and import what they name."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the one option that is neither the Trainer's, nor the module's, nor the data's."""
+        parser.add_argument(
+            "--predictions", type=str, default="predictions.jsonl", help="File that `predict` writes, one pair a line."
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer of the config, with a progress bar, a summary at the end, and metrics in a csv file."""
+        config = self._get(self.config_init, "trainer", default={})
+        callbacks = list(config.get("callbacks") or [])
+        if config.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(RichProgressBar())
+        if self.subcommand == "fit" and not _has(callbacks, RunSummary):
+            callbacks.append(RunSummary())
+        if self.subcommand == "predict":
+            callbacks.append(PairPredictionWriter(self._get(self.config_init, "predictions")))
+        folder = kwargs.get("default_root_dir") or config.get("default_root_dir") or os.getcwd()
+        if config.get("logger") in (None, True):
+            kwargs["logger"] = CSVLogger(folder, name=None) if self.subcommand == "fit" else False
+        return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "fit" and self.datamodule.stepwise:
+            root = _new_version(Path(self.trainer.default_root_dir))
+            fit_stepwise(self.model, self.datamodule, self._fresh_trainer, root)
+        else:
+            super()._run_subcommand(subcommand)
+
+    def _fresh_trainer(self, folder: Path) -> Trainer:
+        """A Trainer with callbacks of its own, for one partition."""
+        self.config_init = self.parser.instantiate_classes(self.config)
+        return self.instantiate_trainer(default_root_dir=str(folder))
+
+
+_DESCRIPTION = f"""Preference-tune language models with PyTorch Lightning.
+
+`lit-dpo {_EXPORT} CHECKPOINT OUTPUT_DIR` writes a checkpoint's policy as a folder that transformers loads.
+"""
+
+
+_NO_NEWS = (
+    ".*does not have many workers.*",  # pairs are in memory as token ids: worker processes would only cost
+    ".*LightningCLI's args parameter.*",  # `main` passes them on, which is what that parameter is for
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; an error of the user's prints one sentence and exits with status 2, without a traceback.
+
+    Args:
+        args: Command-line arguments, by default the process's own.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    for message in _NO_NEWS:
+        warnings.filterwarnings("ignore", message)
+    try:
+        if args[:1] == [_EXPORT]:
+            jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", as_positional=True)
+        else:
+            PreferenceCLI(args)
+    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+        if os.environ.get("LIT_DPO_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split())
+        if "No supported gpu backend" in text or "CUDA" in text:
+            text += " To run without a GPU, use `--trainer.accelerator cpu`."
+        sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
+        raise SystemExit(2) from error
+
+
+@contextmanager
+def _switching_forgets_options() -> Iterator[None]:
+    """Let a class named anew start from its own defaults.
+
+    jsonargparse keeps options of the previous class that the new one happens to have too: `--model.loss DPOPLoss` over
+    a config for DPO would silently train with DPO's beta. It offers no switch for that, hence the replaced function.
+    """
+    name = "discard_init_args_on_class_path_change"
+    original = getattr(_typehints, name)
+
+    def forget(parser: Any, previous: Any, value: Any) -> None:
+        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
+            previous["init_args"] = type(previous["init_args"])()
+
+    setattr(_typehints, name, forget)
+    try:
+        yield
+    finally:
+        setattr(_typehints, name, original)
+
+
+def _nearest(message: str, parser: Parser) -> list[str]:
+    """Options or class names close to a name in an error message that is neither."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    names = getattr(parser._subcommands_action, "_name_parser_map", {})
+    for sub in names.values():
+        options += [option for action in sub._actions for option in action.option_strings]
+    classes = {*names, *(name for base in _PLUGGABLE for name in _subclass_names(base))}
+    for word in re.findall(r"--?[\w.]+|[\w.]+", message):
+        known = set(options) if word.startswith("--") else classes | {option.removeprefix("--") for option in options}
+        if word in known or len(word) < 4:
+            continue
+        close = difflib.get_close_matches(word, known, n=3, cutoff=0.75)
+        if close:
+            return close
+    return []
+
+
+def _subclass_names(base: type[Any]) -> set[str]:
+    return {name for sub in base.__subclasses__() for name in (sub.__name__, *_subclass_names(sub))}
+
+
+def _has(callbacks: list[Any], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _new_version(root: Path) -> Path:
+    """The first of ``root/version_0``, ``root/version_1``, ... that does not exist."""
+    number = 0
+    while (root / f"version_{number}").exists():
+        number += 1
+    return root / f"version_{number}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""From a training checkpoint to a folder that transformers loads."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_dpo.models import LoRA, export, load_model, load_tokenizer, new_folder
+
+_PREFIX = "policy."
+
+
+def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> Path:
+    """Write the policy of a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+
+    Args:
+        checkpoint: A ``.ckpt`` file written during training.
+        output_dir: The folder to make; it must not exist, or be empty.
+        merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is no checkpoint of this package.
+        FileExistsError: `output_dir` holds something already.
+    """
+    new_folder(output_dir)
+    content = _read(Path(checkpoint))
+    options = content["hyper_parameters"]
+    tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+    model: Any = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
+    if options["adapter"] is not None:
+        model = LoRA(**options["adapter"]).attach(model)
+    state = content["state_dict"].items()
+    model.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state if k.startswith(_PREFIX)})
+    return export(model, tokenizer, output_dir, merge)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        hint = f"there are {', '.join(p.name for p in near)}" if near else "give a .ckpt file from a run's folder"
+        raise FileNotFoundError(f"No checkpoint `{path}`: {hint}.")
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"`{path}` does not load as a checkpoint: {str(error).splitlines()[0]}") from error
+    if not {"state_dict", "hyper_parameters"} <= set(content) or "model" not in content["hyper_parameters"]:
+        raise ValueError(f"`{path}` is no checkpoint of a `PreferenceModule`; give one written by `lit-dpo fit`.")
+    return content
