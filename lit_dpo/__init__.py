@@ -1,5 +1,6 @@
 """Preference-tune language models with PyTorch Lightning: swap the loss object, not the trainer."""
 
+from lit_dpo.cached_reference import CachedReference
 from lit_dpo.data import BySource, EasyToHard, OneShot, Partition, PreferenceDataModule, RandomSplit
 from lit_dpo.losses import (
     DPOLoss,
@@ -21,6 +22,7 @@ from lit_dpo.version import __version__
 __all__ = [
     "AdapterReference",
     "BySource",
+    "CachedReference",
     "DPOLoss",
     "DPOPLoss",
     "EasyToHard",

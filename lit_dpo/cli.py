@@ -111,6 +111,7 @@ _NO_NEWS = (
     ".*does not have many workers.*",  # pairs are in memory as token ids: worker processes would only cost
     ".*LightningCLI's args parameter.*",  # `main` passes them on, which is what that parameter is for
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
+    ".*is_gradient_checkpointing. is deprecated.*",  # peft 0.21 on transformers 5.23
 )
 
 

@@ -48,7 +48,7 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
 
 def _win(margin: Tensor) -> Tensor:
     """1 above zero, 0 below, one half at zero; NaN stays NaN."""
-    return (margin.sign() + 1) / 2
+    return torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)  # the sign of NaN is 0
 
 
 class PairMeans(Metric):

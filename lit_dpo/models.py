@@ -54,8 +54,12 @@ class LoRA:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
 
-    def attach(self, model: PreTrainedModel) -> nn.Module:
+    def attach(self, model: PreTrainedModel, seed: int = 0) -> nn.Module:
         """Wrap the model: its own weights are frozen, the adapters' train and start as no change at all.
+
+        Args:
+            model: The model, changed in place.
+            seed: Of the adapters' random half, so that every process starts from the same one.
 
         Raises:
             ImportError: peft is not installed.
@@ -71,7 +75,9 @@ class LoRA:
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
         )
-        wrapped: nn.Module = get_peft_model(model, config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            wrapped: nn.Module = get_peft_model(model, config)
         return wrapped
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +13,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, pair_metrics
 from lit_dpo.models import Dtype, LoRA, ModelDescription, load_model, load_tokenizer
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.reference import AdapterReference, FrozenReference, Reference
+from lit_dpo.reference import AdapterReference, FrozenReference, Reference, Start
 from lit_dpo.schedules import WarmupDecay
 from lit_dpo.scoring import Layout, choose_layout, decoder_parts, score
 from lit_dpo.strategies import shard
@@ -45,7 +46,7 @@ class PreferenceModule(LightningModule):
             the usual learning rates a bfloat16 weight does not move.
         layout: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-        init_seed: Seed of the random weights of a description.
+        init_seed: Seed of the random weights of a description, and of adapters.
 
     Raises:
         ValueError: An option is out of its range, or (when the models are built) there is no such model.
@@ -68,6 +69,7 @@ class PreferenceModule(LightningModule):
         super().__init__()
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("A `model` described by its config has no tokenizer of its own: set `tokenizer`.")
+        loss, adapter = _alive(loss), LoRA(**adapter) if isinstance(adapter, dict) else adapter  # from a checkpoint
         self.model, self.loss, self.adapter, self.dtype_name = model, loss, adapter, dtype
         self.tokenizer_source = tokenizer or str(model)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -76,6 +78,7 @@ class PreferenceModule(LightningModule):
         self.policy: nn.Module | None = None
         self.means = nn.ModuleDict({f"{stage}_means": PairMeans() for stage in ("train", "val", "test")})
         self._settled: Layout | None = None
+        self._prepared_for: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens, self._since = 0, 0.0
         # Plain values only: a checkpoint then loads with weights_only=True and imports nothing.
@@ -98,11 +101,11 @@ class PreferenceModule(LightningModule):
         """Load policy and reference, once, and settle how many decoder blocks the loss can name."""
         if self.policy is not None:
             return
-        base = load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
+        base = self._load()
         self.loss = self.loss.resolve(len(decoder_parts(base).blocks))
         if self.reference is not None:
             self.reference.build(base, self.tokenizer, self.dtype_name)
-        policy: nn.Module = base if self.adapter is None else self.adapter.attach(base)
+        policy: nn.Module = base if self.adapter is None else self.adapter.attach(base, self.init_seed)
         if self.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         if self.reference is not None:
@@ -112,9 +115,12 @@ class PreferenceModule(LightningModule):
                 shard(model, self.device_mesh["data_parallel"], self.trainer.precision)
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
 
+    def _load(self) -> PreTrainedModel:
+        return load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
+
     def restart_from(self, model: str | ModelDescription, reference: Reference | None = None) -> None:
         """Forget policy and reference; the next run loads both from another folder. Adapters start anew."""
-        self.model, self.policy, self._settled = model, None, None
+        self.model, self.policy, self._settled, self._prepared_for = model, None, None, None
         self.reference = self._default_reference() if reference is None else reference
 
     # -- the one step -------------------------------------------------------------------------------------------------
@@ -202,8 +208,17 @@ class PreferenceModule(LightningModule):
     # -- start of a run -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if self._settled is not None:
-            return
+        if self._settled is None:
+            self._settle()
+        stage = str(self.trainer.state.fn)
+        if self.reference is not None and self._prepared_for != stage:
+            assert self.policy is not None
+            layers = tuple(int(layer) for layer in self.loss.layers)
+            layout = self._settled or self.layout
+            self.reference.prepare(Start(self.trainer, self.policy, self._load, layers, layout))
+            self._prepared_for = stage
+
+    def _settle(self) -> None:
         if self.trainer.precision in ("bf16-true", "16-true"):
             raise ValueError(
                 f"`precision: {self.trainer.precision}` rounds rotary positions too and makes long texts wrong: "
@@ -216,7 +231,8 @@ class PreferenceModule(LightningModule):
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")
 
     def on_fit_start(self) -> None:
-        """Audit the scoring and settle the layout."""
+        """Audit the scoring, settle the layout, and let the reference get ready."""
+        self._prepared_for = None  # the partition may have changed
         self._start()
         self._tokens, self._since = 0, time.perf_counter()
 
@@ -240,7 +256,13 @@ class PreferenceModule(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
-            scheduler.bind(int(self.trainer.estimated_stepping_batches))
+            steps = self.trainer.estimated_stepping_batches
+            if steps == math.inf:
+                raise ValueError(
+                    "`lr_scheduler` cannot know when training ends: set the Trainer's `max_epochs` or `max_steps`, or "
+                    "`lr_scheduler.total_steps`."
+                )
+            scheduler.bind(int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreferenceModule:
@@ -258,3 +280,21 @@ def _plain(value: Any) -> Any:
             return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": options}
         return options
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _alive(value: Any) -> Any:
+    """The inverse of `_plain` for losses, among the classes that are imported already."""
+    if isinstance(value, list):
+        return [_alive(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(PreferenceLoss)}
+    if value["class_path"] not in classes:
+        raise ValueError(
+            f"The loss `{value['class_path']}` is not known: import the module that defines it, or give a `loss`."
+        )
+    return classes[value["class_path"]](**{name: _alive(option) for name, option in value["init_args"].items()})
+
+
+def _subclasses(base: type[Any]) -> list[type[Any]]:
+    return [cls for sub in base.__subclasses__() for cls in (sub, *_subclasses(sub))]

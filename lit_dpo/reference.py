@@ -5,14 +5,37 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.models import Dtype, ModelDescription, load_model
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.scoring import Layout, score
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a reference may look at when a run starts.
+
+    Args:
+        trainer: Knows the processes, the device, the precision, and the data module.
+        policy: In place and on its device; before the first step it has its starting weights unless a checkpoint was
+            restored.
+        reload: Loads the starting weights once more, as a model of its own.
+        layers: Decoder blocks whose log-probs the loss wants.
+        layout: How batches reach the model.
+    """
+
+    trainer: Trainer
+    policy: nn.Module
+    reload: Callable[[], nn.Module]
+    layers: tuple[int, ...]
+    layout: Layout
 
 
 class Reference(ABC):
@@ -27,6 +50,9 @@ class Reference(ABC):
 
     def check(self, policy: nn.Module) -> None:  # noqa: B027
         """Raise ValueError if this reference cannot serve the finished policy, adapters attached."""
+
+    def prepare(self, start: Start) -> None:  # noqa: B027
+        """Do what must be done at the start of a run, when the policy is in place; see `Start`."""
 
     def models(self) -> list[nn.Module]:
         """Models of its own that live on the device, for strategies that shard."""
@@ -88,5 +114,11 @@ class AdapterReference(Reference):
             )
 
     def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
-        with policy.disable_adapter():  # type: ignore[operator]
+        with adapters_off(policy):
             return score(policy, batch, layers, layout=layout)
+
+
+def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a policy's adapters, if it has any, do nothing."""
+    off: AbstractContextManager[None] = policy.disable_adapter() if hasattr(policy, "peft_config") else nullcontext()  # type: ignore[operator]
+    return off

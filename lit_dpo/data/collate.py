@@ -53,6 +53,11 @@ class PairDataset(Dataset[PairBatch]):
         prompt, chosen, rejected = self.tokens[start : start + sum(lengths)].split(lengths)
         return prompt.tolist(), chosen.tolist(), rejected.tolist()
 
+    def plain_batches(self, rows: Tensor, size: int = 256) -> Iterator[PairBatch]:
+        """These rows in their order, in batches of any size; for looking at them, not for training."""
+        for chunk in rows.split(size):
+            yield self[BatchPlan(chunk.tolist())]
+
     def __getitem__(self, plan: BatchPlan) -> PairBatch:
         return PairBatch.from_lists([self.pair(row) for row in plan.rows], plan.rows, plan.weights)
 

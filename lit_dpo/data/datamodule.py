@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,10 +98,17 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: There is no tokenizer, or no row to train on, or a row is malformed.
             FileNotFoundError: A file is missing.
         """
-        if stage in ("fit", "validate") or not (self.sources["test"] or self.sources["predict"]):
+        name = self._held_out_source(stage)
+        if name is None:
             self._setup_fit()
-        if stage in ("test", "predict"):
-            self._setup_held_out(stage)
+        elif name not in self._sets:
+            self._sets[name] = self._load(name)
+
+    def _held_out_source(self, stage: str) -> str | None:
+        """The option that a stage reads its pairs from; ``None`` means that it needs the training pairs."""
+        order = ("predict", "test", "validation")
+        start = {"predict": 0, "test": 1, "validate": 2}.get(stage, len(order))
+        return next((name for name in order[start:] if self.sources[name]), None)
 
     def _setup_fit(self) -> None:
         if "train" in self._sets:
@@ -108,7 +116,8 @@ class PreferenceDataModule(LightningDataModule):
         train = self._load("train")
         everything = torch.arange(len(train))
         if self.sources["validation"]:
-            self._sets["validation"], self._validation_rows = self._load("validation"), None
+            if "validation" not in self._sets:
+                self._sets["validation"] = self._load("validation")
             self._train_rows = everything
         else:
             held_out = _held_out(train, self.validation_fraction, self.seed)
@@ -118,11 +127,6 @@ class PreferenceDataModule(LightningDataModule):
         self._sets["train"] = train
 
     _validation_rows: Tensor | None = None
-
-    def _setup_held_out(self, stage: str) -> None:
-        name = "predict" if stage == "predict" and self.sources["predict"] else "test"
-        if self.sources[name] and name not in self._sets:
-            self._sets[name] = self._load(name)
 
     def _load(self, name: str) -> PairDataset:
         source = self.sources[name]
@@ -200,6 +204,24 @@ class PreferenceDataModule(LightningDataModule):
     def pool_dataloader(self) -> DataLoader[PairBatch]:
         """All training pairs of all parts, in no random order, for scoring."""
         return self._loader("train", self._train_rows, self.eval_batch_size)
+
+    def reference_sets(
+        self, stage: str
+    ) -> Iterator[tuple[PairDataset, Tensor, Callable[[Tensor], DataLoader[PairBatch]]]]:
+        """What a stage will see: data set, row numbers, and a function from row numbers to a loader."""
+        rows: dict[str, Tensor | None] = {}
+        if stage == "fit":
+            rows["train"] = self.training_rows()
+        if stage in ("fit", "validate"):
+            rows["validation"] = self._validation_rows
+        else:
+            names = ("predict", "test", "validation") if stage == "predict" else ("test", "validation")
+            name = next(name for name in names if name in self._sets)
+            rows[name] = self._validation_rows if name == "validation" else None
+        for name, numbers in rows.items():
+            dataset = self._sets[name]
+            everything = torch.arange(len(dataset)) if numbers is None else numbers
+            yield dataset, everything, partial(self._loader, name, batch_size=self.eval_batch_size)
 
     def _loader(
         self, name: str, rows: Tensor | None, batch_size: int, shuffle: bool = False, accumulate: int = 1

@@ -1,0 +1,176 @@
+"""Reference log-probs on disk: which rows, who scored them, and how to notice damage.
+
+One pair of files for each scorer, ``<key>.safetensors`` and ``<key>.json``; the key is the hash of an identity that
+names weights, configuration and numerics. Inside, an entry belongs to a row by its *content*, so row order, subsets and
+partitions do not matter, and a changed row misses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lit_dpo.pairs import PairBatch
+
+FORMAT = 1
+_BLOCK = 1 << 20
+
+
+def content_keys(batch: PairBatch) -> Tensor:
+    """A 128-bit hash of each pair's token ids and boundaries, shape ``(batch, 2)`` int64.
+
+    Computed with tensor operations on the batch's device, without waiting for it.
+    """
+    total = batch.lengths.sum(1)
+    pair = torch.arange(len(batch), device=total.device).repeat_interleave(total, output_size=len(batch.input_ids))
+    place = torch.arange(len(pair), device=pair.device) - (total.cumsum(0) - total)[pair]
+    prompt, chosen, _ = batch.lengths[pair].unbind(1)
+    segment = (place >= prompt).long() + (place >= prompt + chosen)
+    keys = []
+    for seed in (1, 2):
+        terms = (batch.input_ids + 1) * (_mix(place * 4 + segment + (seed << 40)) | 1)
+        start = (batch.lengths * _mix(torch.arange(3, device=pair.device) + (seed << 50))).sum(1)
+        keys.append(start.index_add(0, pair, terms))  # integer sums wrap around and do not depend on the order
+    return torch.stack(keys, 1)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of named tensors: any changed value, name, shape or dtype gives another; 32 hex digits."""
+    record = {}
+    for name, tensor in tensors:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a sharded one, by all processes
+        record[name] = (str(tensor.dtype), list(tensor.shape), _hash(whole.detach()))
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _hash(tensor: Tensor) -> int:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    words = tensor.contiguous().flatten().view(kind)
+    weights = _mix(torch.arange(min(len(words), _BLOCK), device=words.device)) | 1
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for number, block in enumerate(words.split(_BLOCK)):
+        odd = _mix(torch.tensor(number + (3 << 40), device=words.device)) | 1
+        total += odd * ((block.long() + 1) * weights[: len(block)]).sum()
+    return int(total)
+
+
+def _mix(values: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64, which wraps around: a fixed pseudo-random word for each value."""
+    values = values * -7046029254386353131
+    values = (values ^ ((values >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    values = (values ^ ((values >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return values ^ ((values >> 31) & 0x1FFFFFFFF)
+
+
+class LogpsTable:
+    """Log-probs of rows by content key, for the last layer and intermediate ones.
+
+    Args:
+        keys: Content keys, shape ``(rows, 2)`` int64.
+        columns: ``last`` and ``layer.K`` -> log-probs of chosen and rejected, shape ``(rows, 2)``; NaN where not known.
+    """
+
+    def __init__(self, keys: Tensor, columns: Mapping[str, Tensor]) -> None:
+        order = keys[:, 0].argsort(stable=True)
+        self.keys = keys[order]
+        self.columns = {name: values[order] for name, values in columns.items()}
+        self._first = self.keys[:, 0].contiguous()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> LogpsTable:
+        """The same table on another device."""
+        return LogpsTable(self.keys.to(device), {name: v.to(device) for name, v in self.columns.items()})
+
+    def find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Row numbers of keys, shape ``(n,)``, and whether each is really there, shape ``(n,)``."""
+        if not len(self):
+            return keys[:, 0] * 0, keys[:, 0] != keys[:, 0]
+        rows = torch.searchsorted(self._first, keys[:, 0].contiguous()).clamp(max=len(self) - 1)
+        return rows, (self.keys[rows] == keys).all(1)
+
+    def known(self, keys: Tensor, columns: Iterable[str]) -> Tensor:
+        """Whether every one of these columns is known for each key, shape ``(n,)``."""
+        rows, known = self.find(keys)
+        for name in columns:
+            values = self.columns.get(name)
+            known = known & (False if values is None or not len(self) else ~values[rows].isnan().any(1))
+        return known
+
+    def merged(self, other: LogpsTable) -> LogpsTable:
+        """Both tables' rows; where both know a value, the other's."""
+        keys = torch.unique(torch.cat([self.keys, other.keys]), dim=0)
+        columns = {}
+        for name in dict.fromkeys([*self.columns, *other.columns]):
+            columns[name] = torch.full((len(keys), 2), torch.nan, dtype=next(iter(other.columns.values())).dtype)
+            for table in (self, other):
+                rows, there = table.find(keys)
+                if name in table.columns and len(table):
+                    values = table.columns[name][rows].to(columns[name])
+                    there = there & ~values.isnan().any(1)
+                    columns[name] = torch.where(there[:, None], values, columns[name])
+        return LogpsTable(keys, columns)
+
+
+class LogpsStore:
+    """Tables on disk, written whole or not at all and checked when read.
+
+    Args:
+        folder: Where; made when first written, readable by its owner alone.
+        identity: Everything that decides the values besides a row's content.
+    """
+
+    def __init__(self, folder: str | Path, identity: Mapping[str, object]) -> None:
+        self.identity = json.loads(json.dumps({"format": FORMAT, **identity}, sort_keys=True))
+        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.folder = Path(folder)
+        self.data, self.header = self.folder / f"{key}.safetensors", self.folder / f"{key}.json"
+
+    def read(self) -> tuple[LogpsTable | None, str | None]:
+        """The table, or none; and what is wrong with the files, if anything."""
+        if not self.header.exists():
+            return None, None
+        try:
+            content = self.data.read_bytes()
+            header = self.header.read_bytes()
+            if header != self._header(content):
+                return None, "its checksum or identity does not match"
+            tensors = load(content)
+            return LogpsTable(tensors.pop("keys"), tensors), None
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            return None, str(error)
+
+    def write(self, table: LogpsTable) -> None:
+        """Replace the files."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        content = save({"keys": table.keys.cpu(), **{k: v.cpu().contiguous() for k, v in table.columns.items()}})
+        _replace(self.data, content)
+        _replace(self.header, self._header(content))
+
+    def _header(self, content: bytes) -> bytes:
+        record = {"identity": self.identity, "sha256": hashlib.sha256(content).hexdigest()}
+        return json.dumps(record, sort_keys=True, indent=1).encode()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise

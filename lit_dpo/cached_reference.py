@@ -1,0 +1,170 @@
+"""The cached reference: every row scored once, by the policy itself, and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_dpo.cache import LogpsStore, LogpsTable, content_keys, fingerprint
+from lit_dpo.models import Dtype
+from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.reference import Reference, Start, adapters_off
+from lit_dpo.scoring import Layout, score
+
+
+class CachedReference(Reference):
+    """Reference log-probs computed once and kept: no second model in memory, no second forward pass a step.
+
+    Every row is scored at the start of a run by the policy itself, before its first step (with LoRA: adapters off), so
+    rewards are zero there by construction. The values are stored and reused by later runs and epochs, whatever their
+    loss, beta, learning rate, seed or LoRA rank; they are missed as soon as weights, configuration, token ids, dtype,
+    precision, layout or device differ. Damaged files are noticed and rebuilt; a few reused rows are scored again and
+    compared.
+
+    Args:
+        folder: Where the values are kept; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
+        audit_rows: Reused rows to score again at the start of a run.
+    """
+
+    def __init__(self, folder: str | None = None, audit_rows: int = 4) -> None:
+        self.folder = Path(folder or os.environ.get("LIT_DPO_CACHE") or "~/.cache/lit_dpo").expanduser()
+        self.audit_rows = audit_rows
+        self.seconds = 0.0
+        self._who: dict[str, Any] = {}
+        self._table: LogpsTable | None = None
+
+    def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
+        """Remember who will have scored: the policy's starting weights and configuration."""
+        noise = ("transformers_version", "_name_or_path", "architectures", "use_cache")
+        config = {k: v for k, v in policy.config.to_dict().items() if k not in noise}
+        self._who = {
+            "weights": fingerprint(_weights(policy)),
+            "config": json.loads(json.dumps(config, default=str)),
+            "dtype": dtype,
+        }
+        self._table = None
+
+    def prepare(self, start: Start) -> None:
+        """Read what is stored, score what is missing, write it back.
+
+        Raises:
+            ValueError: The data module cannot say which rows there will be.
+        """
+        sets = getattr(getattr(start.trainer, "datamodule", None), "reference_sets", None)
+        if sets is None:
+            raise ValueError(
+                "`CachedReference` needs a `PreferenceDataModule`; with other loaders use `FrozenReference`."
+            )
+        began = time.perf_counter()
+        identity = {
+            **self._who,
+            "precision": str(start.trainer.precision),
+            "device": start.trainer.strategy.root_device.type,
+            "layout": start.layout,
+            "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
+        }
+        store = LogpsStore(self.folder, identity)
+        found = store.read() if start.trainer.is_global_zero else (None, None)
+        table, problem = start.trainer.strategy.broadcast(found)
+        if problem:
+            rank_zero_info(f"Reference cache {store.data} is damaged ({problem}): scoring anew.")
+        columns = ["last", *(f"layer.{k}" for k in start.layers)]
+        scored = reused = 0
+        model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
+        for dataset, rows, loader in sets(start.trainer.state.fn):
+            keys = torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)])
+            known = torch.zeros(len(rows), dtype=torch.bool) if table is None else table.known(keys, columns)
+            if table is not None and known.any() and (gap := self._audit(model, start, table, loader, rows[known])):
+                rank_zero_info(f"Reference cache {store.data} differs from the model by {gap:.3g} nats: scoring anew.")
+                table, known = None, torch.zeros_like(known)
+            if not known.all():
+                fresh = _score_rows(model, start, loader(rows[~known]), columns)
+                table = fresh if table is None else table.merged(fresh)
+            scored, reused = scored + int((~known).sum()), reused + int(known.sum())
+        self._table = table
+        if scored and start.trainer.is_global_zero and table is not None:
+            store.write(table)
+        self.seconds = time.perf_counter() - began
+        rank_zero_info(f"Reference: {scored} rows scored, {reused} reused, {self.seconds:.1f} s; kept in {store.data}")
+
+    def _starting_model(self, start: Start) -> nn.Module:
+        """The model to score with: the policy, unless a checkpoint has been restored into it."""
+        if fingerprint(_weights(start.policy)) == self._who["weights"]:
+            return start.policy
+        return start.reload().to(start.trainer.strategy.root_device)
+
+    def _audit(
+        self, model: Callable[[], nn.Module], start: Start, table: LogpsTable, loader: Any, rows: Tensor
+    ) -> float | None:
+        """Score some reused rows again; the largest difference in nats if it is too large."""
+        if not self.audit_rows:
+            return None
+        some = rows[torch.linspace(0, len(rows) - 1, min(self.audit_rows, len(rows))).long()]
+        fresh = _score_rows(model, start, loader(some), ["last"])
+        places, there = table.find(fresh.keys)
+        stored, live = table.columns["last"][places], fresh.columns["last"]
+        limit = 1e-3 if live.dtype == torch.float64 or start.trainer.precision == "32-true" else 0.5
+        gap = float((stored - live).abs().max())
+        return None if bool(there.all()) and gap <= limit else gap
+
+    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+        if self._table is None:
+            raise RuntimeError("Nothing is cached yet: `prepare` comes before `score`.")
+        if self._table.keys.device != batch.input_ids.device:
+            self._table = self._table.to(batch.input_ids.device)
+        rows, there = self._table.find(content_keys(batch))
+        if there.device.type == "cpu" and not there.all():
+            missing = batch.row_ids[~there].tolist()
+            raise RuntimeError(f"Rows {missing} were not there when the reference was scored.")
+
+        def logps(column: str) -> PairLogps:
+            values = self._table.columns[column][rows]  # type: ignore[union-attr]
+            values = torch.where(there[:, None], values, torch.nan)  # on a GPU, without waiting: never silently wrong
+            return PairLogps(values[:, 0], values[:, 1], batch.lengths[:, 1], batch.lengths[:, 2])
+
+        last = logps("last")
+        return replace(last, layers={int(k): logps(f"layer.{k}") for k in layers})
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's own weights by the names they have without adapters."""
+    for name, tensor in model.state_dict().items():
+        if "lora_" not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
+
+
+@torch.no_grad()
+def _score_rows(model: Callable[[], nn.Module], start: Start, loader: Any, columns: list[str]) -> LogpsTable:
+    """Score every row of a loader, each process its share, and gather the results on all."""
+    strategy, scorer = start.trainer.strategy, model()
+    keys, values = [], []
+    for batch in loader:
+        batch = strategy.batch_to_device(batch)
+        with start.trainer.precision_plugin.forward_context(), adapters_off(scorer):
+            logps = score(scorer, batch, start.layers, layout=start.layout)
+        keys.append(content_keys(batch))
+        parts = {"last": logps, **{f"layer.{k}": v for k, v in logps.layers.items()}}
+        values.append(torch.stack([torch.stack([parts[c].chosen, parts[c].rejected], 1) for c in columns]))
+    all_keys = strategy.all_gather(torch.cat(keys)).reshape(-1, 2).cpu()
+    all_values = strategy.all_gather(torch.cat(values, 1).transpose(0, 1).contiguous())
+    all_values = all_values.reshape(-1, len(columns), 2).cpu()
+    unique, first = _first_of_each(all_keys)
+    return LogpsTable(unique, {name: all_values[first, i] for i, name in enumerate(columns)})
+
+
+def _first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct keys, and where each stands first."""
+    unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+    places = torch.full((len(unique),), len(keys)).scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
+    return unique, places
