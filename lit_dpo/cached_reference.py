@@ -35,12 +35,17 @@ class CachedReference(Reference):
     Args:
         folder: Where the values are kept; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
         audit_rows: Reused rows to score again at the start of a run.
+
+    Attributes:
+        scored: Rows scored at the start of the last run.
+        reused: Rows found in the cache then.
+        seconds: Wall time that took.
     """
 
     def __init__(self, folder: str | None = None, audit_rows: int = 4) -> None:
         self.folder = Path(folder or os.environ.get("LIT_DPO_CACHE") or "~/.cache/lit_dpo").expanduser()
         self.audit_rows = audit_rows
-        self.seconds = 0.0
+        self.scored, self.reused, self.seconds = 0, 0, 0.0
         self._who: dict[str, Any] = {}
         self._table: LogpsTable | None = None
 
@@ -80,7 +85,7 @@ class CachedReference(Reference):
         if problem:
             rank_zero_info(f"Reference cache {store.data} is damaged ({problem}): scoring anew.")
         columns = ["last", *(f"layer.{k}" for k in start.layers)]
-        scored = reused = 0
+        self.scored = self.reused = 0
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         for dataset, rows, loader in sets(start.trainer.state.fn):
             keys = torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)])
@@ -91,12 +96,14 @@ class CachedReference(Reference):
             if not known.all():
                 fresh = _score_rows(model, start, loader(rows[~known]), columns)
                 table = fresh if table is None else table.merged(fresh)
-            scored, reused = scored + int((~known).sum()), reused + int(known.sum())
+            self.scored += int((~known).sum())
+            self.reused += int(known.sum())
         self._table = table
-        if scored and start.trainer.is_global_zero and table is not None:
+        if self.scored and start.trainer.is_global_zero and table is not None:
             store.write(table)
         self.seconds = time.perf_counter() - began
-        rank_zero_info(f"Reference: {scored} rows scored, {reused} reused, {self.seconds:.1f} s; kept in {store.data}")
+        found_out = f"{self.scored} rows scored, {self.reused} reused, {self.seconds:.1f} s"
+        rank_zero_info(f"Reference: {found_out}; kept in {store.data}")
 
     def _starting_model(self, start: Start) -> nn.Module:
         """The model to score with: the policy, unless a checkpoint has been restored into it."""

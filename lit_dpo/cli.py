@@ -5,20 +5,22 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
 from jsonargparse import _typehints  # see _switching_forgets_options
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import PairPredictionWriter, RunSummary
@@ -31,6 +33,7 @@ from lit_dpo.stepwise import fit_stepwise
 
 _EXPORT = "export"
 _PLUGGABLE = (PreferenceLoss, Reference, Partition)
+_USERS_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
 
 
 class Parser(LightningArgumentParser):
@@ -38,14 +41,26 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence, with the nearest valid names, and exit with status 2."""
-        text = " ".join(str(message).split())
-        if unknown := re.search(r'key "([\w.]+)".*Expected a dot import path string: ([\w.]+)', text):
-            text = f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
+        text = _one_sentence(message)
         near = _nearest(text, self)
         if near:
             text = f"{text.rstrip('.')}. Did you mean {' or '.join(near)}?"
         sys.stderr.write(f"lit-dpo: error: {text}\n")
         raise SystemExit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the whole configuration of a fit as ``config.yaml`` in its folder, but never over another file."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save, on the first process."""
+        if stage != "fit":
+            return
+        path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
+        if trainer.strategy.broadcast(path.exists()):
+            rank_zero_warn(f"`{path}` exists already, so the configuration of this run is not saved there.")
+        else:
+            super().setup(trainer, pl_module, stage)
 
 
 class PreferenceCLI(LightningCLI):
@@ -60,7 +75,7 @@ class PreferenceCLI(LightningCLI):
                 parser_kwargs={"description": _DESCRIPTION},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                save_config_kwargs={"overwrite": True},
+                save_config_callback=SaveConfig,
                 args=list(args),
             )
 
@@ -76,7 +91,8 @@ class PreferenceCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer of the config, with a progress bar, a summary at the end, and metrics in a csv file."""
         config = self._get(self.config_init, "trainer", default={})
-        callbacks = list(config.get("callbacks") or [])
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
             callbacks.append(RichProgressBar())
         if self.subcommand == "fit" and not _has(callbacks, RunSummary):
@@ -89,11 +105,19 @@ class PreferenceCLI(LightningCLI):
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "fit" and self.datamodule.stepwise:
-            root = _new_version(Path(self.trainer.default_root_dir))
-            fit_stepwise(self.model, self.datamodule, self._fresh_trainer, root)
-        else:
-            super()._run_subcommand(subcommand)
+        folder: Path | None = None
+        try:
+            if subcommand == "fit" and self.datamodule.stepwise:
+                folder = _new_version(Path(self.trainer.default_root_dir))
+                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder)
+            else:
+                logger = self.trainer.logger
+                folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) and logger.name == "" else None
+                super()._run_subcommand(subcommand)
+        except _USERS_ERRORS:
+            if folder is not None and self.trainer.is_global_zero:
+                _discard(folder)
+            raise
 
     def _fresh_trainer(self, folder: Path) -> Trainer:
         """A Trainer with callbacks of its own, for one partition."""
@@ -109,6 +133,7 @@ _DESCRIPTION = f"""Preference-tune language models with PyTorch Lightning.
 
 _NO_NEWS = (
     ".*does not have many workers.*",  # pairs are in memory as token ids: worker processes would only cost
+    ".*Couldn't infer the batch indices.*",  # the sampler makes whole batches; predictions carry their row numbers
     ".*LightningCLI's args parameter.*",  # `main` passes them on, which is what that parameter is for
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
     ".*is_gradient_checkpointing. is deprecated.*",  # peft 0.21 on transformers 5.23
@@ -126,13 +151,13 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message)
     try:
         if args[:1] == [_EXPORT]:
-            jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", as_positional=True)
+            jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
         else:
             PreferenceCLI(args)
-    except (ValueError, OSError, ImportError, MisconfigurationException) as error:
+    except _USERS_ERRORS as error:
         if os.environ.get("LIT_DPO_TRACEBACK"):
             raise
-        text = " ".join(str(error).split())
+        text = _one_sentence(error)
         if "No supported gpu backend" in text or "CUDA" in text:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
@@ -150,14 +175,28 @@ def _switching_forgets_options() -> Iterator[None]:
     original = getattr(_typehints, name)
 
     def forget(parser: Any, previous: Any, value: Any) -> None:
-        if previous and "init_args" in previous and previous["class_path"] != value["class_path"]:
-            previous["init_args"] = type(previous["init_args"])()
+        if previous and "init_args" in previous:
+            before, now = (_typehints.import_object(spec["class_path"]) for spec in (previous, value))
+            if before is not now:  # one class has several paths, as `lit_dpo.DPOLoss` and `lit_dpo.losses.DPOLoss`
+                previous["init_args"] = type(previous["init_args"])()
 
     setattr(_typehints, name, forget)
     try:
         yield
     finally:
         setattr(_typehints, name, original)
+
+
+def _one_sentence(message: object) -> str:
+    """An error message on one line, without jsonargparse's own words where there are better ones."""
+    text = " ".join(str(message).split())
+    if unknown := re.search(r'key "([\w.]+)".*Expected a dot import path string: ([\w.]+)', text):
+        return f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
+    if refused := re.search(r"Option '([\w.]+)' is not accepted", text):
+        return f"there is no option `{refused[1]}`: `--help` lists them, `--model.loss.help CLASS` those of a class"
+    if broken := re.search(r"Errors: - (`.*?\.) - ", text):  # the class itself says what is wrong
+        return broken[1]
+    return text
 
 
 def _nearest(message: str, parser: Parser) -> list[str]:
@@ -167,6 +206,7 @@ def _nearest(message: str, parser: Parser) -> list[str]:
     for sub in names.values():
         options += [option for action in sub._actions for option in action.option_strings]
     classes = {*names, *(name for base in _PLUGGABLE for name in _subclass_names(base))}
+    message = re.sub(r"\S*/\S*|.* required: .*", "", message)  # no paths, and nothing that is only missing
     for word in re.findall(r"--?[\w.]+|[\w.]+", message):
         known = set(options) if word.startswith("--") else classes | {option.removeprefix("--") for option in options}
         if word in known or len(word) < 4:
@@ -191,6 +231,15 @@ def _new_version(root: Path) -> Path:
     while (root / f"version_{number}").exists():
         number += 1
     return root / f"version_{number}"
+
+
+def _discard(folder: Path) -> None:
+    """Remove the folder of a run that failed before it had anything to keep, and its parent if that is empty then."""
+    kept = any(file.name == "metrics.csv" or file.suffix == ".ckpt" for file in folder.rglob("*"))
+    if folder.is_dir() and not kept:
+        shutil.rmtree(folder)
+        with suppress(OSError):
+            folder.parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lit_dpo.models import LoRA, export, load_model, load_tokenizer, new_folder
+from lit_dpo.models import LoRA, export, load_model, load_tokenizer, refuse_existing
 
 _PREFIX = "policy."
 
@@ -29,7 +29,7 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
         ValueError: It is no checkpoint of this package.
         FileExistsError: `output_dir` holds something already.
     """
-    new_folder(output_dir)
+    refuse_existing(Path(output_dir))
     content = _read(Path(checkpoint))
     options = content["hyper_parameters"]
     tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
@@ -48,8 +48,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No checkpoint `{path}`: {hint}.")
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"`{path}` does not load as a checkpoint: {str(error).splitlines()[0]}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = [*str(error).splitlines(), type(error).__name__][0]
+        raise ValueError(f"`{path}` does not load as a checkpoint: {reason}") from error
     if not {"state_dict", "hyper_parameters"} <= set(content) or "model" not in content["hyper_parameters"]:
         raise ValueError(f"`{path}` is no checkpoint of a `PreferenceModule`; give one written by `lit-dpo fit`.")
     return content

@@ -202,10 +202,15 @@ def new_folder(folder: str | Path) -> Path:
         FileExistsError: Something is there already.
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
+    refuse_existing(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise FileExistsError if something is there that is no empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
 
 
 def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -107,7 +107,8 @@ class PreferenceModule(LightningModule):
             self.reference.build(base, self.tokenizer, self.dtype_name)
         policy: nn.Module = base if self.adapter is None else self.adapter.attach(base, self.init_seed)
         if self.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            older = base.gradient_checkpointing_enable  # the one name in transformers 5.17, deprecated in 5.23
+            getattr(base, "activation_checkpointing_enable", older)({"use_reentrant": False})
         if self.reference is not None:
             self.reference.check(policy)
         if self.device_mesh is not None:

@@ -80,6 +80,7 @@ def completion_sums(
     states = [last.flatten(0, 1)[sources]]  # (completion tokens, width)
     for layer in layers:
         state = between[int(layer)].flatten(0, 1)[sources]
+        assert parts.norm is not None  # `_captured` has checked
         states.append(_frozen(parts.norm, state) if detach_head else parts.norm(state))
     return tuple(_head_sums(parts, states, batch, detach_head))
 
@@ -92,14 +93,14 @@ class DecoderParts:
         model: The causal language model itself, adapters' wrapper taken off.
         decoder: Token ids to final hidden states.
         blocks: The decoder blocks in order.
-        norm: The norm behind the last block.
+        norm: The norm behind the last block; ``None`` if it was not found, and then only the last layer can be scored.
         head: Hidden states to logits.
     """
 
     model: PreTrainedModel
     decoder: nn.Module
     blocks: nn.ModuleList
-    norm: nn.Module
+    norm: nn.Module | None
     head: nn.Linear
 
 
@@ -120,10 +121,10 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
         )
     depth = base.config.get_text_config().num_hidden_layers
     blocks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    norms = [getattr(decoder, name) for name in _NORM_NAMES if hasattr(decoder, name)]
-    if not blocks or not norms:
-        raise ValueError(f"No {'decoder blocks' if not blocks else 'final norm'} found in {type(decoder).__name__}.")
-    return DecoderParts(base, decoder, blocks[0], norms[0], head)
+    if not blocks:
+        raise ValueError(f"No list of {depth} decoder blocks found in {type(decoder).__name__}; use another model.")
+    norm = next((getattr(decoder, name) for name in _NORM_NAMES if hasattr(decoder, name)), None)
+    return DecoderParts(base, decoder, blocks[0], norm, head)
 
 
 def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:
@@ -189,19 +190,25 @@ def _difference(model: nn.Module, batch: PairBatch, layout: Layout) -> str | Non
         ids, mask, sources = batch.padded(_pad_id(parts))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         logps = logits.flatten(0, 1)[sources].double().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        expected = _pair_logps(sum_by_completion(logps, batch.completion_lengths), batch)
-        got = score(model, batch, layout=layout)
-    except (NotImplementedError, TypeError) as error:
-        return str(error)
+        expected = sum_by_completion(logps, batch.completion_lengths)
+        got = _interleaved(score(model, batch, layout=layout))
+    except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
+        if layout != "flat":
+            raise
+        return f"its decoder does not take the flat line ({str(error).strip().splitlines()[0]})"
     finally:
         for module, training in modes:
             module.training = training
-    compared = ((got.chosen, expected.chosen), (got.rejected, expected.rejected))
-    gap = max(float((ours - own).abs().max()) for ours, own in compared)
+    gap = float((got - expected).abs().max())
     limit = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.5
     if gap <= limit:
         return None
     return f"its log-probs in the {layout} layout differ from its own logits by {gap:.3g} nats (limit {limit})"
+
+
+def _interleaved(logps: PairLogps) -> Tensor:
+    """Chosen 0, rejected 0, chosen 1, ..., shape (2B,): the inverse of `_pair_logps`."""
+    return torch.stack([logps.chosen, logps.rejected], 1).flatten()
 
 
 def _flat_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
@@ -249,6 +256,10 @@ def _captured(parts: DecoderParts, layers: Sequence[int | float]) -> Iterator[di
 
         return hook
 
+    if layers and parts.norm is None:
+        raise ValueError(
+            f"{type(parts.model).__name__} has no final norm under a known name: score its last layer only."
+        )
     for layer in layers:
         if not 1 <= layer <= len(parts.blocks) or layer != int(layer):
             raise ValueError(f"There is no block {layer}: the decoder has {len(parts.blocks)} blocks, counted from 1.")

@@ -47,7 +47,7 @@ class RewardEarlyStopping(EarlyStopping):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint with the best validation reward accuracy, and the last one.
+    """Keep the checkpoint with the best validation reward accuracy, and the last validation's as ``last.ckpt``.
 
     Args:
         monitor: Metric to rank checkpoints by.
@@ -76,8 +76,16 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless every pair is a tie: nothing has been learned then."""
-        if not all_ties(trainer):
-            super().on_validation_end(trainer, pl_module)
+        if all_ties(trainer):
+            return
+        super().on_validation_end(trainer, pl_module)
+        if not self._should_skip_saving_checkpoint(trainer):  # it was not among the best; Lightning saves no last then
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See that there is a last checkpoint; a dry run has none (Lightning 2.6 would write it)."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            super().on_train_end(trainer, pl_module)
 
 
 def all_ties(trainer: Trainer) -> bool:

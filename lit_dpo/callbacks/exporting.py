@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.export import export_checkpoint
-from lit_dpo.models import export
+from lit_dpo.models import export, refuse_existing
 from lit_dpo.module import PreferenceModule
 
 
@@ -23,21 +25,29 @@ class ExportModel(Callback):
     def __init__(self, folder: str = "export", merge: bool = True) -> None:
         self.folder, self.merge = folder, merge
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find a folder that is in the way now, and not after training."""
+        if stage == "fit":
+            refuse_existing(self._target(trainer))
+
+    def _target(self, trainer: Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir, self.folder)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on the first process."""
         assert isinstance(pl_module, PreferenceModule)
-        target = f"{trainer.log_dir or trainer.default_root_dir}/{self.folder}"
+        target = self._target(trainer)
         if trainer.is_global_zero:
             write_policy(trainer, pl_module, target, self.merge)
         trainer.strategy.barrier("export")
         rank_zero_info(f"Exported the policy to {target}")
 
 
-def write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge: bool = True) -> None:
+def write_policy(trainer: Trainer, module: PreferenceModule, folder: str | Path, merge: bool = True) -> None:
     """Write the best policy of a finished fit to a folder; the last policy if no checkpoint was ranked."""
     best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if best:
-        export_checkpoint(best, folder, merge)
+        export_checkpoint(best, str(folder), merge)
     else:
         assert module.policy is not None
         export(module.policy, module.tokenizer, folder, merge)

@@ -226,6 +226,11 @@ class PreferenceDataModule(LightningDataModule):
     def _loader(
         self, name: str, rows: Tensor | None, batch_size: int, shuffle: bool = False, accumulate: int = 1
     ) -> DataLoader[PairBatch]:
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            raise ValueError(
+                "`overfit_batches` is not supported, because Lightning would replace the sampler that makes the "
+                "batches: give `train` a small file instead, or use `limit_train_batches`."
+            )
         dataset = self._sets[name]
         processes = self.trainer.distributed_sampler_kwargs if self.trainer else {}
         sampler = PairSampler(
