@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 import jsonargparse
 from jsonargparse import _typehints  # see _switching_forgets_options
+from jsonargparse._util import import_object
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -33,7 +35,7 @@ from lit_dpo.stepwise import fit_stepwise
 
 _EXPORT = "export"
 _PLUGGABLE = (PreferenceLoss, Reference, Partition)
-_USERS_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException)
+_USERS_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException, pickle.UnpicklingError)
 
 
 class Parser(LightningArgumentParser):
@@ -114,8 +116,8 @@ class PreferenceCLI(LightningCLI):
                 logger = self.trainer.logger
                 folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) and logger.name == "" else None
                 super()._run_subcommand(subcommand)
-        except _USERS_ERRORS:
-            if folder is not None and self.trainer.is_global_zero:
+        except Exception as error:
+            if folder is not None and self.trainer.is_global_zero and _users_fault(error):
                 _discard(folder)
             raise
 
@@ -138,6 +140,7 @@ _NO_NEWS = (
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
     ".*is_gradient_checkpointing. is deprecated.*",  # peft 0.21 on transformers 5.23
 )
+_MOVED = "The dirpath has changed from.*"  # of a checkpoint callback, which only training needs
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -147,15 +150,15 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command-line arguments, by default the process's own.
     """
     args = list(sys.argv[1:] if args is None else args)
-    for message in _NO_NEWS:
+    for message in (*_NO_NEWS, *(() if args[:1] == ["fit"] else (_MOVED,))):
         warnings.filterwarnings("ignore", message)
     try:
         if args[:1] == [_EXPORT]:
             jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
         else:
             PreferenceCLI(args)
-    except _USERS_ERRORS as error:
-        if os.environ.get("LIT_DPO_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LIT_DPO_TRACEBACK") or not _users_fault(error):
             raise
         text = _one_sentence(error)
         if "No supported gpu backend" in text or "CUDA" in text:
@@ -175,16 +178,27 @@ def _switching_forgets_options() -> Iterator[None]:
     original = getattr(_typehints, name)
 
     def forget(parser: Any, previous: Any, value: Any) -> None:
-        if previous and "init_args" in previous:
-            before, now = (_typehints.import_object(spec["class_path"]) for spec in (previous, value))
-            if before is not now:  # one class has several paths, as `lit_dpo.DPOLoss` and `lit_dpo.losses.DPOLoss`
-                previous["init_args"] = type(previous["init_args"])()
+        if previous and "init_args" in previous and not _same_class(previous["class_path"], value["class_path"]):
+            previous["init_args"] = type(previous["init_args"])()
 
     setattr(_typehints, name, forget)
     try:
         yield
     finally:
         setattr(_typehints, name, original)
+
+
+def _same_class(first: str | None, second: str | None) -> bool:
+    """Whether two import paths lead to one class, as `lit_dpo.DPOLoss` and `lit_dpo.losses.DPOLoss` do."""
+    if first is None or second is None or first == second:
+        return first == second
+    return bool(import_object(first) is import_object(second))
+
+
+def _users_fault(error: Exception) -> bool:
+    """Whether an error is about what the user gave, and so needs no traceback."""
+    wrong_weights = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
+    return wrong_weights or isinstance(error, _USERS_ERRORS)
 
 
 def _one_sentence(message: object) -> str:
@@ -194,6 +208,10 @@ def _one_sentence(message: object) -> str:
         return f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
     if refused := re.search(r"Option '([\w.]+)' is not accepted", text):
         return f"there is no option `{refused[1]}`: `--help` lists them, `--model.loss.help CLASS` those of a class"
+    if "loading state_dict" in text:
+        return "The checkpoint holds other weights than the model has: give the `model` and `adapter` it was made with."
+    if "Weights only load failed" in text:
+        return "What `ckpt_path` names does not load as a checkpoint: give a .ckpt file written by `lit-dpo fit`."
     if broken := re.search(r"Errors: - (`.*?\.) - ", text):  # the class itself says what is wrong
         return broken[1]
     return text

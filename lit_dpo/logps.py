@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TOKEN_TILE = 1024
 VOCAB_TILE = 4096
@@ -121,6 +122,7 @@ class _TiledHead(torch.autograd.Function):
         return target_logit - logsumexp
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, logsumexp = ctx.saved_tensors
         grad = grads[0]

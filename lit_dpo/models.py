@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -24,10 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lit_dpo.scoring import own_attention
-
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-Scalar = str | int | float | bool | None
+Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
 ModelDescription = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
 
 _CHATML = (
@@ -103,7 +103,7 @@ def load_model(
     if isinstance(source, str):
         try:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(_not_found("model", source, error)) from error
     else:
         config = _config(source, tokenizer)
@@ -178,7 +178,6 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | P
         FileExistsError: `folder` holds something already.
     """
     target = new_folder(folder)
-    own_attention(model)
     if hasattr(model, "peft_config") and merge:
         model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -221,6 +220,8 @@ def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase |
             values.setdefault(name, getattr(tokenizer, name))
     try:
         return AutoConfig.for_model(**values)
+    except StrictDataclassError as error:
+        raise ValueError(f"`model` describes no model: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"`model` names no usable `model_type`: {description.get('model_type')!r}. Give a hub name, a folder, "

@@ -187,10 +187,14 @@ class PreferenceModule(LightningModule):
         means.reset()
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Log the means since the last time, every ``log_every_n_steps`` optimizer steps, with one reduction."""
-        stepped = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        """After an optimizer step free the gradients; every ``log_every_n_steps`` steps log the means since then."""
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
+            return
+        # Lightning zeroes after the next forward pass; until then the gradients would stand beside its activations.
+        for optimizer in self.trainer.optimizers:
+            optimizer.zero_grad()
         interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
-        if stepped and self.trainer.global_step % interval == 0:
+        if self.trainer.global_step % interval == 0:
             self._log_means("train")
             now = time.perf_counter()
             speed = self._tokens * self.trainer.world_size / (now - self._since)

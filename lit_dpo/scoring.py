@@ -114,6 +114,7 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise ValueError(f"`model` must be a transformers causal language model, got {type(base).__name__}.")
     decoder, head = base.get_decoder(), base.get_output_embeddings()
+    decoder = base.model if decoder is base else decoder  # Llama 4 finds none and returns itself
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"The output head of {type(base).__name__} is a {type(head).__name__}, not a linear layer. "
@@ -231,7 +232,7 @@ def _padded_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any
 
 
 def _pad_id(parts: DecoderParts) -> int:
-    pad = parts.model.config.get_text_config().pad_token_id
+    pad = getattr(parts.model.config.get_text_config(), "pad_token_id", None)
     return pad if isinstance(pad, int) and pad >= 0 else 0  # masked, so any id will do
 
 
@@ -240,7 +241,8 @@ def _use_attention(model: PreTrainedModel, name: str | None) -> None:
     current: str = model.config._attn_implementation
     if current != PAIR_ATTENTION:
         object.__setattr__(model, "_attention_before_lit_dpo", current)
-    wanted = name or str(model._attention_before_lit_dpo)
+    usual = "sdpa" if model._supports_sdpa else "eager"  # of a model made from the config of one in use
+    wanted = name or str(getattr(model, "_attention_before_lit_dpo", usual))
     if wanted != current:
         model.set_attn_implementation(wanted)
 
@@ -319,11 +321,11 @@ def _attention(
         more = kwargs if softcap is None else {**kwargs, "softcap": softcap}
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
         return out, None
-    extra = [name for name, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point()]
+    extra = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name != "position_ids"]
     if extra or kwargs.get("is_causal") is False:
         raise NotImplementedError(f"its attention uses {', '.join(extra) or 'a non-causal mask'}")
     out = pair_attention(query, key, value, pair_shape, scaling, softcap, dropout)
-    return out.transpose(1, 2), None  # (1, tokens, heads, width)
+    return out.transpose(1, 2).contiguous(), None  # (1, tokens, heads, width)
 
 
 AttentionInterface.register(PAIR_ATTENTION, _attention)

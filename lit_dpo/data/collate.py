@@ -128,13 +128,15 @@ class PairSampler(DistributedSampler[BatchPlan]):
         return [chunk.tolist() for chunk in rows.split(size)] if len(rows) else []
 
     def _share(self, step: list[int]) -> Iterator[BatchPlan]:
-        """This process's batches of one optimizer step."""
+        """This process's batches of one optimizer step: equally many pairs and nearly equally many tokens in each."""
         batches = -(-len(step) // (self.batch_size * self.num_replicas))
         slots = batches * self.num_replicas
         size = -(-len(step) // slots)
         weight = size * self.accumulate * self.num_replicas / len(step)
-        filled = step + [step[-1]] * (slots * size - len(step))
-        weights = [weight] * len(step) + [0.0] * (len(filled) - len(step))
+        rows = step + [step[-1]] * (slots * size - len(step))  # fillers at the end
+        weights = [weight] * len(step) + [0.0] * (len(rows) - len(step))
         for slot in range(self.rank, slots, self.num_replicas):
-            part = slice(slot * size, (slot + 1) * size)
-            yield BatchPlan(filled[part], None if set(weights[part]) == {1.0} else weights[part])
+            # Long pairs come first, so dealing to and fro, like cards, balances the tokens.
+            places = [turn * slots + (slots - 1 - slot if turn % 2 else slot) for turn in range(size)]
+            mine = [weights[place] for place in places]
+            yield BatchPlan([rows[place] for place in places], None if set(mine) == {1.0} else mine)

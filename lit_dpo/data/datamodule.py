@@ -212,9 +212,9 @@ class PreferenceDataModule(LightningDataModule):
         rows: dict[str, Tensor | None] = {}
         if stage == "fit":
             rows["train"] = self.training_rows()
-        if stage in ("fit", "validate"):
+        if stage == "validate" or (stage == "fit" and self.trainer and self.trainer.limit_val_batches != 0):
             rows["validation"] = self._validation_rows
-        else:
+        elif stage != "fit":
             names = ("predict", "test", "validation") if stage == "predict" else ("test", "validation")
             name = next(name for name in names if name in self._sets)
             rows[name] = self._validation_rows if name == "validation" else None

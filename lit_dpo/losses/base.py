@@ -63,7 +63,7 @@ class PreferenceLoss(ABC):
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
     """``r_w`` and ``r_l``: policy minus reference log-probs of chosen and rejected, each of shape ``(batch,)``."""
-    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    return policy.chosen - reference.chosen.detach(), policy.rejected - reference.rejected.detach()
 
 
 def implicit_rewards(policy: PairLogps, reference: PairLogps, beta: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,258 @@
+"""The contestants of the throughput benchmark, and lit_dpo's side of it.
+
+Each contestant trains in a process of its own through its library's public interface. Both sides get the same folder:
+``model`` (weights and tokenizer), and ``rows_<order>.jsonl`` with the same pairs in the order of training; batches are
+consecutive rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from common import Record, StepClock, now
+from flops import Work
+
+Order = Literal["shuffled", "sorted"]
+Split = Literal["shuffled", "sorted", "validation"]
+Triple = tuple[list[int], list[int], list[int]]
+CHECKED_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Run:
+    """One contestant.
+
+    Args:
+        side: Which library trains.
+        order: ``shuffled`` as one trains, or ``sorted`` by length so that a batch holds pairs of one length.
+        why: What it stands for, as the report shows it.
+        cached: Reference log-probs once before training, instead of a reference model in each step.
+        checkpointing: Activations recomputed in the backward pass.
+        completion_head: Force TRL's completion-only head on a CPU.
+        layers: Intermediate layers of `IntermediateLoss`; 0 is plain DPO.
+    """
+
+    side: Literal["trl", "lit_dpo"]
+    order: Order
+    why: str
+    cached: bool = False
+    checkpointing: bool = False
+    completion_head: bool = False
+    layers: int = 0
+
+
+RUNS = {
+    "trl_default": Run("trl", "shuffled", "TRL's defaults", checkpointing=True),
+    "trl_best": Run("trl", "sorted", "references precomputed, no checkpointing, pairs sorted by length", cached=True),
+    "trl_best_head": Run(
+        "trl", "sorted", "the same, its CUDA-only completion head forced", cached=True, completion_head=True
+    ),
+    "lit_dpo": Run("lit_dpo", "shuffled", "flat, prompt shared, references cached", cached=True),
+    "lit_dpo_live": Run("lit_dpo", "shuffled", "flat, prompt shared, reference model in each step"),
+    "lit_dpo_sorted": Run("lit_dpo", "sorted", "as lit_dpo_live, pairs sorted by length"),
+    "intermediate_0": Run("lit_dpo", "shuffled", "plain DPO", cached=True),
+    "intermediate_1": Run("lit_dpo", "shuffled", "IntermediateLoss at 1 layer", cached=True, layers=1),
+    "intermediate_3": Run("lit_dpo", "shuffled", "IntermediateLoss at 3 layers", cached=True, layers=3),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all contestants share; written to ``settings.json`` beside the model.
+
+    Args:
+        folder: Where model, tokenizer and rows lie.
+        dtype: Of the weights.
+        device: ``cpu`` or ``cuda``.
+        batch: Pairs a step.
+        warmup: Steps that are not timed.
+        steps: All steps; rows hold ``steps * batch`` pairs.
+        max_length: Tokens of prompt and one completion together, completions cut at the end.
+        threads: Of one process.
+        lr: Learning rate, constant.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        weight_decay: Of AdamW.
+        beta: Of the DPO loss.
+    """
+
+    folder: str
+    dtype: Literal["float32", "bfloat16", "float64"]
+    device: str
+    batch: int
+    warmup: int
+    steps: int
+    max_length: int
+    threads: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    beta: float = 0.1
+
+    @property
+    def model(self) -> str:
+        """Folder of weights and tokenizer."""
+        return str(Path(self.folder) / "model")
+
+    def rows(self, order: Split) -> Path:
+        """The pairs in an order, or one pair for validation."""
+        return Path(self.folder) / f"rows_{order}.jsonl"
+
+
+def train(name: str, settings: Settings, steps: int | None = None) -> Record:
+    """Train as contestant `name`, and return what was measured and what proves that the work was the same."""
+    torch.set_num_threads(settings.threads)
+    run = RUNS[name]
+    if run.side == "trl":
+        from trl_worker import train_trl  # here, since the opponent is no dependency
+
+        record = train_trl(run, settings, steps or settings.steps)
+    else:
+        record = _lit_dpo(run, settings, steps or settings.steps)
+    return {"run": name, "order": run.order, "why": run.why} | record
+
+
+def identity(batches: list[list[Triple]]) -> Record:
+    """Hashes of the token ids: of every pair whatever the order, and of the batches as they are trained on."""
+    pairs = sorted(_digest(pair) for batch in batches for pair in batch)
+    return {"pairs_digest": _digest(pairs), "batches_digest": _digest([[list(p) for p in b] for b in batches])}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
+
+
+# -- lit_dpo ----------------------------------------------------------------------------------------------------------
+
+
+def _lit_dpo(run: Run, settings: Settings, steps: int) -> Record:
+    import lightning as L
+    from torch.utils.data import DataLoader
+
+    from lit_dpo import DPOLoss, IntermediateLoss, PairBatch, PreferenceDataModule, PreferenceLoss, PreferenceModule
+    from lit_dpo.data.collate import BatchPlan
+
+    class FixedOrder(PreferenceDataModule):
+        """The rows of the file as they stand, `batch_size` at a time."""
+
+        def train_dataloader(self) -> DataLoader[PairBatch]:
+            dataset = super().train_dataloader().dataset
+            size = self.batch_size
+            plans = [BatchPlan(list(range(i, i + size))) for i in range(0, len(dataset), size)]  # type: ignore[arg-type]
+            return DataLoader(dataset, batch_size=None, sampler=plans)
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if len(losses) < CHECKED_STEPS:
+                losses.append(float(outputs["loss"]))
+            clock.step()
+
+    losses: list[float] = []
+    clock = StepClock(settings.warmup, settings.device)
+    loss: PreferenceLoss = DPOLoss(beta=settings.beta)
+    if run.layers:
+        depths = tuple(i / (run.layers + 1) for i in range(1, run.layers + 1))
+        loss = IntermediateLoss(base=loss, layers=depths)
+    reference = _reference(run.cached, settings)
+    scoring = _timed(reference, "prepare", settings.device) if run.cached else [(0.0, 0.0)]
+    module = PreferenceModule(
+        model=settings.model,
+        loss=loss,
+        reference=reference,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, **adamw(settings)),
+        lr_scheduler=None,
+        dtype=settings.dtype,
+    )
+    data = FixedOrder(
+        train=str(settings.rows(run.order)),
+        validation=str(settings.rows("validation")),  # the shortest pair: no validation runs, but one is read
+        batch_size=settings.batch,
+        eval_batch_size=settings.batch,
+        max_length=settings.max_length,
+    )
+    trainer = L.Trainer(
+        max_steps=steps,
+        accelerator="cpu" if settings.device == "cpu" else "gpu",
+        devices=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,  # as TRL's default
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Watch()],
+    )
+    trainer.fit(module, data)
+    batches = list(data.train_dataloader())
+    timed = batches[settings.warmup : steps]
+    return {
+        "losses": losses,
+        **clock.record(),
+        **reference_record(scoring, len(batches) * settings.batch),
+        **identity([_flat_triples(batch) for batch in batches]),
+        "reference": type(reference).__name__,
+        "timed_pairs": len(timed) * settings.batch,
+        "computed_tokens": sum(batch.input_ids.numel() for batch in timed),
+        "real_tokens": sum(2 * p + c + r for batch in timed for p, c, r in batch.shape),
+        "completion_tokens": sum(Work.flat(batch.shape).head_tokens for batch in timed),
+        "attended": sum(Work.flat(batch.shape).attended for batch in timed),
+    }
+
+
+def _reference(cached: bool, settings: Settings) -> Any:
+    """A reference model, or a cache in an empty folder: a filled one would cost nothing."""
+    from lit_dpo import CachedReference, FrozenReference
+
+    return CachedReference(folder=tempfile.mkdtemp(dir=settings.folder)) if cached else FrozenReference()
+
+
+def _timed(owner: Any, method: str, device: str) -> list[tuple[float, float]]:
+    """Have every call of a method of one object add its wall and CPU seconds to the returned list."""
+    spent: list[tuple[float, float]] = []
+    original = getattr(owner, method)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        before = now(device)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            after = now(device)
+            spent.append((after[0] - before[0], after[1] - before[1]))
+
+    setattr(owner, method, timed)
+    return spent
+
+
+def _flat_triples(batch: Any) -> list[Triple]:
+    parts = batch.input_ids.split([size for pair in batch.shape for size in pair])
+    lists = [part.tolist() for part in parts]
+    return [(lists[i], lists[i + 1], lists[i + 2]) for i in range(0, len(lists), 3)]
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def adamw(settings: Settings) -> dict[str, Any]:
+    """Options of `torch.optim.AdamW`."""
+    return {
+        "lr": settings.lr,
+        "betas": settings.betas,
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "fused": True,
+    }
+
+
+def reference_record(spent: Iterable[tuple[float, float]], pairs: int) -> Record:
+    """Seconds of the reference pass, and the pairs that it scored."""
+    wall, cpu = (sum(values) for values in zip(*spent, strict=True))
+    return {"reference_wall_s": wall, "reference_cpu_s": cpu, "reference_pairs": pairs}

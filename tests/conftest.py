@@ -1,0 +1,30 @@
+"""What every test runs under: no network, one thread, the same hypothesis examples each time."""
+
+import os
+import socket
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which only test modules do
+torch.set_num_threads(1)  # the tensors are tiny, and waiting threads cost more than they bring
+settings.register_profile("lit_dpo", max_examples=500, derandomize=True, deadline=None, database=None)
+settings.load_profile("lit_dpo")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """Fail a test that connects to anything but this machine."""
+
+    def guarded(real):
+        def connect(sock, address):
+            local = sock.family == socket.AF_UNIX or str(address[0]) in ("127.0.0.1", "::1", "localhost")
+            if not local:
+                pytest.fail(f"a test tried to connect to {address}")
+            return real(sock, address)
+
+        return connect
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))

@@ -1,0 +1,220 @@
+"""The data module: files to loaders, what is held out, and what it says when it cannot."""
+
+import pytest
+import torch
+
+from lit_dpo import BySource, PreferenceDataModule, RandomSplit
+from lit_dpo.models import quickstart_tokenizer
+from tests import runs
+
+pytestmark = runs.QUIET
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return quickstart_tokenizer()
+
+
+@pytest.fixture
+def make(tokenizer):
+    def make(train, stage="fit", **options):
+        module = runs.data(train, tokenizer=tokenizer, **options)
+        module.setup(stage)
+        return module
+
+    return make
+
+
+def drawn(loader):
+    """Row numbers that a loader brings, sorted."""
+    return sorted(row for batch in loader for row in batch.row_ids.tolist())
+
+
+def places(data, loader, name):
+    return {data._sets[name].origins[row] for row in drawn(loader)}
+
+
+def test_each_row_is_trained_on_or_held_out(make, tmp_path):
+    data = make(runs.pairs_file(tmp_path, 30), validation_fraction=0.2)
+    train, held_out = drawn(data.train_dataloader()), drawn(data.val_dataloader())
+    assert len(held_out) == 6
+    assert sorted(train + held_out) == list(range(30))
+
+
+def test_the_draw_depends_on_the_seed_alone(make, tmp_path):
+    path = runs.pairs_file(tmp_path, 30)
+    held_out = [drawn(make(path, seed=seed).val_dataloader()) for seed in (0, 0, 1)]
+    assert held_out[0] == held_out[1] != held_out[2]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_prompt_stands_on_both_sides(make, tmp_path, seed):
+    data = make(runs.pairs_file(tmp_path, 40, prompts=6), validation_fraction=0.3, seed=seed)
+
+    def prompts(loader):
+        pairs = data._sets["train"]
+        return {tuple(pairs.pair(row)[0]) for row in drawn(loader)}
+
+    train, held_out = prompts(data.train_dataloader()), prompts(data.val_dataloader())
+    assert not train & held_out
+    assert (len(train), len(held_out)) == (4, 2)
+
+
+@pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.99, 3)])
+def test_neither_side_is_ever_empty(make, tmp_path, fraction, held_out):
+    data = make(runs.pairs_file(tmp_path, 4), validation_fraction=fraction)
+    assert len(drawn(data.val_dataloader())) == held_out
+
+
+def test_one_prompt_cannot_be_held_out(make, tmp_path):
+    with pytest.raises(ValueError, match="All pairs share one prompt.*give `validation` a source of its own"):
+        make(runs.pairs_file(tmp_path, prompts=1))
+
+
+def test_several_sources_come_in_order(make, tmp_path):
+    first = runs.pairs_file(tmp_path, 5, "first.jsonl")
+    second = runs.pairs_file(tmp_path, 4, "second.jsonl", start=100)
+    data = make([second, first], validation=first, partition=BySource())
+    assert data._sets["train"].sources == ["second"] * 4 + ["first"] * 5
+    assert [part.tolist() for part in data.split()] == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    data.use_part(1)
+    assert drawn(data.train_dataloader()) == [4, 5, 6, 7, 8]
+    assert drawn(data.pool_dataloader()) == list(range(9))
+
+
+def test_a_validation_source_leaves_all_pairs_for_training(make, tmp_path):
+    train = runs.pairs_file(tmp_path, 7, "train.jsonl")
+    validation = runs.pairs_file(tmp_path, 3, "validation.jsonl", start=50)
+    data = make(train, validation=validation)
+    assert drawn(data.train_dataloader()) == list(range(7))
+    assert places(data, data.val_dataloader(), "validation") == {f"{validation}:{n}" for n in (1, 2, 3)}
+
+
+def test_a_partition_never_touches_what_is_held_out(make, tmp_path):
+    data = make(runs.pairs_file(tmp_path, 30), partition=RandomSplit(3))
+    parts = [row for part in data.split() for row in part.tolist()]
+    assert sorted(parts + drawn(data.val_dataloader())) == list(range(30))
+
+
+def test_several_parts_need_the_driver(make, tmp_path):
+    data = make(runs.pairs_file(tmp_path), partition=RandomSplit(2))
+    with pytest.raises(ValueError, match="`RandomSplit` trains in several steps: call `fit_stepwise`, or use `OneShot`"):
+        data.train_dataloader()
+
+
+def test_test_and_predict_take_the_next_best_data(make, tmp_path):
+    files = {
+        name: runs.pairs_file(tmp_path, count, f"{name}.jsonl", start=10 * count)
+        for name, count in (("train", 9), ("test", 4), ("predict", 3))
+    }
+
+    def counts(stage, **options):
+        data = make(files["train"], stage, **options)
+        loader = data.test_dataloader() if stage == "test" else data.predict_dataloader()
+        rows = drawn(loader)
+        return len(rows), data.origin(rows[:1])[0].split("/")[-1].split(".")[0]
+
+    assert counts("test") == (1, "train")
+    assert counts("predict") == (1, "train")
+    assert counts("test", test=files["test"]) == (4, "test")
+    assert counts("predict", test=files["test"]) == (4, "test")
+    assert counts("predict", test=files["test"], predict=files["predict"]) == (3, "predict")
+    assert counts("predict", predict=files["predict"]) == (3, "predict")
+    assert counts("test", predict=files["predict"]) == (1, "train")
+    assert counts("test", validation=files["test"]) == (4, "test")
+
+
+@pytest.mark.parametrize("stage", ["predict", "test", "validate"])
+def test_held_out_data_are_read_without_the_training_data(make, tmp_path, stage):
+    data = make("no/such/file.jsonl", stage, validation=runs.pairs_file(tmp_path, 3))
+    for loader in (data.predict_dataloader, data.test_dataloader, data.val_dataloader):
+        assert drawn(loader()) == [0, 1, 2]
+    with pytest.raises(FileNotFoundError):
+        data.setup("fit")
+
+
+def test_bad_rows_stop_or_are_skipped(make, tmp_path, caplog):
+    rows = runs.rows(6)
+    del rows[2]["chosen"]
+    rows[3]["chosen"] = ""
+    path = runs.write(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:3"):
+        make(path)
+    with caplog.at_level("INFO"):
+        data = make(path, on_bad_row="skip")
+    assert len(data._sets["train"]) == 4
+    assert "6 rows read, 4 kept, 2 skipped" in caplog.text
+    assert "bad.jsonl:4" in caplog.text
+
+
+def test_columns_of_another_name(make, tmp_path):
+    rows = [{"question": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in runs.rows(5)]
+    path = runs.write(tmp_path / "named.jsonl", rows)
+    data = make(path, columns={"prompt": "question", "chosen": "good", "rejected": "bad"})
+    assert len(data._sets["train"]) == 5
+    with pytest.raises(ValueError, match=r"named\.jsonl:1"):
+        make(path)
+
+
+def test_no_rows_are_an_error(make, tmp_path):
+    with pytest.raises(ValueError, match=r"No row to train on in .*empty\.jsonl"):
+        make(runs.write(tmp_path / "empty.jsonl", []))
+
+
+def test_long_prompts_are_refused_or_cut(make, tmp_path):
+    path = runs.pairs_file(tmp_path)
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1, column `prompt`.*`truncation: keep_end`"):
+        make(path, max_length=8)
+    data = make(path, validation=path, max_length=8, truncation="keep_end")
+    assert int(data._sets["train"].lengths[:, :2].sum(1).max()) == 8
+
+
+def test_no_tokenizer_is_an_error():
+    with pytest.raises(ValueError, match="No tokenizer: train with a `PreferenceModule`, or give"):
+        PreferenceDataModule().setup("fit")
+
+
+def test_files_are_read_once(make, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    data = make(runs.pairs_file(tmp_path, 6))
+    path.unlink()
+    data.setup("fit")
+    data.setup("validate")
+    assert len(drawn(data.train_dataloader())) == 5
+
+
+def test_every_epoch_of_a_trainer_has_its_own_order(tmp_path):
+    """With worker processes that stay, too, which fetch ahead."""
+    for workers in (0, 2):
+        module, seen = runs.module(), []
+
+        def note(batch, batch_idx, module=module, seen=seen):
+            seen.append((module.current_epoch, tuple(batch.row_ids.tolist())))
+            return type(module).training_step(module, batch, batch_idx)
+
+        module.training_step = note
+        data = runs.data(runs.pairs_file(tmp_path), batch_size=4, num_workers=workers)
+        runs.fit(module, data, max_epochs=3, limit_val_batches=0)
+        epochs = [[rows for at, rows in seen if at == epoch] for epoch in range(3)]
+        assert len({str(epoch) for epoch in epochs}) == 3
+        assert len({str(sorted(row for rows in epoch for row in set(rows))) for epoch in epochs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"eval_batch_size": -1}, "`eval_batch_size` must be at least 1, got -1"),
+        ({"validation_fraction": 0.0}, r"`validation_fraction` must be between 0 and 1, got 0\.0"),
+        ({"validation_fraction": 1.0}, "`validation_fraction` must be between 0 and 1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        PreferenceDataModule(**options)
+
+
+def test_evaluation_batches_are_twice_as_large_by_default(make, tmp_path):
+    data = make(runs.pairs_file(tmp_path, 24), batch_size=2, validation_fraction=0.5)
+    assert [len(batch) for batch in data.val_dataloader()] == [4, 4, 4]
+    assert torch.is_tensor(next(iter(data.train_dataloader())).input_ids)

@@ -1,0 +1,88 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_dpo import DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, SFTLoss, WeightedLoss
+from tests.losses.values import logps, nats, random_logps
+
+
+def test_by_hand():
+    # DPO: r_w = 10, r_l = -10, 0.1 * 20 = 2, 0.1269280. SFT: 10 nats over 5 tokens, 2. 1 * 0.1269280 + 0.5 * 2.
+    policy, reference = logps(-10.0, -30.0, 5, 5), logps(-20.0, -20.0, 5, 5)
+    loss = WeightedLoss(losses=(DPOLoss(beta=0.1), SFTLoss()), weights=(1.0, 0.5))
+    assert loss(policy, reference).item() == pytest.approx(1.1269280110, abs=1e-10)
+    parts = loss.parts(policy, reference)
+    assert list(parts) == ["dpo", "sft"]
+    assert [v.item() for v in parts.values()] == pytest.approx([0.1269280110, 2.0], abs=1e-10)
+
+
+def test_weights_default_to_one():
+    loss = WeightedLoss(losses=(DPOLoss(), IPOLoss(), SFTLoss()))
+    assert loss.weights == (1.0, 1.0, 1.0)
+    policy, reference = random_logps(0), random_logps(1)
+    total = [sum(values) for values in zip(*(part(policy, reference).tolist() for part in loss.losses), strict=True)]
+    assert loss(policy, reference).tolist() == pytest.approx(total, rel=1e-14)
+
+
+@given(values=st.tuples(nats, nats, nats, nats), weights=st.tuples(st.floats(0, 10), st.floats(0, 10)))
+def test_is_linear_in_the_weights(values, weights):
+    policy, reference = logps(*values[:2]), logps(*values[2:])
+    loss = WeightedLoss(losses=(DPOLoss(), IPOLoss()), weights=weights)
+    expected = weights[0] * DPOLoss()(policy, reference) + weights[1] * IPOLoss()(policy, reference)
+    assert torch.allclose(loss(policy, reference), expected, rtol=1e-12, atol=0)
+
+
+def test_one_part_of_weight_one_is_that_part():
+    policy, reference = random_logps(0), random_logps(1)
+    assert torch.equal(WeightedLoss(losses=(DPOLoss(),))(policy, reference), DPOLoss()(policy, reference))
+
+
+def test_lists_as_read_from_yaml_become_tuples():
+    assert WeightedLoss(losses=[DPOLoss()], weights=[2.0]) == WeightedLoss(losses=(DPOLoss(),), weights=(2.0,))
+
+
+def test_parts_of_one_class_are_numbered():
+    loss = WeightedLoss(losses=(DPOLoss(), SFTLoss(), DPOLoss(beta=0.5)))
+    assert list(loss.parts(random_logps(0), random_logps(1))) == ["dpo_0", "sft", "dpo_2"]
+
+
+def test_needs_a_reference_if_a_part_does():
+    assert WeightedLoss(losses=(SFTLoss(), DPOLoss())).needs_reference
+    assert not WeightedLoss(losses=(SFTLoss(),)).needs_reference
+
+
+def test_beta_is_that_of_the_first_part_with_a_reference():
+    assert WeightedLoss(losses=(SFTLoss(), DPOLoss(beta=0.4), IPOLoss(beta=0.2))).beta == 0.4
+    assert WeightedLoss(losses=(SFTLoss(),)).beta == 1.0
+
+
+def test_layers_are_those_of_the_parts_each_once_and_resolve_reaches_them():
+    parts = (
+        DPOLoss(),
+        IntermediateLoss(layers=(2, 0.5), detach_head=True),
+        IntermediateLoss(base=IPOLoss(), layers=(2,), detach_head=True),
+    )
+    loss = WeightedLoss(losses=parts, weights=(1.0, 2.0, 3.0))
+    assert loss.layers == (2, 0.5)
+    assert loss.detach_head
+    resolved = loss.resolve(blocks=6)
+    assert resolved.layers == (2, 3)
+    assert resolved.weights == (1.0, 2.0, 3.0)
+    policy, reference = random_logps(0, layers=(2, 3)), random_logps(1, layers=(2, 3))
+    expected = parts[0](policy, reference) + sum(
+        w * p.resolve(6)(policy, reference) for w, p in ((2.0, parts[1]), (3.0, parts[2]))
+    )
+    assert torch.allclose(resolved(policy, reference), expected, rtol=1e-14, atol=0)
+    assert not WeightedLoss(losses=(DPOLoss(), DPOPLoss())).detach_head
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match=r"^`losses` must be at least one loss, got \(\)\.$"):
+        WeightedLoss(losses=())
+    with pytest.raises(ValueError, match=r"^`weights` must be 2 numbers, one a loss, got \(1\.0,\)\.$"):
+        WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0,))
+    with pytest.raises(ValueError, match=r"^`weights` must be at least 0, got \(1\.0, -1\.0\)\.$"):
+        WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0, -1.0))
+    with pytest.raises(ValueError, match=r"^`losses` must be of one mind about `detach_head`"):
+        WeightedLoss(losses=(IntermediateLoss(), IntermediateLoss(layers=(1,), detach_head=True)))

@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from lit_dpo.attention import pair_attention
+from tests.oracles import dense_attention, sees
+
+SHAPES = {
+    "one pair": ((3, 2, 4),),
+    "shortest": ((1, 1, 1),),
+    "several": ((2, 1, 3), (1, 4, 1), (5, 2, 2)),
+}
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 1.5},
+    "both": {"scale": 0.7, "softcap": 1.5},
+}
+
+
+def made(shape, heads=4, key_heads=4, width=6, value_width=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, shape))
+    sizes = ((heads, width), (key_heads, width), (key_heads, value_width))
+    return [
+        (2 * torch.randn(1, h, tokens, w, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+        for h, w in sizes
+    ]
+
+
+def value_and_grads(function, inputs):
+    value = function(*inputs)
+    weights = torch.linspace(-1, 2, value.numel(), dtype=value.dtype).view_as(value)
+    return value, *torch.autograd.grad((weights * value).sum(), inputs)
+
+
+def test_the_rule_by_hand():
+    # P P C R: each sees itself and the prompt before it, and R does not see C.
+    assert sees(((2, 1, 1),)).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_equals_dense_attention_in_value_and_gradient(shape, options, key_heads):
+    inputs = made(shape, key_heads=key_heads)
+    fast = value_and_grads(lambda q, k, v: pair_attention(q, k, v, shape, **options), inputs)
+    slow = value_and_grads(lambda q, k, v: dense_attention(q, k, v, sees(shape), **options), inputs)
+    for ours, dense in zip(fast, slow, strict=True):
+        assert ours.shape == dense.shape
+        assert (ours - dense).abs().max() <= 1e-12
+
+
+def test_values_may_have_another_width():
+    shape = ((2, 3, 1), (1, 1, 2))
+    inputs = made(shape, key_heads=2, value_width=3)
+    out = pair_attention(*inputs, shape)
+    assert out.shape == (1, 4, 10, 3)
+    assert (out - dense_attention(*inputs, sees(shape))).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_half_precision_stays_half_and_close(softcap):
+    shape = SHAPES["several"]
+    inputs = made(shape, key_heads=2, dtype=torch.bfloat16)
+    out = pair_attention(*inputs, shape, softcap=softcap)
+    assert out.dtype == torch.bfloat16
+    exact = dense_attention(*(x.double() for x in inputs), sees(shape), softcap=softcap)
+    assert torch.allclose(out.double(), exact, rtol=2e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_dropout_drops_weights_and_keeps_their_mean(softcap):
+    shape = ((40, 20, 30),)
+    query, key, _ = (x.detach() for x in made(shape))
+    ones = torch.ones_like(key)  # without dropout every output is 1
+    assert torch.allclose(pair_attention(query, key, ones, shape, softcap=softcap), ones)
+    out = torch.stack([pair_attention(query, key, ones, shape, softcap=softcap, dropout=0.5) for _ in range(20)])
+    for segment in out.split(shape[0], 3):
+        assert segment.std() > 0.1
+        assert segment.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("changed", ["P", "C", "R"])
+def test_no_other_pair_and_no_other_branch_is_seen(changed):
+    """Change one segment of the middle pair; the outputs that change are those that may see it."""
+    shape = ((2, 2, 2), (3, 2, 4), (1, 2, 1))
+    inputs = [x.detach() for x in made(shape)]
+    before = pair_attention(*inputs, shape)
+    start = {"P": 6, "C": 9, "R": 11}[changed]
+    inputs[1][:, :, start], inputs[2][:, :, start] = 5.0, 5.0
+    after = pair_attention(*inputs, shape)
+    moved = (before != after).flatten(0, 1).any(-1).any(0)
+    assert torch.equal(moved, sees(shape)[:, start])

@@ -1,0 +1,207 @@
+"""The benchmarks run, refuse unequal work, and count operations as one does by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    words = ["red", "green", "blue", "one", "two", "three", "sea", "sky", "tree", "stone"]
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = []
+    for i in range(40):
+        text = [" ".join(words[(i * 7 + j * k) % 10] for j in range(2 + (i * k) % 9)) for k in (3, 5, 7)]
+        rows.append({"prompt": f"Say {i}: {text[0]}.", "chosen": f" {text[1]}.", "rejected": f" {text[2]}, not {i}."})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(script, data, out, *more):
+    sizes = "--shape tiny --hidden 32 --intermediate 48 --heads 2 --vocab 300 --batch 4 --pairs 12 --lr 3e-3"
+    command = [sys.executable, str(FOLDER / script), "--data", str(data), *sizes.split(), "--max-length", "64"]
+    done = subprocess.run([*command, "--out", str(out), *more], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_throughput_of_our_side(data, tmp_path):
+    said = run("throughput.py", data, tmp_path, "--rounds", "1", "--runs", "lit_dpo,lit_dpo_live")
+    cached, live = lines(tmp_path / "throughput.jsonl")
+    for record in (cached, live):
+        assert record["timed_pairs"] == 12
+        assert record["timed_steps"] == len(record["step_wall_s"]) == 3
+        assert record["train_wall_s"] > 0
+        assert record["train_cpu_s"] > 0
+        assert record["peak_bytes"] > 1e7
+        assert record["computed_tokens"] < record["real_tokens"]  # each prompt once
+        assert record["reference_pairs"] == 16  # the warm-up's too
+        assert len(record["losses"]) == 3
+        assert record["shape"]["vocab"] == 300
+        assert record["settings"]["batch"] == 4
+        assert {"command", "date", "hardware", "threads", "seed", "versions", "data"} <= set(record)
+        assert str(data) not in record["command"]
+    assert (cached["reference"], live["reference"]) == ("CachedReference", "FrozenReference")
+    assert cached["reference_cpu_s"] > 0
+    assert live["reference_cpu_s"] == 0
+    assert cached["batches_digest"] == live["batches_digest"]
+    assert "lit_dpo_live" in said
+    (report,) = tmp_path.glob("throughput_*.md")
+    assert "pairs/s, pass counted" in report.read_text()
+
+
+@pytest.mark.slow
+def test_throughput_beside_trl(data, tmp_path):
+    pytest.importorskip("trl")
+    run("throughput.py", data, tmp_path, "--rounds", "1")
+    records = {record["run"]: record for record in lines(tmp_path / "throughput.jsonl")}
+    assert list(records) == ["trl_default", "trl_best", "trl_best_head", "lit_dpo", "lit_dpo_live"]
+    assert all("error" not in record for record in records.values())
+    assert len({record["pairs_digest"] for record in records.values()}) == 1
+    assert records["trl_best"]["reference_cpu_s"] > 0
+    assert records["trl_best"]["computed_tokens"] < records["trl_default"]["computed_tokens"]
+    assert "lit_dpo / trl_best_head" in next(tmp_path.glob("throughput_*.md")).read_text()
+
+
+@pytest.mark.slow
+def test_cost_of_intermediate_layers(data, tmp_path):
+    run("intermediate_cost.py", data, tmp_path, "--rounds", "1", "--layers", "4")
+    assert [record["run"][-1] for record in lines(tmp_path / "intermediate_cost.jsonl")] == ["0", "1", "3"]
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = "--vocabs 512 4096 --lengths 64 --vocab 512 --length 32 --hidden 32 --layers 1 --batch 2"
+    command = [sys.executable, str(FOLDER / "memory.py"), *sizes.split(), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    records = lines(tmp_path / "memory.jsonl")
+    assert len(records) == 6
+    assert all(record["peak_bytes"] > record["weights_bytes"] for record in records)
+    small, big = (r["saved_bytes"] for r in records if r["way"] == "lit_dpo" and r["axis"] == "vocab")
+    assert small == big  # nothing kept for the backward pass knows the vocabulary
+    assert list(tmp_path.glob("memory_*.png"))
+
+
+@pytest.mark.slow
+def test_gpu_script_on_a_cpu(tmp_path):
+    sizes = "--device cpu --shape tiny --divide 16 --steps 6 --seconds 2 --pairs 2 --threads 1"
+    command = [sys.executable, str(FOLDER / "gpu.py"), *sizes.split(), "--parts", "exactness", "llama-3.2-1b"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True, capture_output=True)
+    exactness, speed = lines(tmp_path / "gpu.jsonl")
+    assert exactness["ok"]
+    assert [profile["profile"] for profile in speed["profiles"]] == ["ultrafeedback", "hh"]
+    assert isinstance(speed["profiles"][0]["lightning_s_per_pair"], float)
+
+
+@pytest.mark.usefixtures("benchmarks")
+class TestEqualWork:
+    def records(self, **changes):
+        shared = {"order": "shuffled", "pairs_digest": "a", "batches_digest": "b", "losses": [0.693147, 0.71, 0.68]}
+        return [{"run": "lit_dpo", **shared}, {"run": "trl_default", **shared, **changes}]
+
+    def test_equal_work_passes(self):
+        from contest import verify
+
+        verify(self.records(losses=[0.693147, 0.71009, 0.68]))
+        verify([*self.records(), {"run": "trl_best", "error": "killed"}])
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"pairs_digest": "c"}, "token ids of trl_default"),
+            ({"batches_digest": "c"}, "other pairs into a batch"),
+            ({"losses": [0.693147, 0.71011, 0.68]}, "First losses differ"),
+            ({"losses": [0.693147, 0.71, float("nan")]}, "First losses differ"),
+            ({"losses": []}, "First losses differ"),
+        ],
+    )
+    def test_unequal_work_is_refused(self, changes, reason):
+        from contest import UnequalError, verify
+
+        with pytest.raises(UnequalError, match=reason):
+            verify(self.records(**changes))
+
+    def test_losses_that_prove_nothing_are_refused(self):
+        from contest import UnequalError, verify
+
+        still = [0.693147, 0.693148, 0.693147]
+        with pytest.raises(UnequalError, match="hardly move"):
+            verify([record | {"losses": still} for record in self.records()])
+
+    def test_one_other_token_is_another_pair(self):
+        from workers import identity
+
+        pair, other = ([1, 2], [3], [4, 5]), ([1, 2], [3, 4], [5])
+        assert identity([[pair]]) != identity([[other]])
+        swapped, straight = identity([[pair], [other]]), identity([[other], [pair]])
+        assert swapped["pairs_digest"] == straight["pairs_digest"]
+        assert swapped["batches_digest"] != straight["batches_digest"]
+
+
+@pytest.mark.usefixtures("benchmarks")
+class TestCountedWork:
+    def test_hand_count(self):
+        """Hidden 4, feed-forward 6, one block of 2 heads and 1 key head of width 2, vocabulary 10; P C R = 3 2 1.
+
+        Block: q 16, o 16, k 8, v 8, three of 24 = 120 weights. Head 40. Tokens 6, positions at the head 3. Keys seen:
+        prompt and chosen 1 + 2 + 3 + 4 + 5 = 15, the one rejected token 3 + 1 = 4, together 19.
+        Forward: 2 * 120 * 6 = 1440, 2 * 40 * 3 = 240, scores and values 19 * 4 * 2 * 2 = 304.
+        """
+        from flops import FORWARD, TRAIN, TRAIN_LORA, TRAIN_TILED, ModelShape, Work, flops
+
+        shape = ModelShape(hidden=4, intermediate=6, layers=1, heads=2, kv_heads=1, vocab=10)
+        work = Work.flat([(3, 2, 1)])
+        assert (shape.body_params, shape.head_params, work) == (120, 40, (6, 3, 19))
+        assert flops(shape, work, FORWARD) == 1440 + 240 + 304
+        assert flops(shape, work, TRAIN) == 3 * 1984
+        assert flops(shape, work, TRAIN_TILED) == 3 * 1984 + 240
+        # Rank 1: a sum of inputs and outputs a layer, 8 + 6 + 6 + 8 + 10 + 10 + 10 = 58 weights.
+        assert flops(shape, work, TRAIN_LORA, rank=1) == 4 * 120 * 6 + 4 * 40 * 3 + 3 * 304 + 6 * 58 * 6
+
+    def test_padded_rows(self):
+        """Two pairs, longest sequence 5: four rows of 5 tokens, 15 keys seen in each."""
+        from flops import Work
+
+        assert Work.padded([(3, 2, 1), (1, 1, 1)]) == (20, 5, 60)
+        assert Work.padded([(3, 2, 1), (1, 1, 1)], head_everywhere=True).head_tokens == 20
+
+    def test_shapes_have_their_models_parameters(self):
+        """162 M for the M shape, and the published 1.24 and 8.03 thousand million, norms left out."""
+        from flops import SHAPES
+
+        def total(shape):
+            return shape.body_params + shape.head_params * (1 if shape.tied else 2)
+
+        assert total(SHAPES["M"]) == pytest.approx(162e6, rel=0.01)
+        assert total(SHAPES["llama-3.2-1b"]) == pytest.approx(1.236e9, rel=0.001)
+        assert total(SHAPES["qwen2.5-1.5b"]) == pytest.approx(1.544e9, rel=0.001)
+        assert total(SHAPES["llama-3.1-8b"]) == pytest.approx(8.03e9, rel=0.001)
+
+    def test_both_orders_time_the_same_pairs(self, tmp_path):
+        from contest import choose_rows
+        from workers import Settings
+
+        settings = Settings(str(tmp_path), "float32", "cpu", 4, warmup=1, steps=4, max_length=64, threads=1, lr=1e-4)
+        lengths = {row: (row * 37) % 101 for row in range(60)}
+        for within in ("file", "sample"):
+            rows = choose_rows(lengths, settings, within, seed=0)
+            assert set(rows["shuffled"][:4]) == set(rows["sorted"][:4])
+            assert set(rows["shuffled"][4:]) == set(rows["sorted"][4:])
+            assert len(set(rows["sorted"])) == 16
+            timed = [lengths[row] for row in rows["sorted"][4:]]
+            assert timed == sorted(timed)
