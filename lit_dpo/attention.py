@@ -7,6 +7,8 @@ the end. No mask over the whole line exists, no padding is computed, and the pro
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,15 +40,15 @@ def pair_attention(
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    sizes = [size for pair in shape for size in pair]
-    q, k, v = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
     out: list[Tensor] = []
-    for prompt in range(0, len(sizes), 3):
-        chosen, rejected = prompt + 1, prompt + 2
-        q_pc, k_pc, v_pc = (torch.cat([x[prompt], x[chosen]], 2) for x in (q, k, v))
-        k_pr, v_pr = (torch.cat([x[prompt], x[rejected]], 2) for x in (k, v))
-        out.append(_causal(q_pc, k_pc, v_pc, scale, softcap, dropout))
-        out.append(_causal(q[rejected], k_pr, v_pr, scale, softcap, dropout))
+    start = 0
+    for prompt, chosen, rejected in shape:
+        first = slice(start, start + prompt + chosen)  # prompt and chosen lie side by side: views, no copies
+        second = slice(first.stop, first.stop + rejected)
+        k_r, v_r = (torch.cat([x[:, :, start : start + prompt], x[:, :, second]], 2) for x in (key, value))
+        out.append(_causal(query[:, :, first], key[:, :, first], value[:, :, first], scale, softcap, dropout))
+        out.append(_causal(query[:, :, second], k_r, v_r, scale, softcap, dropout))
+        start = second.stop
     return torch.cat(out, 2)
 
 
@@ -57,10 +59,17 @@ def _causal(
     queries, keys = query.shape[2], key.shape[2]
     if softcap is None and queries == keys:
         return F.scaled_dot_product_attention(query, key, value, None, dropout, is_causal=True, scale=scale)
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+    mask = _hidden(queries, keys, query.dtype, query.device)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (softcap * (scores / softcap).tanh()).masked_fill(~mask, -torch.inf)
+    scores = softcap * (scores / softcap).tanh() + mask
     weights = scores.softmax(-1, torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, dropout) @ value
+
+
+@lru_cache(maxsize=64)  # every layer of a batch asks for the same few
+def _hidden(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Minus infinity where a query must not look, zero elsewhere, shape (queries, keys)."""
+    with torch.inference_mode(False):  # what validation makes must serve training too
+        return torch.full((queries, keys), -torch.inf, dtype=dtype, device=device).triu(keys - queries + 1)

@@ -91,3 +91,13 @@ def test_no_other_pair_and_no_other_branch_is_seen(changed):
     after = pair_attention(*inputs, shape)
     moved = (before != after).flatten(0, 1).any(-1).any(0)
     assert torch.equal(moved, sees(shape)[:, start])
+
+
+def test_a_mask_made_in_inference_mode_serves_training():
+    """Masks are kept between calls; Lightning validates in inference mode, whose tensors no graph may hold."""
+    shape = ((31, 7, 11),)
+    query, key, value = (torch.randn(1, 2, 49, 8, requires_grad=True) for _ in range(3))
+    with torch.inference_mode():
+        pair_attention(query, key, value, shape)
+    pair_attention(query, key, value, shape).sum().backward()
+    assert query.grad is not None
