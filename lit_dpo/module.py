@@ -183,7 +183,8 @@ class PreferenceModule(LightningModule):
         values = {f"{stage}/{name}": value for name, value in means.compute().items()}
         shown = {f"{stage}/{name}" for name in ("loss", "rewards/accuracies", "rewards/margins")}
         for name, value in values.items():
-            self.log(name, value, prog_bar=name in shown, batch_size=1)
+            # The means are of all processes already; `sync_dist` only tells Lightning not to warn that they are not.
+            self.log(name, value, prog_bar=name in shown, batch_size=1, sync_dist=stage != "train")
         means.reset()
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lit_dpo.callbacks.exporting import write_policy
+from lit_dpo.callbacks import ExportModel
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
+from lit_dpo.pairs import PairBatch
 
 
 def fit_stepwise(
@@ -54,10 +56,10 @@ def fit_stepwise(
             module.restart_from(str(exported))
         datamodule.use_part(number)
         trainer = make_trainer(root)
-        trainer.fit(module, datamodule)
         exported = root / "export"
+        trainer.callbacks.append(ExportModel(str(exported.absolute())))  # type: ignore[attr-defined]
+        trainer.fit(module, datamodule)
         if trainer.is_global_zero:
-            write_policy(trainer, module, str(exported))
             (root / "DONE").write_text(json.dumps({"rows": part.tolist()}), encoding="utf-8")
         trainer.strategy.barrier("partition done")
     rank_zero_info(f"Exported the policy of the last partition to {exported}")
@@ -80,10 +82,22 @@ def _split(
 
 def _margins(trainer: Trainer, module: PreferenceModule, datamodule: PreferenceDataModule) -> Tensor:
     """The starting model's chosen minus rejected log-prob for every row of the training set, in nats."""
-    batches = trainer.predict(module, dataloaders=datamodule.pool_dataloader())
+    batches = trainer.predict(module, datamodule=_Pool(datamodule))
     assert batches is not None
     margins = torch.zeros(datamodule.pool_size, dtype=torch.float64, device=trainer.strategy.root_device)
     for batch in batches:
         assert isinstance(batch, dict)
         margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
     return trainer.strategy.reduce(margins, reduce_op="sum").cpu()
+
+
+class _Pool(LightningDataModule):
+    """All training pairs of a data module, shared among the processes of the Trainer that scores them."""
+
+    def __init__(self, data: PreferenceDataModule) -> None:
+        super().__init__()
+        self.data = data
+
+    def predict_dataloader(self) -> DataLoader[PairBatch]:
+        self.data.trainer = self.trainer
+        return self.data.pool_dataloader()

@@ -18,7 +18,7 @@ class ExportModel(Callback):
     The best one is the checkpoint that the run's checkpoint callback ranks first; without any it is the last policy.
 
     Args:
-        folder: Name of the folder to make inside the run's folder.
+        folder: The folder to make, inside the run's folder unless its path is absolute.
         merge: Fold LoRA adapters into the weights.
     """
 
@@ -37,17 +37,23 @@ class ExportModel(Callback):
         """Write the folder on the first process."""
         assert isinstance(pl_module, PreferenceModule)
         target = self._target(trainer)
-        if trainer.is_global_zero:
-            write_policy(trainer, pl_module, target, self.merge)
-        trainer.strategy.barrier("export")
+        _write_policy(trainer, pl_module, str(target), self.merge)
         rank_zero_info(f"Exported the policy to {target}")
 
 
-def write_policy(trainer: Trainer, module: PreferenceModule, folder: str | Path, merge: bool = True) -> None:
-    """Write the best policy of a finished fit to a folder; the last policy if no checkpoint was ranked."""
-    best: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    if best:
-        export_checkpoint(best, str(folder), merge)
-    else:
-        assert module.policy is not None
-        export(module.policy, module.tokenizer, folder, merge)
+def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge: bool) -> None:
+    """Write the best policy, or the last if no checkpoint was ranked; every process calls it, the first one writes."""
+    checkpoint: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    spare = None
+    if not checkpoint and module.device_mesh is not None:  # saving a checkpoint is what gathers sharded weights
+        checkpoint = spare = f"{folder}.ckpt"
+        trainer.save_checkpoint(spare, weights_only=True)
+    if trainer.is_global_zero:
+        if checkpoint:
+            export_checkpoint(checkpoint, folder, merge)
+        else:
+            assert module.policy is not None
+            export(module.policy, module.tokenizer, folder, merge)
+        if spare:
+            Path(spare).unlink()
+    trainer.strategy.barrier("export")

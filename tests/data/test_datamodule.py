@@ -67,7 +67,7 @@ def test_neither_side_is_ever_empty(make, tmp_path, fraction, held_out):
 
 
 def test_one_prompt_cannot_be_held_out(make, tmp_path):
-    with pytest.raises(ValueError, match="All pairs share one prompt.*give `validation` a source of its own"):
+    with pytest.raises(ValueError, match=r"All pairs share one prompt.*give `validation` a source of its own"):
         make(runs.pairs_file(tmp_path, prompts=1))
 
 
@@ -98,7 +98,9 @@ def test_a_partition_never_touches_what_is_held_out(make, tmp_path):
 
 def test_several_parts_need_the_driver(make, tmp_path):
     data = make(runs.pairs_file(tmp_path), partition=RandomSplit(2))
-    with pytest.raises(ValueError, match="`RandomSplit` trains in several steps: call `fit_stepwise`, or use `OneShot`"):
+    with pytest.raises(
+        ValueError, match="`RandomSplit` trains in several steps: call `fit_stepwise`, or use `OneShot`"
+    ):
         data.train_dataloader()
 
 

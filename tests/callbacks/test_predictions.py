@@ -1,0 +1,75 @@
+"""Predictions as a file: every pair once, in order, with the values that the definitions give."""
+
+import json
+
+import pytest
+import torch
+
+from lit_dpo import DPOLoss, IPOLoss, score
+from lit_dpo.callbacks import PairPredictionWriter
+from lit_dpo.models import load_model, quickstart_tokenizer
+from tests import runs
+
+pytestmark = runs.QUIET
+
+NAMES = ["row", "row_id", "reward_chosen", "reward_rejected", "margin", "logp_chosen", "logp_rejected"]
+
+
+def predicted(module, data, path):
+    run = runs.trainer(callbacks=[PairPredictionWriter(str(path))])
+    run.predict(module, data, return_predictions=False)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return runs.pairs_file(tmp_path, 11)
+
+
+def test_every_pair_once_and_in_order(pairs, tmp_path):
+    data = runs.data("quickstart", predict=pairs, eval_batch_size=4)
+    rows = predicted(runs.module(), data, tmp_path / "deep" / "out.jsonl")
+    assert [list(row) for row in rows] == [NAMES] * 11
+    assert [row["row_id"] for row in rows] == list(range(11))
+    assert [row["row"] for row in rows] == [f"{pairs}:{n}" for n in range(1, 12)]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("loss", [DPOLoss(beta=0.5), IPOLoss(beta=0.25)], ids=repr)
+def test_values_are_log_ratios_times_beta(pairs, tmp_path, loss):
+    module, data = runs.module(loss=loss), runs.data(pairs, predict=pairs, eval_batch_size=3)
+    runs.fit(module, runs.data(pairs), max_steps=2)
+    rows = predicted(module, data, tmp_path / "out.jsonl")
+    start = load_model(runs.LLAMA, quickstart_tokenizer())
+    for row in rows:
+        batch = next(iter_batch for iter_batch in data.predict_dataloader() if row["row_id"] in iter_batch.row_ids)
+        place = batch.row_ids.tolist().index(row["row_id"])
+        with torch.no_grad():
+            now, before = score(module.policy, batch), score(start, batch)
+        for side in ("chosen", "rejected"):
+            logp, reference = getattr(now, side)[place].item(), getattr(before, side)[place].item()
+            assert row[f"logp_{side}"] == pytest.approx(logp, rel=1e-5)
+            assert row[f"reward_{side}"] == pytest.approx(loss.beta * (logp - reference), abs=1e-4)
+        assert row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=1e-5)
+    assert any(row["margin"] for row in rows)
+
+
+def test_an_older_file_is_replaced_whole(pairs, tmp_path):
+    (tmp_path / "out.jsonl").write_text("old\n" * 99)
+    assert len(predicted(runs.module(), runs.data(pairs, predict=pairs), tmp_path / "out.jsonl")) == 11
+
+
+def test_held_out_pairs_say_where_they_are_from(pairs, tmp_path):
+    data = runs.data(pairs, validation_fraction=0.3)
+    rows = predicted(runs.module(), data, tmp_path / "out.jsonl")
+    assert len(rows) == 3
+    assert [row["row"] for row in rows] == [f"{pairs}:{row['row_id'] + 1}" for row in rows]
+
+
+def test_loaders_without_a_data_module_are_served_too(pairs, tmp_path):
+    module, data = runs.module(), runs.data(pairs, predict=pairs, tokenizer=quickstart_tokenizer())
+    data.setup("predict")
+    run = runs.trainer(callbacks=[PairPredictionWriter(str(tmp_path / "out.jsonl"))])
+    run.predict(module, dataloaders=data.predict_dataloader())
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [list(row) for row in rows] == [NAMES[1:]] * 11

@@ -1,0 +1,541 @@
+"""The command line, driven as a user drives it: real commands, the shipped configs, a tiny model on top."""
+
+import csv
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import lit_dpo.cli
+from lit_dpo import DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, LoRA, SFTLoss, WeightedLoss
+from lit_dpo.cli import main
+from tests import runs
+
+pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
+METHODS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def command(name, folder, config="dpo", *more):
+    """Arguments of a command over a shipped config, made tiny."""
+    return [
+        name, "--config", str(CONFIGS / f"{config}.yaml"), "--config", TINY,
+        "--trainer.default_root_dir", str(folder), *map(str, more),
+    ]  # fmt: skip
+
+
+def metrics(folder):
+    """Every value in a run's csv file, by name, in order; the speed, which differs from run to run, left out."""
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = set(rows[0]) - {"epoch", "step", "train/tokens_per_second"}
+    return {name: [float(row[name]) for row in rows if row[name]] for name in sorted(names)}
+
+
+@pytest.fixture(scope="module")
+def built():
+    return {}
+
+
+@pytest.fixture
+def quick(monkeypatch, built):
+    """Build the parser once for many commands: it takes half a second, most of what a mistake costs."""
+    original = lit_dpo.cli.PreferenceCLI.setup_parser
+    names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+
+    def setup_parser(cli, *args):
+        if not built:
+            original(cli, *args)
+            built.update({name: getattr(cli, name) for name in names})
+        vars(cli).update(built)
+
+    monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "setup_parser", setup_parser)
+
+
+@pytest.fixture
+def parsed(monkeypatch, quick):
+    """Parse a command and return the CLI object instead of running it."""
+
+    def parsed(*args):
+        found = []
+        monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "_run_subcommand", lambda cli, name: found.append(cli))
+        main(list(args))
+        return found[0]
+
+    return parsed
+
+
+def file(folder, name, content):
+    (folder / name).write_text(content, encoding="utf-8")
+    return str(folder / name)
+
+
+# -- the shipped configs ----------------------------------------------------------------------------------------------
+
+
+def test_no_config_is_forgotten():
+    assert METHODS == ["dpo", "dpop", "intermediate", "ipo", "quickstart", "sdpo", "sft"]
+    assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == ["bf16", "fsdp", "lora"]
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"sdpo"}))
+def test_every_config_trains(method, tmp_path):
+    main(command("fit", tmp_path, method))
+    found = metrics(tmp_path / "version_0")
+    assert len(found["train/loss"]) == 2
+    assert all(math.isfinite(value) for values in found.values() for value in values)
+    assert (tmp_path / "version_0" / "config.yaml").exists()
+    assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_stepwise_config_trains_partition_after_partition(tmp_path):
+    files = [runs.pairs_file(tmp_path, 12, f"{n}.jsonl", start=20 * n) for n in (1, 2)]
+    more = ("--data.train", json.dumps(files), "--data.batch_size", 4, "--trainer.accumulate_grad_batches", 1)
+    main(command("fit", tmp_path / "run", "sdpo", *more))
+    root = tmp_path / "run" / "version_0"
+    assert sorted(path.name for path in root.iterdir()) == ["partition_0", "partition_1"]
+    for part in root.iterdir():
+        AutoModelForCausalLM.from_pretrained(part / "export")
+        assert metrics(part / "version_0")["train/loss"][0] == pytest.approx(math.log(2), rel=1e-5)
+        assert json.loads((part / "DONE").read_text())["rows"]
+        assert list(part.rglob("step=*.ckpt"))
+        assert (part / "version_0" / "config.yaml").exists()
+
+
+def test_the_configs_differ_where_the_methods_do():
+    """Against dpo.yaml, by path in the file."""
+
+    def flat(node, path=""):
+        if not isinstance(node, dict):
+            return {path: node}
+        return {k: v for name, child in node.items() for k, v in flat(child, f"{path}/{name}").items()}
+
+    configs = {method: flat(yaml.safe_load((CONFIGS / f"{method}.yaml").read_text())) for method in METHODS}
+    allowed = {
+        "sdpo": ("/data/train", "/data/partition"),
+        "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
+    }
+    for method in set(METHODS) - {"dpo", "quickstart"}:
+        paths = configs["dpo"].keys() | configs[method].keys()
+        different = {path for path in paths if configs["dpo"].get(path) != configs[method].get(path)}
+        known = ("/model/loss", "/trainer/default_root_dir", *allowed.get(method, ()))
+        assert [path for path in different if not path.startswith(known)] == []
+        assert configs[method]["/trainer/default_root_dir"] == f"runs/{method}"
+
+
+def test_every_config_says_how_to_run_it():
+    for path in CONFIGS.rglob("*.yaml"):
+        assert f"#   lit-dpo fit --config {'configs/dpo.yaml --config ' if path.parent != CONFIGS else ''}configs/" in (
+            path.read_text()
+        )
+        assert str(path.relative_to(ROOT)) in path.read_text()
+
+
+@pytest.mark.parametrize("overlay", ["lora", "bf16"])
+def test_overlays_train_on_top_of_a_method(overlay, tmp_path):
+    main(command("fit", tmp_path, "dpo", "--config", CONFIGS / "overlays" / f"{overlay}.yaml"))
+    assert metrics(tmp_path / "version_0")["train/loss"][0] == pytest.approx(math.log(2), rel=1e-5)
+    content = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any("lora_" in name for name in content["state_dict"]) == (overlay == "lora")
+    assert {value.dtype for value in content["state_dict"].values()} == {torch.float32}
+
+
+def printed(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        main([*args, "--print_config"])
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+def test_the_sharding_overlay_is_understood(capsys, tmp_path):
+    text = printed(capsys, *command("fit", tmp_path, "dpo", "--config", CONFIGS / "overlays" / "fsdp.yaml"))
+    trainer = yaml.safe_load(text)["trainer"]
+    assert (trainer["strategy"], trainer["precision"], trainer["devices"]) == ("fsdp2", "bf16-mixed", -1)
+
+
+def test_a_printed_config_is_one(capsys, tmp_path):
+    first = printed(capsys, *command("fit", tmp_path, "intermediate", "--model.loss.weight", 0.5))
+    assert yaml.safe_load(first)["model"]["loss"]["init_args"]["weight"] == 0.5
+    assert printed(capsys, "fit", "--config", file(tmp_path, "printed.yaml", first)) == first
+
+
+def test_a_saved_config_repeats_the_run(tmp_path):
+    main(command("fit", tmp_path, "quickstart", "--model.loss.weights", "[1.0, 0.5]"))
+    main(["fit", "--config", str(tmp_path / "version_0" / "config.yaml")])
+    assert metrics(tmp_path / "version_1") == metrics(tmp_path / "version_0")
+
+
+# -- configs on top of each other, and classes that change ------------------------------------------------------------
+
+DPO_07 = "model: {loss: {class_path: DPOLoss, init_args: {beta: 0.7, label_smoothing: 0.2}}}"
+INTERMEDIATE = """
+model:
+  loss:
+    class_path: IntermediateLoss
+    init_args: {layers: [1], base: {class_path: DPOLoss, init_args: {beta: 0.7}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "loss"),
+    [
+        (DPO_07, ["--model.loss", "DPOPLoss"], DPOPLoss()),
+        (DPO_07, ["--model.loss", "IPOLoss", "--model.loss.length_normalize", "false"], IPOLoss(0.1, False)),
+        (DPO_07, ["--config={}/dpop.yaml"], DPOPLoss()),
+        (DPO_07, ["--config={}/ipo.yaml"], IPOLoss(beta=0.2)),
+        (DPO_07, ["--model.loss", "DPOPLoss", "--model.loss", "DPOLoss"], DPOLoss()),
+        (INTERMEDIATE, ["--model.loss.base", "IPOLoss"], IntermediateLoss(IPOLoss(), (1,))),
+    ],
+)
+def test_another_class_inherits_nothing(parsed, tmp_path, config, more, loss):
+    file(tmp_path, "dpop.yaml", "model: {loss: DPOPLoss}")
+    file(tmp_path, "ipo.yaml", "model: {loss: {class_path: IPOLoss, init_args: {beta: 0.2}}}")
+    more = [arg.format(tmp_path) for arg in more]
+    cli = parsed(*command("fit", tmp_path, "dpo", "--config", file(tmp_path, "a.yaml", config), *more))
+    assert cli.model.loss == loss
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "loss"),
+    [
+        (DPO_07, [], DPOLoss(0.7, 0.2)),
+        (DPO_07, ["--model.loss", "DPOLoss"], DPOLoss(0.7, 0.2)),
+        (DPO_07, ["--model.loss", "lit_dpo.losses.dpo.DPOLoss"], DPOLoss(0.7, 0.2)),
+        (DPO_07, ["--model.loss.beta", "0.3"], DPOLoss(0.3, 0.2)),
+        (DPO_07, ["--config={}/same.yaml"], DPOLoss(0.7, 0.1)),
+        (INTERMEDIATE, ["--model.loss.base.label_smoothing", "0.1"], IntermediateLoss(DPOLoss(0.7, 0.1), (1,))),
+        (INTERMEDIATE, ["--model.loss.weight", "0.1"], IntermediateLoss(DPOLoss(0.7), (1,), weight=0.1)),
+    ],
+)
+def test_the_same_class_keeps_its_options(parsed, tmp_path, config, more, loss):
+    file(tmp_path, "same.yaml", "model: {loss: {class_path: lit_dpo.DPOLoss, init_args: {label_smoothing: 0.1}}}")
+    more = [arg.format(tmp_path) for arg in more]
+    cli = parsed(*command("fit", tmp_path, "dpo", "--config", file(tmp_path, "a.yaml", config), *more))
+    assert cli.model.loss == loss
+
+
+def test_options_of_other_classes_are_not_inherited_either(parsed, tmp_path):
+    cli = parsed(*command("fit", tmp_path, "dpo", "--model.optimizer", "torch.optim.NAdam"))
+    optimizer = cli.model.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (2e-3, 0)
+    cli = parsed(*command("fit", tmp_path, "sdpo", "--data.partition", "RandomSplit", "--data.partition.parts", "3"))
+    assert cli.datamodule.partition.parts == 3
+
+
+def test_later_configs_win(parsed, tmp_path):
+    first = file(tmp_path, "1.yaml", "model: {adapter: {rank: 4, alpha: 8}, dtype: float64}\ndata: {batch_size: 3}")
+    second = file(tmp_path, "2.yaml", "model: {adapter: {rank: 2}}\ndata: {batch_size: 5}")
+    args = ["--config", first, "--config", second, "--data.max_length", 77, "--model.model.hidden_size", 16]
+    cli = parsed(*command("fit", tmp_path, "quickstart", *args))
+    assert cli.model.adapter == LoRA(rank=2, alpha=8)
+    assert cli.model.dtype_name == "float64"
+    assert (cli.datamodule.batch_size, cli.datamodule.max_length) == (5, 77)
+    assert cli.model.model["hidden_size"] == 16
+    assert cli.model.loss == WeightedLoss((DPOLoss(), SFTLoss()), (1.0, 1.0))
+
+
+def test_a_loss_from_a_file_of_ones_own(tmp_path, monkeypatch, caplog):
+    file(
+        tmp_path,
+        "my_losses.py",
+        "from dataclasses import dataclass\n"
+        "from lit_dpo import PreferenceLoss\n"
+        "@dataclass(frozen=True)\n"
+        "class HingeLoss(PreferenceLoss):\n"
+        "    '''A hinge.'''\n"
+        "    beta: float = 0.1\n"
+        "    def __call__(self, policy, reference):\n"
+        "        return (1 - self.beta * (policy.margin - reference.margin)).clamp(min=0)\n",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    args = command("fit", tmp_path / "run", "dpo", "--model.loss", "my_losses.HingeLoss", "--model.loss.beta", 0.5)
+    with caplog.at_level("INFO"):
+        main(args)
+    assert "Loss: HingeLoss(beta=0.5); reference: FrozenReference" in caplog.text
+    assert metrics(tmp_path / "run" / "version_0")["train/loss"][0] == pytest.approx(1.0)
+
+
+# -- the other commands -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run's folder and its last checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    main(command("fit", folder, "dpo", "--model.optimizer.lr", 0.01, "--trainer.val_check_interval", 8))
+    return folder / "version_0", folder / "version_0" / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_validate_and_test_measure_a_checkpoint(trained, tmp_path, capsys, stage, monkeypatch):
+    run, checkpoint = trained
+    found = []
+    original = lit_dpo.cli.PreferenceCLI._run_subcommand
+
+    def keep(cli, name):
+        original(cli, name)
+        found.append(cli.trainer.callback_metrics)
+
+    monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "_run_subcommand", keep)
+    main(command(stage, tmp_path / "run", "dpo", "--ckpt_path", checkpoint))
+    prefix = {"validate": "val", "test": "test"}[stage]
+    in_training = metrics(run)
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        assert float(found[0][f"{prefix}/{name}"]) == pytest.approx(in_training[f"val/{name}"][-1], rel=1e-5)
+    assert f"{prefix}/rewards/accuracies" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_writes_one_line_a_pair(trained, tmp_path):
+    _, checkpoint = trained
+    pairs = runs.write(tmp_path / "pairs.jsonl", runs.rows(5))
+    out = tmp_path / "out.jsonl"
+    more = ("--ckpt_path", checkpoint, "--data.predict", pairs, "--predictions", out)
+    main(command("predict", tmp_path / "run", "dpo", *more))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["row"] for row in rows] == [f"{pairs}:{n}" for n in range(1, 6)]
+    assert all(row["margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"]) for row in rows)
+    assert any(row["margin"] for row in rows)
+    assert not (tmp_path / "run").exists()
+
+
+def test_explicit_options_win_over_a_checkpoints(trained, tmp_path, caplog):
+    _, checkpoint = trained
+    with caplog.at_level("INFO"):
+        main(command("validate", tmp_path, "dpo", "--ckpt_path", checkpoint, "--model.loss.beta", 0.9))
+    assert "Loss: DPOLoss(beta=0.9, label_smoothing=0.0)" in caplog.text
+
+
+def test_export_writes_the_policy_of_a_checkpoint(trained, tmp_path):
+    _, checkpoint = trained
+    main(["export", str(checkpoint), str(tmp_path / "model")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert runs.same(runs.weights(model), {k.removeprefix("policy."): v for k, v in state.items()})
+
+
+def test_a_run_continues_from_a_checkpoint(trained, tmp_path):
+    _, checkpoint = trained
+    # It ends in mid-epoch, which Lightning warns of, as it does of the new folder.
+    with pytest.warns(UserWarning, match=r"resuming from a checkpoint that ended before|The dirpath has changed"):
+        main(command("fit", tmp_path, "dpo", "--ckpt_path", checkpoint, "--trainer.max_steps", 3))
+    last = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+
+
+@pytest.mark.parametrize("name", ["validate", "fit"])
+def test_a_users_own_files_are_left_alone(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    mine = file(tmp_path, "config.yaml", "# mine\n" + Path(TINY).read_text())
+    before = Path(mine).read_text()
+    args = [name, "--config", str(CONFIGS / "dpo.yaml"), "--config", mine, "--trainer.default_root_dir", str(tmp_path)]
+    if name == "fit":
+        with pytest.warns(UserWarning, match=r"config\.yaml` exists already, so the configuration .* is not saved"):
+            main([*args, "--trainer.logger", "false"])
+    else:
+        main(args)
+        assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert Path(mine).read_text() == before
+
+
+def test_a_dry_run_leaves_nothing(tmp_path):
+    main(command("fit", tmp_path / "run", "dpo", "--trainer.fast_dev_run", "true"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_callback_may_stand_alone(tmp_path, parsed):
+    cli = parsed(*command("fit", tmp_path, "dpo", "--trainer.callbacks", "BestCheckpoint"))
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    assert "BestCheckpoint" in names
+    assert "RewardEarlyStopping" not in names
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+ROW = {"prompt": "Hello", "chosen": " yes", "rejected": " no"}
+TURN = [{"role": "user", "content": "Hello"}]
+FILES = {
+    "pairs.jsonl": [ROW, {**ROW, "prompt": "Hi there"}],
+    "renamed.jsonl": [{"question": "a", "good": "b", "bad": "c"}],
+    "broken.jsonl": [ROW, {**ROW, "chosen": None}],
+    "empty.jsonl": [],
+    "one_prompt.jsonl": [ROW, {**ROW, "rejected": " nope"}],
+    "chat.jsonl": [
+        {
+            "prompt": TURN,
+            "chosen": {"role": "assistant", "content": c},
+            "rejected": {"role": "assistant", "content": "n"},
+        }
+        for c in "xy"
+    ],
+}
+MISTAKES = {
+    "unknown loss": (["--model.loss", "DPOLos"], ["`DPOLos`", "Did you mean DPOLoss", "import path"]),
+    "unknown loss in a loss": (
+        ["--model.loss", "IntermediateLoss", "--model.loss.base", "IPOLos"],
+        ["`IPOLos`", "Did you mean IPOLoss"],
+    ),
+    "unknown optimizer": (["--model.optimizer", "AdamV"], ["`AdamV`", "import path"]),
+    "misspelt option": (["--data.batchsize", "4"], ["--data.batchsize", "Did you mean --data.batch_size"]),
+    "misspelt option of a class": (["--model.loss.betta", "0.3"], ["`betta`", "Did you mean beta?"]),
+    "option of another class": (
+        ["--model.loss", "SFTLoss", "--model.loss.beta", "0.3"],
+        ["no option `beta`", "--model.loss.help CLASS"],
+    ),
+    "beta": (["--model.loss.beta", "-0.1"], ["`beta` must be positive, got -0.1."]),
+    "beta in words": (["--model.loss.beta", "small"], ["beta", "float", "small"]),
+    "parts": (
+        ["--data.partition", "RandomSplit", "--data.partition.parts", "0"],
+        ["error: `parts` must be at least 1, got 0."],
+    ),
+    "layer": (
+        ["--model.loss", "IntermediateLoss", "--model.loss.layers", "[3]"],
+        ["`layers` holds 3, but the decoder has 2 blocks", "from 1 to 2"],
+    ),
+    "batch size": (["--data.batch_size", "0"], ["`batch_size` must be at least 1"]),
+    "warmup": (["--model.lr_scheduler.warmup", "-1"], ["`warmup` must be at least 0"]),
+    "precision": (["--trainer.precision", "bf16-true"], ["set the module's `dtype: bfloat16`"]),
+    "model": (["--model.model", "./no/model"], ["`model` './no/model'", "Give a folder saved by `save_pretrained`"]),
+    "model type": (["--model.model.model_type", "lama"], ["`model_type`: 'lama'"]),
+    "model size": (["--model.model.hidden_size", "big"], ["`model`", "'hidden_size' expected int", "'big'"]),
+    "tokenizer": (["--model.tokenizer", "./no/model"], ["`tokenizer` './no/model'"]),
+    "reference": (["--model.reference", "AdapterReference"], ["set `adapter`, or use `FrozenReference`"]),
+    "missing file": (["--data.train", "{}/pears.jsonl"], ["There is no `pears.jsonl`", "did you mean `pairs.jsonl`?"]),
+    "columns": (["--data.train", "{}/renamed.jsonl"], ["renamed.jsonl:1", "`question`", "set `columns:"]),
+    "broken row": (["--data.train", "{}/broken.jsonl"], ["broken.jsonl:2", "column `chosen`"]),
+    "no rows": (["--data.train", "{}/empty.jsonl"], ["No row to train on in", "empty.jsonl"]),
+    "one prompt": (["--data.train", "{}/one_prompt.jsonl"], ["All pairs share one prompt", "give `validation`"]),
+    "no chat template": (
+        ["--data.train", "{}/chat.jsonl", "--model.tokenizer", "{}/plain_tokenizer"],
+        ["no chat template", "give the data as text"],
+    ),
+    "long prompt": (
+        ["--data.max_length", "2", "--data.truncation", "keep_start"],
+        ["pairs.jsonl:", "column `prompt`", "`max_length` is 2", "`truncation: keep_end`"],
+    ),
+    "too many parts": (
+        ["--data.partition", "RandomSplit", "--data.partition.parts", "3"],
+        ["`parts` is 3, but there are only 1 pairs"],
+    ),
+    "overfit": (["--trainer.overfit_batches", "1"], ["`overfit_batches` is not supported", "`limit_train_batches`"]),
+    "checkpoint": (["--ckpt_path", "{}/none.ckpt"], ["none.ckpt"]),
+    "no checkpoint": (["--ckpt_path", "{}/pairs.jsonl"], ["`ckpt_path`", "does not load", "lit-dpo fit"]),
+    "config": (["--config", "no.yaml"], ["no.yaml"]),
+    "accelerator": (["--trainer.accelerator", "gpus"], ["gpus"]),
+}
+
+
+def fails(capsys, args):
+    """Run a command that must fail; return what it says."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    [line] = [line for line in text.splitlines() if line.startswith("lit-dpo: error: ")]
+    return line
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, rows in FILES.items():
+        runs.write(folder / name, rows)
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_sentence_and_leaves_nothing(mistake, files, tmp_path, capsys, quick):
+    more, words = MISTAKES[mistake]
+    if mistake == "no chat template":
+        tokenizer = lit_dpo.models.quickstart_tokenizer()
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(files / "plain_tokenizer")
+    more = [arg.format(files) if "{}" in arg else arg for arg in more]
+    line = fails(capsys, command("fit", tmp_path / "run", "dpo", "--data.train", files / "pairs.jsonl", *more))
+    assert [word for word in words if word not in line] == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_stepwise_training_leaves_nothing(files, tmp_path, capsys, quick):
+    more = ("--data.train", files / "pairs.jsonl", "--data.partition.order", "[a, b]")
+    line = fails(capsys, command("fit", tmp_path / "run", "sdpo", *more))
+    assert "`order` names a, b, but the data have the sources pairs" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_no_gpu(tmp_path, capsys, quick):
+    line = fails(capsys, command("fit", tmp_path / "run", "dpo", "--trainer.accelerator", "gpu"))
+    assert "use `--trainer.accelerator cpu`" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [["--model.model.hidden_size", "16"], ["--model.adapter.rank", "2"]])
+def test_a_checkpoint_of_another_model(trained, tmp_path, capsys, change, quick):
+    line = fails(capsys, command("validate", tmp_path / "run", "dpo", "--ckpt_path", trained[1], *change))
+    assert "give the `model` and `adapter` it was made with" in line
+
+
+def test_mistakes_in_export(trained, tmp_path, capsys):
+    assert "No checkpoint `none.ckpt`" in fails(capsys, ["export", "none.ckpt", str(tmp_path / "deep" / "out")])
+    assert list(tmp_path.iterdir()) == []
+    missing = str(trained[1].with_name("lst.ckpt"))
+    assert "there are last.ckpt" in fails(capsys, ["export", missing, str(tmp_path / "out")])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    assert "exists already" in fails(capsys, ["export", str(trained[1]), str(tmp_path / "out")])
+    assert "output_dir" in fails(capsys, ["export", "a.ckpt"])
+
+
+def test_mistakes_in_the_command(capsys, quick):
+    assert "Did you mean fit?" in fails(capsys, ["fitt"])
+    assert "{fit,validate,test,predict}" in fails(capsys, [])
+    assert "model.model" in fails(capsys, ["fit"])
+
+
+def test_a_run_that_fails_later_keeps_what_it_has(tmp_path, capsys, monkeypatch):
+    """As on a full disk, after the first checkpoint."""
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(lit_dpo.cli.RunSummary, "on_fit_end", full)
+    assert "No space left" in fails(capsys, command("fit", tmp_path, "dpo"))
+    assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
+    assert metrics(tmp_path / "version_0")["train/loss"]
+
+
+def test_an_error_of_our_own_keeps_its_traceback(tmp_path, monkeypatch):
+    def bug(*args):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "_run_subcommand", bug)
+    with pytest.raises(KeyError, match="a bug"):
+        main(command("fit", tmp_path))
+
+
+def test_a_traceback_on_demand(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_DPO_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="must be at least 1"):
+        main(command("fit", tmp_path, "dpo", "--data.batch_size", 0))
+
+
+@pytest.mark.parametrize("module", ["lit_dpo", "lit_dpo.cli"])
+@pytest.mark.filterwarnings("ignore:'lit_dpo.cli' found in sys.modules")
+def test_the_module_is_the_command(tmp_path, monkeypatch, capsys, module):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lit-dpo", "export", "none.ckpt", "out"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module(module, run_name="__main__")
+    assert capsys.readouterr().err.startswith("lit-dpo: error: No checkpoint `none.ckpt`")

@@ -1,0 +1,93 @@
+"""Two processes train what one trains: the same metrics, the same weights, the same files, with uneven tails."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import distributed, runs
+
+pytestmark = runs.QUIET
+
+ROOT = Path(__file__).parents[1]
+STRATEGIES = ("ddp", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The files, and the folder in which one process has trained on them."""
+    folder = tmp_path_factory.mktemp("one")
+    files = distributed.files(folder)
+    distributed.train(folder, files)
+    return files, folder
+
+
+@pytest.fixture(scope="module")
+def together(alone, tmp_path_factory):
+    """The folders in which two processes have trained on them, by strategy."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, STRATEGIES, alone[0])
+    return {strategy: folder / strategy for strategy in STRATEGIES}
+
+
+def launch(folder, strategies, files):
+    """Run two processes to their end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        **os.environ, "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.distributed", str(folder), ",".join(strategies), *files]
+    processes = [
+        subprocess.Popen(
+            command, env={**shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        logs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, log in zip(processes, logs, strict=True):
+        assert process.returncode == 0, log[-4000:]
+
+
+def rewards(folder):
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_what_one_trains(strategy, alone, together):
+    one, two = alone[1], together[strategy]
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert metrics[1] == pytest.approx(metrics[0], abs=2e-6, rel=1e-6)
+    states = [torch.load(folder / "plain.ckpt", weights_only=True)["state_dict"] for folder in (one, two)]
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-5)
+    exported = runs.weights(AutoModelForCausalLM.from_pretrained(two / "export"))
+    assert runs.same(exported, {name.removeprefix("policy."): value for name, value in states[1].items()})
+    assert not (two / "export.ckpt").exists()
+
+    assert len(rewards(two)) == 5
+    for mine, expected in zip(rewards(two), rewards(one), strict=True):
+        assert mine == pytest.approx(expected, abs=1e-4)
+    assert {path.name for path in two.glob("*.jsonl*")} == {"predictions.jsonl"}
+
+    margins = [json.loads(path.read_text()) for path in sorted(two.glob("margins_*.json"))]
+    assert len(margins) == 2
+    for mine in margins:
+        assert mine == pytest.approx(json.loads((one / "margins_0.json").read_text()), rel=1e-5)
+    for part in ("partition_0", "partition_1"):
+        rows = [json.loads((folder / "steps" / part / "DONE").read_text())["rows"] for folder in (one, two)]
+        assert rows[1] == rows[0]
+        models = [AutoModelForCausalLM.from_pretrained(f / "steps" / part / "export") for f in (one, two)]
+        torch.testing.assert_close(*map(runs.weights, reversed(models)), rtol=0, atol=1e-5)

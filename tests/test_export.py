@@ -1,0 +1,163 @@
+"""From a checkpoint to a folder that transformers loads."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_dpo import LoRA, PreferenceModule, WeightedLoss
+from lit_dpo.export import export_checkpoint
+from lit_dpo.losses import DPOLoss, SFTLoss
+from tests import runs
+
+pytestmark = runs.QUIET
+
+
+def trained(tmp_path, **options):
+    """A trained module, and its checkpoint."""
+    module = runs.module(lr=0.1, **options)
+    run = runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=3)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    return module, str(tmp_path / "a.ckpt")
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 30)[None]).logits
+
+
+@pytest.mark.parametrize(
+    "description", [runs.LLAMA, {**runs.LLAMA, "tie_word_embeddings": True}, runs.NEOX], ids=["llama", "tied", "neox"]
+)
+def test_it_is_the_trained_policy_bit_for_bit(tmp_path, description):
+    module, checkpoint = trained(tmp_path, model=description)
+    folder = export_checkpoint(checkpoint, str(tmp_path / "out" / "model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert runs.same(runs.weights(model), runs.weights(module.policy))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == description["model_type"]
+    assert model.config._attn_implementation != "lit_dpo_pairs"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = [{"role": "user", "content": "Hello"}]
+    for add in (True, False):
+        options = {"tokenize": False, "add_generation_prompt": add}
+        ours = module.tokenizer.apply_chat_template(turn, **options)
+        assert tokenizer.apply_chat_template(turn, **options) == ours
+    assert tokenizer("Hello there").input_ids == module.tokenizer("Hello there").input_ids
+
+
+def test_dtype_and_loss_do_not_matter(tmp_path):
+    loss = WeightedLoss((DPOLoss(), SFTLoss()))
+    module, checkpoint = trained(tmp_path, dtype="bfloat16", loss=loss)
+    model = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, str(tmp_path / "out")))
+    assert model.dtype == torch.bfloat16
+    assert runs.same(runs.weights(model), runs.weights(module.policy))
+
+
+def test_adapters_are_folded_in(tmp_path):
+    module, checkpoint = trained(tmp_path, adapter=LoRA(rank=2, alpha=64))
+    model = AutoModelForCausalLM.from_pretrained(export_checkpoint(checkpoint, str(tmp_path / "out")))
+    torch.testing.assert_close(logits(model), logits(module.policy), rtol=0, atol=1e-5)
+    with module.policy.disable_adapter():
+        assert (logits(model) - logits(module.policy)).abs().max() > 1e-2
+
+
+def test_adapters_are_written_alone(tmp_path):
+    from peft import PeftModel
+
+    module, checkpoint = trained(tmp_path, adapter=LoRA(rank=2, alpha=64))
+    folder = export_checkpoint(checkpoint, str(tmp_path / "out"), merge=False)
+    assert not (folder / "model.safetensors").exists()
+    base = module.policy.get_base_model()
+    fresh = runs.module()
+    fresh.configure_model()
+    model = PeftModel.from_pretrained(fresh.policy, folder)
+    assert torch.equal(logits(model), logits(module.policy))
+    assert type(model.get_base_model()) is type(base)
+
+
+def test_the_next_run_starts_from_it(tmp_path):
+    module, checkpoint = trained(tmp_path)
+    folder = export_checkpoint(checkpoint, str(tmp_path / "out"))
+    again = PreferenceModule(str(folder))
+    again.configure_model()
+    assert runs.same(runs.weights(again.policy), runs.weights(module.policy))
+
+
+# -- what it refuses, leaving nothing behind --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(tmp_path):
+    def refused(error, match, checkpoint):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(error, match=match):
+            export_checkpoint(str(checkpoint), str(tmp_path / "out"))
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return refused
+
+
+def test_a_missing_checkpoint(refused, tmp_path):
+    refused(FileNotFoundError, r"No checkpoint `.*b\.ckpt`: give a \.ckpt file", tmp_path / "b.ckpt")
+    (tmp_path / "step=7.ckpt").touch()
+    refused(FileNotFoundError, r"No checkpoint `.*b\.ckpt`: there are step=7\.ckpt", tmp_path / "b.ckpt")
+    refused(FileNotFoundError, "No checkpoint", tmp_path / "no" / "folder.ckpt")
+
+
+def test_a_file_that_is_no_checkpoint(refused, tmp_path):
+    for name, content in (("text", b"not a checkpoint"), ("empty", b""), ("zip", b"PK\x03\x04 and no more")):
+        (tmp_path / name).write_bytes(content)
+        refused(ValueError, f"`.*{name}` does not load as a checkpoint", tmp_path / name)
+
+
+def test_a_checkpoint_of_something_else(refused, tmp_path):
+    for name, content in (("tensor", torch.zeros(2)), ("state", {"state_dict": {}}), ("list", [1])):
+        torch.save(content, tmp_path / name)
+        refused(ValueError, f"`.*{name}` is no checkpoint of a `PreferenceModule`", tmp_path / name)
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, tmp_path / "other.ckpt")
+    refused(ValueError, "is no checkpoint of a `PreferenceModule`", tmp_path / "other.ckpt")
+
+
+def test_a_cut_off_checkpoint(refused, tmp_path):
+    _, checkpoint = trained(tmp_path)
+    with open(checkpoint, "rb+") as file:
+        file.truncate(20_000)
+    refused(ValueError, "does not load as a checkpoint", checkpoint)
+
+
+def test_a_checkpoint_that_would_run_code(refused, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"state_dict": {}, "hyper_parameters": {"model": Evil()}}, tmp_path / "evil.ckpt")
+    refused(ValueError, "does not load as a checkpoint", tmp_path / "evil.ckpt")
+
+
+def test_a_folder_in_the_way(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"`.*out` exists already: name a new folder, or remove that one first"):
+        export_checkpoint("never looked at", str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    _, checkpoint = trained(tmp_path)
+    (tmp_path / "out").mkdir()
+    assert (export_checkpoint(checkpoint, str(tmp_path / "out")) / "model.safetensors").exists()
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, monkeypatch):
+    module, checkpoint = trained(tmp_path)
+
+    def full(self, folder, **options):
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(type(module.tokenizer), "save_pretrained", full)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="No space left"):
+        export_checkpoint(checkpoint, str(tmp_path / "out"))
+    assert sorted(tmp_path.rglob("*")) == before
