@@ -23,6 +23,7 @@ from lit_dpo import (
     WeightedLoss,
 )
 from lit_dpo.losses import log_ratios
+from lit_dpo.models import load_model, quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -224,9 +225,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(pairs, loss, adapter):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-6)
 
 
-def test_dropout_is_off_and_modes_are_kept(pairs):
-    module = runs.module({**runs.LLAMA, "attention_dropout": 0.5}, loss=DPOLoss())
-    watch = Watch()
+@pytest.mark.parametrize("saved", [False, True])  # a model that is read from a folder comes in eval mode
+def test_dropout_is_off_and_modes_are_kept(pairs, tmp_path, saved):
+    model = {**runs.LLAMA, "attention_dropout": 0.5}
+    if saved:
+        load_model(model, quickstart_tokenizer()).save_pretrained(tmp_path / "model")
+        model = str(tmp_path / "model")
+    module, watch = runs.module(model), Watch()
     runs.fit(module, runs.data(pairs), max_steps=4, val_check_interval=1, num_sanity_val_steps=1, callbacks=[watch])
     assert watch.modes == {(True, False)}
     assert all(part.p == 0 for part in module.modules() if isinstance(part, nn.Dropout))
