@@ -40,15 +40,16 @@ def pair_attention(
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    # Prompt and chosen lie side by side: views, no copies. (One split each, because the backward pass of a split is one
+    # concatenation, where that of every slice would be as long as the whole line.)
+    sizes = [size for prompt, chosen, rejected in shape for size in (prompt + chosen, rejected)]
+    q, k, v = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
     out: list[Tensor] = []
-    start = 0
-    for prompt, chosen, rejected in shape:
-        first = slice(start, start + prompt + chosen)  # prompt and chosen lie side by side: views, no copies
-        second = slice(first.stop, first.stop + rejected)
-        k_r, v_r = (torch.cat([x[:, :, start : start + prompt], x[:, :, second]], 2) for x in (key, value))
-        out.append(_causal(query[:, :, first], key[:, :, first], value[:, :, first], scale, softcap, dropout))
-        out.append(_causal(query[:, :, second], k_r, v_r, scale, softcap, dropout))
-        start = second.stop
+    for pair, (prompt, _, _) in enumerate(shape):
+        first, second = 2 * pair, 2 * pair + 1
+        k_r, v_r = (torch.cat([x[first][:, :, :prompt], x[second]], 2) for x in (k, v))
+        out.append(_causal(q[first], k[first], v[first], scale, softcap, dropout))
+        out.append(_causal(q[second], k_r, v_r, scale, softcap, dropout))
     return torch.cat(out, 2)
 
 
