@@ -49,6 +49,11 @@ class CachedReference(Reference):
         self._who: dict[str, Any] = {}
         self._table: LogpsTable | None = None
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Where the values are kept, and how many are checked."""
+        return {"folder": str(self.folder), "audit_rows": self.audit_rows}
+
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
         """Remember who will have scored: the policy's starting weights and configuration."""
         noise = ("transformers_version", "_name_or_path", "architectures", "use_cache")

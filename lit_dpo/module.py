@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, pair_metrics
 from lit_dpo.models import Dtype, LoRA, ModelDescription, load_model, load_tokenizer
@@ -69,7 +69,9 @@ class PreferenceModule(LightningModule):
         super().__init__()
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("A `model` described by its config has no tokenizer of its own: set `tokenizer`.")
-        loss, adapter = _alive(loss), LoRA(**adapter) if isinstance(adapter, dict) else adapter  # from a checkpoint
+        # From a checkpoint these come as plain values.
+        loss, reference = alive(loss), alive(reference)
+        adapter = LoRA(**adapter) if isinstance(adapter, dict) else adapter
         self.model, self.loss, self.adapter, self.dtype_name = model, loss, adapter, dtype
         self.tokenizer_source = tokenizer or str(model)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -81,9 +83,9 @@ class PreferenceModule(LightningModule):
         self._prepared_for: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens, self._since = 0, 0.0
-        # Plain values only: a checkpoint then loads with weights_only=True and imports nothing.
-        names = ("model", "loss", "adapter", "tokenizer", "dtype", "init_seed")
-        self.save_hyperparameters({name: _plain(value) for name, value in locals().items() if name in names})
+        options = {"model": model, "loss": loss, "reference": reference, "adapter": adapter, "tokenizer": tokenizer}
+        options |= {"dtype": dtype, "init_seed": init_seed}
+        self.save_hyperparameters({name: plain(value) for name, value in options.items()})
 
     def _default_reference(self) -> Reference | None:
         if not self.loss.needs_reference:
@@ -119,10 +121,10 @@ class PreferenceModule(LightningModule):
     def _load(self) -> PreTrainedModel:
         return load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
 
-    def restart_from(self, model: str | ModelDescription, reference: Reference | None = None) -> None:
-        """Forget policy and reference; the next run loads both from another folder. Adapters start anew."""
+    def restart_from(self, model: str | ModelDescription) -> None:
+        """Forget the policy; the next run loads it from another folder, as the reference. Adapters start anew."""
         self.model, self.policy, self._settled, self._prepared_for = model, None, None, None
-        self.reference = self._default_reference() if reference is None else reference
+        self.hparams["model"] = model
 
     # -- the one step -------------------------------------------------------------------------------------------------
 
@@ -276,31 +278,3 @@ class PreferenceModule(LightningModule):
         if self.reference is not None:
             self.reference.move(fn, recurse)
         return self
-
-
-def _plain(value: Any) -> Any:
-    """Options as numbers, strings, lists and dicts; a loss becomes its class path and options."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        options = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        if isinstance(value, PreferenceLoss):
-            return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": options}
-        return options
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _alive(value: Any) -> Any:
-    """The inverse of `_plain` for losses, among the classes that are imported already."""
-    if isinstance(value, list):
-        return [_alive(v) for v in value]
-    if not isinstance(value, dict):
-        return value
-    classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in _subclasses(PreferenceLoss)}
-    if value["class_path"] not in classes:
-        raise ValueError(
-            f"The loss `{value['class_path']}` is not known: import the module that defines it, or give a `loss`."
-        )
-    return classes[value["class_path"]](**{name: _alive(option) for name, option in value["init_args"].items()})
-
-
-def _subclasses(base: type[Any]) -> list[type[Any]]:
-    return [cls for sub in base.__subclasses__() for cls in (sub, *_subclasses(sub))]

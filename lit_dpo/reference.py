@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -44,6 +45,11 @@ class Reference(ABC):
     The training module owns one and calls `build` once, `move` whenever it moves itself, and `score` once a batch. A
     reference is no `nn.Module`, and so it adds nothing to checkpoints, optimizers, or the policy's train and eval mode.
     """
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments as plain values, for checkpoints."""
+        return {}
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:  # noqa: B027
         """Get ready, given the freshly loaded policy before adapters are attached to it."""
@@ -87,6 +93,11 @@ class FrozenReference(Reference):
     def __init__(self, model: str | ModelDescription | None = None) -> None:
         self.source = model
         self.model: nn.Module | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Which model."""
+        return {"model": self.source}
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
         """Copy or load the model and freeze it."""

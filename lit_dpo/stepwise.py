@@ -16,6 +16,7 @@ from lit_dpo.callbacks import ExportModel
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
+from lit_dpo.reference import FrozenReference
 
 
 def fit_stepwise(
@@ -42,8 +43,13 @@ def fit_stepwise(
         The folder that the last partition exported.
 
     Raises:
+        ValueError: The reference is a model of its own.
         FileExistsError: `folder` holds partitions already.
     """
+    if isinstance(module.reference, FrozenReference) and module.reference.source is not None:
+        raise ValueError(
+            "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
+        )
     folder = Path(folder)
     if folder.is_dir() and any(folder.glob("partition_*")):
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
@@ -76,7 +82,7 @@ def _split(
         rank_zero_info("Scoring the training pairs with the starting model")
         trainer = make_trainer(folder / "scoring")
         margins = _margins(trainer, module, datamodule)
-        module.restart_from(module.model, module.reference)
+        module.restart_from(module.model)
     return datamodule.split(margins)
 
 

@@ -22,6 +22,7 @@ FLOORS = {
     "models": 3,
     "reference": 4,
     "strategies": 4,
+    "hparams": 4,
     "data": 4,
     "cached_reference": 5,
     "module": 5,
@@ -33,7 +34,13 @@ FLOORS = {
     "__main__": 8,
 }
 # On one floor, what may build on what.
-NEIGHBOURS = {("models", "scoring"), ("metrics", "losses"), ("callbacks", "export"), ("stepwise", "callbacks")}
+NEIGHBOURS = {
+    ("models", "scoring"),
+    ("metrics", "losses"),
+    ("hparams", "reference"),
+    ("callbacks", "export"),
+    ("stepwise", "callbacks"),
+}
 TORCH_ONLY = {"pairs", "logps", "attention", "losses"}
 # The last three for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "models", "reference", "cached_reference", "module"}

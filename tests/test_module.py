@@ -13,6 +13,7 @@ from torch import nn
 from lit_dpo import (
     DPOLoss,
     DPOPLoss,
+    FrozenReference,
     IntermediateLoss,
     IPOLoss,
     LoRA,
@@ -23,7 +24,7 @@ from lit_dpo import (
     WeightedLoss,
 )
 from lit_dpo.losses import log_ratios
-from lit_dpo.models import load_model, quickstart_tokenizer
+from lit_dpo.models import export, load_model, quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -322,6 +323,17 @@ def test_a_checkpoint_with_adapters_builds_the_module_again(pairs, tmp_path):
     again = PreferenceModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert again.adapter == LoRA(rank=2, alpha=8)
     assert runs.same(runs.weights(again.policy), runs.weights(module.policy))
+
+
+def test_a_checkpoint_remembers_its_reference(pairs, tmp_path):
+    other = runs.module(init_seed=7)
+    other.configure_model()
+    export(other.policy, other.tokenizer, tmp_path / "other")
+    module = runs.module(reference=FrozenReference(str(tmp_path / "other")))
+    run = runs.fit(module, runs.data(pairs), max_steps=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = PreferenceModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert runs.digest(again.reference.model) == runs.digest(other.policy)
 
 
 def test_a_checkpoint_imports_nothing(pairs, tmp_path):

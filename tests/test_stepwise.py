@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
-from lit_dpo import BySource, EasyToHard, LoRA, OneShot, RandomSplit, score
+from lit_dpo import BySource, CachedReference, EasyToHard, FrozenReference, LoRA, OneShot, RandomSplit, score
 from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping
 from lit_dpo.models import load_model, quickstart_tokenizer
 from lit_dpo.stepwise import fit_stepwise
@@ -233,3 +233,18 @@ def test_a_split_that_cannot_be_leaves_nothing_behind(tmp_path, sources):
     with pytest.raises(ValueError, match="`order` names nothing, but the data have"):
         stepwise(tmp_path / "run", sources, BySource(order=["nothing"]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_cached_reference_stays_one_and_follows_the_policy(tmp_path, sources):
+    cached = CachedReference(str(tmp_path / "cache"))
+    seen, module, _ = stepwise(tmp_path / "cached", sources, BySource(), reference=cached)
+    expected, _, _ = stepwise(tmp_path / "frozen", sources, BySource())
+    assert module.reference is cached
+    assert [entry["losses"][0] for entry in seen] == pytest.approx([math.log(2)] * 3, abs=1e-6)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
+
+
+def test_a_reference_of_its_own_is_refused(tmp_path, sources):
+    with pytest.raises(ValueError, match="the reference is the policy of the step before"):
+        stepwise(tmp_path / "run", sources, BySource(), reference=FrozenReference("another/model"))

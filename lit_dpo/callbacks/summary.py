@@ -14,15 +14,16 @@ _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logp
 class RunSummary(Callback):
     """Print a table of the first, the best and the last validation at the end of training, and what to do next.
 
-    The best is ranked as the run's checkpoint callback ranks, or by reward accuracy without one.
+    With ``num_sanity_val_steps: -1`` the first one is from before training. The best is ranked as the run's checkpoint
+    callback ranks, or by reward accuracy without one.
     """
 
     def __init__(self) -> None:
         self._history: list[tuple[int, dict[str, float]]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the values of this validation."""
-        if not trainer.sanity_checking:
+        """Remember the values of this validation; those from before the first step if they are of the whole split."""
+        if not trainer.sanity_checking or trainer.num_sanity_val_steps == math.inf:
             values = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self._history.append((trainer.global_step, values))
 

@@ -11,14 +11,14 @@ from tests import runs
 pytestmark = runs.QUIET
 
 
-def printed(capsys, validations, **checkpoint):
+def printed(capsys, validations, sanity_steps=2, **checkpoint):
     """What is printed after these validations: pairs of step and metrics."""
     summary = RunSummary()
     kept = SimpleNamespace(**checkpoint) if checkpoint else None
     for step, values in validations:
         trainer = SimpleNamespace(
             sanity_checking=step is None, callback_metrics=values, global_step=step, is_global_zero=True,
-            checkpoint_callback=kept,
+            checkpoint_callback=kept, num_sanity_val_steps=sanity_steps,
         )  # fmt: skip
         summary.on_validation_end(trainer, None)
     summary.on_fit_end(trainer, None)
@@ -55,6 +55,11 @@ def test_the_best_is_what_the_checkpoint_callback_says(capsys):
 
 def test_the_sanity_check_is_no_validation(capsys):
     assert printed(capsys, [(None, {"val/loss": 9.0}), *VALIDATIONS]).count("9") == 0
+
+
+def test_a_sanity_check_of_the_whole_split_is_the_start(capsys):
+    text = printed(capsys, [(None, {"val/loss": 9.0}), *VALIDATIONS], sanity_steps=float("inf"))
+    assert row(text, "loss") == [9.0, 0.4, 0.3]  # the best by accuracy
 
 
 def test_no_validation_no_table(capsys):

@@ -1,0 +1,47 @@
+"""Options as plain values, so that a checkpoint holding them loads without running or importing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lit_dpo.losses import PreferenceLoss
+from lit_dpo.reference import Reference
+
+
+def plain(value: Any) -> Any:
+    """Options as numbers, strings, lists and dicts; a loss or reference becomes its class path and options."""
+    if isinstance(value, Reference):
+        return _spec(value, value.options)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        options = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return _spec(value, options) if isinstance(value, PreferenceLoss) else options
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def alive(value: Any) -> Any:
+    """The inverse of `plain` for losses and references, among the classes that are imported already.
+
+    Raises:
+        ValueError: The class is not imported.
+    """
+    if isinstance(value, list):
+        return [alive(v) for v in value]
+    if not isinstance(value, dict) or set(value) != {"class_path", "init_args"}:
+        return value
+    classes = {_path(cls): cls for base in (PreferenceLoss, Reference) for cls in _subclasses(base)}
+    if value["class_path"] not in classes:
+        raise ValueError(f"The class `{value['class_path']}` is not known: import the module that defines it.")
+    return classes[value["class_path"]](**{name: alive(option) for name, option in value["init_args"].items()})
+
+
+def _spec(value: object, options: dict[str, Any]) -> dict[str, Any]:
+    return {"class_path": _path(type(value)), "init_args": options}
+
+
+def _path(cls: type[Any]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _subclasses(base: type[Any]) -> list[type[Any]]:
+    return [cls for sub in base.__subclasses__() for cls in (sub, *_subclasses(sub))]
