@@ -80,8 +80,9 @@ def _split(
     margins = None
     if datamodule.partition.needs_margins:
         rank_zero_info("Scoring the training pairs with the starting model")
-        trainer = make_trainer(folder / "scoring")
-        margins = _margins(trainer, module, datamodule)
+        reference, module.reference = module.reference, None  # only the policy is asked
+        margins = _margins(make_trainer(folder / "scoring"), module, datamodule)
+        module.reference = reference
         module.restart_from(module.model)
     return datamodule.split(margins)
 

@@ -245,6 +245,13 @@ def test_a_cached_reference_stays_one_and_follows_the_policy(tmp_path, sources):
         assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
 
 
+def test_easy_to_hard_works_with_a_cached_reference(tmp_path, sources):
+    cached = CachedReference(str(tmp_path / "cache"))
+    seen, module, _ = stepwise(tmp_path / "run", sources, EasyToHard(2), reference=cached)
+    assert len(seen) == 2
+    assert module.reference is cached
+
+
 def test_a_reference_of_its_own_is_refused(tmp_path, sources):
     with pytest.raises(ValueError, match="the reference is the policy of the step before"):
         stepwise(tmp_path / "run", sources, BySource(), reference=FrozenReference("another/model"))
