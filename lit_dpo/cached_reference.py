@@ -92,12 +92,16 @@ class CachedReference(Reference):
         columns = ["last", *(f"layer.{k}" for k in start.layers)]
         self.scored = self.reused = 0
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
-        for dataset, rows, loader in sets(start.trainer.state.fn):
-            keys = torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)])
+        visits = [
+            (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
+            for dataset, rows, loader in sets(start.trainer.state.fn)
+        ]
+        for rows, keys, loader in visits:
+            if table is not None and not self._agrees(model, start, table, loader, rows[table.known(keys, columns)]):
+                rank_zero_info(f"Reference cache {store.data} differs from the model's own log-probs: scoring anew.")
+                table = None
+        for rows, keys, loader in visits:
             known = torch.zeros(len(rows), dtype=torch.bool) if table is None else table.known(keys, columns)
-            if table is not None and known.any() and (gap := self._audit(model, start, table, loader, rows[known])):
-                rank_zero_info(f"Reference cache {store.data} differs from the model by {gap:.3g} nats: scoring anew.")
-                table, known = None, torch.zeros_like(known)
             if not known.all():
                 fresh = _score_rows(model, start, loader(rows[~known]), columns)
                 table = fresh if table is None else table.merged(fresh)
@@ -116,19 +120,18 @@ class CachedReference(Reference):
             return start.policy
         return start.reload().to(start.trainer.strategy.root_device)
 
-    def _audit(
+    def _agrees(
         self, model: Callable[[], nn.Module], start: Start, table: LogpsTable, loader: Any, rows: Tensor
-    ) -> float | None:
-        """Score some reused rows again; the largest difference in nats if it is too large."""
-        if not self.audit_rows:
-            return None
+    ) -> bool:
+        """Score a few of these stored rows again and compare."""
+        if not self.audit_rows or not len(rows):
+            return True
         some = rows[torch.linspace(0, len(rows) - 1, min(self.audit_rows, len(rows))).long()]
         fresh = _score_rows(model, start, loader(some), ["last"])
         places, there = table.find(fresh.keys)
         stored, live = table.columns["last"][places], fresh.columns["last"]
-        limit = 1e-3 if live.dtype == torch.float64 or start.trainer.precision == "32-true" else 0.5
-        gap = float((stored - live).abs().max())
-        return None if bool(there.all()) and gap <= limit else gap
+        limit = 1e-3 if live.dtype == torch.float64 or start.trainer.precision == "32-true" else 0.5  # nats
+        return bool(there.all()) and float((stored - live).abs().max()) <= limit
 
     def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
         if self._table is None:

@@ -21,7 +21,7 @@ from lit_dpo import (
     RandomSplit,
 )
 from lit_dpo.cache import LogpsStore, LogpsTable, content_keys, fingerprint
-from lit_dpo.models import load_model, train_tokenizer
+from lit_dpo.models import load_model, load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*is_gradient_checkpointing.* is deprecated"
@@ -227,16 +227,27 @@ def test_every_one_of_300_bit_flips_is_noticed(tmp_path):
     assert store.read()[0] is not None
 
 
-def test_wrong_values_under_a_right_checksum_fail_the_audit(place, caplog):
+@pytest.mark.parametrize("wrong", ["everywhere", "validation"])
+def test_wrong_values_under_a_right_checksum_fail_the_audit(place, caplog, wrong):
+    """Wrong validation rows are found after the training rows have passed; those are scored anew with them."""
     run(place)
     (header,) = (place / "cache").glob("*.json")
     identity = json.loads(header.read_text())["identity"]
     store = LogpsStore(place / "cache", {k: v for k, v in identity.items() if k != "format"})
     table, _ = store.read()
-    store.write(LogpsTable(table.keys, {"last": table.columns["last"] + 1}))
+    shift = torch.ones(len(table), 1)
+    if wrong == "validation":
+        data = PreferenceDataModule(
+            str(place / "train.jsonl"), str(place / "validation.jsonl"), tokenizer=load_tokenizer(str(place / "tok"))
+        )
+        data.setup("fit")
+        held_out = [content_keys(batch) for batch in data.val_dataloader()]
+        shift = torch.zeros(len(table), 1)
+        shift[table.find(torch.cat(held_out))[0]] = 1.0
+    store.write(LogpsTable(table.keys, {"last": table.columns["last"] + shift}))
     with caplog.at_level(logging.INFO):
-        assert run(place)[0] == (ALL, 0)
-    assert "differs from the model by 1 nats" in caplog.text
+        assert run(place, steps=2)[0][0] == ALL
+    assert caplog.text.count("differs from the model's own log-probs") == 1
 
 
 def test_a_restored_checkpoint_does_not_become_the_reference(place):
