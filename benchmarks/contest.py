@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{size}", type=int)
     add("--dtype", choices=["float32", "bfloat16", "float64"], default="float32", help="of the weights")
     add("--batch", type=int, default=8, help="pairs a step")
-    add("--pairs", type=int, default=48, help="timed pairs, a multiple of the batch")
+    add("--pairs", type=int, default=24, help="timed pairs, a multiple of the batch")
     add("--warmup-steps", type=int, default=1, help="steps that are not timed, at least 1")
     add("--max-length", type=int, default=512, help="tokens of prompt and completion; completions are cut at the end")
     add("--lr", type=float, default=1e-4, help="of AdamW, constant; high enough that the first losses tell runs apart")
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=3)
     add("--device", default="cpu")
     add("--seed", type=int, default=0, help="of weights and of the choice and order of pairs")
-    add("--sort-within", choices=["file", "sample"], default="file", help="see README.md, How it is measured")
+    add("--sort-within", choices=["sample", "file"], default="sample", help="see README.md, How it is measured")
     add("--timeout", type=float, default=3600, help="seconds that one child process may take")
     add("--out", default="benchmarks/results", help="folder of the results")
     add("--worker", help=argparse.SUPPRESS)
@@ -152,7 +152,7 @@ def choose_rows(lengths: dict[int, int], settings: Settings, within: str, seed: 
         raise SystemExit(f"{needed} pairs are needed and the data have {len(lengths)}: lower `--pairs`.")
 
     def by_length(rows: Sequence[int]) -> list[int]:
-        return sorted(rows, key=lambda row: (lengths[row], row))
+        return sorted(rows, key=lambda row: (-lengths[row], row))  # longest first: memory has to grow only once
 
     if within == "file":
         everything = by_length(list(lengths))

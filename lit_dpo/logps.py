@@ -66,34 +66,55 @@ def sum_by_completion(logps: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _Tiles:
-    """The head's logits, one [token tile, vocabulary tile] at a time."""
+    """The head's logits, one [token tile, vocabulary tile] at a time, all in the same memory.
+
+    Fresh memory for every tile would cost a CPU more time in page faults than in some of the arithmetic.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
     ) -> None:
         self.hidden, self.weight, self.bias, self.scale, self.softcap = hidden, weight, bias, scale, softcap
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        size = min(TOKEN_TILE, len(hidden)) * min(VOCAB_TILE, len(weight))
+        self._product = hidden.new_empty(size)
+        self._logits = self._product if hidden.dtype == self.wide else self._product.to(self.wide)
 
     def weight_tile(self, vocab: slice) -> Tensor:
         return self.weight[vocab].to(self.hidden.dtype)  # (vocabulary tile, width)
 
     def logits(self, tokens: slice, vocab: slice, weight: Tensor) -> Tensor:
-        raw = (self.hidden[tokens] @ weight.T).to(self.wide)  # (token tile, vocabulary tile)
+        """Logits of one tile, which the caller may overwrite; the next call does."""
+        rows, columns = tokens.stop - tokens.start, vocab.stop - vocab.start
+        product, raw = (memory[: rows * columns].view(rows, columns) for memory in (self._product, self._logits))
+        torch.mm(self.hidden[tokens], weight.T, out=product)
+        if raw.dtype != product.dtype:
+            raw.copy_(product)
         if self.bias is not None:
             raw += self.bias[vocab]
         if self.scale != 1.0:
             raw *= self.scale
-        return raw if self.softcap is None else (raw / self.softcap).tanh_().mul_(self.softcap)
+        return raw if self.softcap is None else raw.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def backward_through_cap(self, grad: Tensor, logits: Tensor) -> Tensor:
+    def backward_through_cap(self, grad: Tensor, slope: Tensor | None) -> Tensor:
         """Turn d/d(capped, scaled logits) into d/d(hidden @ weight.T + bias), in place."""
-        if self.softcap is not None:
-            grad *= 1 - (logits / self.softcap) ** 2
+        if slope is not None:
+            grad *= slope
         return grad if self.scale == 1.0 else grad.mul_(self.scale)
 
 
 def _slices(size: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, size)) for start in range(0, size, tile)]
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
+    """``into += left @ right``, or ``into = left @ right`` the first time; the sum has the dtype of `into`."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        into.copy_(left @ right)
+    else:
+        into += left @ right
 
 
 class _TiledHead(torch.autograd.Function):
@@ -116,7 +137,9 @@ class _TiledHead(torch.autograd.Function):
                 logits = tiles.logits(tokens, vocab, weight_tile)
                 place, inside = _place(targets[tokens], vocab)
                 target_logit[tokens] += torch.where(inside, logits.gather(1, place)[:, 0], 0.0)
-                logsumexp[tokens] = torch.logaddexp(logsumexp[tokens], logits.logsumexp(1))
+                highest = logits.amax(1, keepdim=True)
+                sums = logits.sub_(highest).exp_().sum(1)
+                logsumexp[tokens] = torch.logaddexp(logsumexp[tokens], highest[:, 0] + sums.log_())
         ctx.save_for_backward(hidden, weight, targets, bias, logsumexp)
         ctx.scale, ctx.softcap = scale, softcap
         return target_logit - logsumexp
@@ -131,24 +154,29 @@ class _TiledHead(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden, dtype=tiles.wide) if needs_hidden else None
         d_weight = torch.empty_like(weight) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=tiles.wide) if needs_bias else None
+        in_place = weight.dtype == tiles.wide  # else token tiles add up in the wider dtype first
         for vocab in _slices(len(weight), VOCAB_TILE):
             weight_tile = tiles.weight_tile(vocab)
-            d_weight_tile = torch.zeros_like(weight_tile, dtype=tiles.wide) if needs_weight else None
+            if d_weight is not None:
+                sum_of_tiles = d_weight[vocab] if in_place else torch.empty_like(d_weight[vocab], dtype=tiles.wide)
             for tokens in _slices(len(hidden), TOKEN_TILE):
                 logits = tiles.logits(tokens, vocab, weight_tile)
-                d_logits = (logits - logsumexp[tokens, None]).exp_().mul_(-grad[tokens, None])  # -softmax * grad
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+                d_logits = logits.sub_(logsumexp[tokens, None]).exp_().mul_(-grad[tokens, None])  # -softmax * grad
                 place, inside = _place(targets[tokens], vocab)
                 d_logits.scatter_add_(1, place, torch.where(inside, grad[tokens], 0.0)[:, None])
-                d_logits = tiles.backward_through_cap(d_logits, logits)
+                d_logits = tiles.backward_through_cap(d_logits, slope)
                 if d_bias is not None:
                     d_bias[vocab] += d_logits.sum(0)
                 d_product = d_logits.to(hidden.dtype)
                 if d_hidden is not None:
-                    d_hidden[tokens] += d_product @ weight_tile
-                if d_weight_tile is not None:
-                    d_weight_tile += d_product.T @ hidden[tokens]
-            if d_weight is not None and d_weight_tile is not None:
-                d_weight[vocab] = d_weight_tile
+                    _add_product(d_hidden[tokens], d_product, weight_tile)
+                if d_weight is not None:
+                    _add_product(sum_of_tiles, d_product.T, hidden[tokens], first=tokens.start == 0)
+            if d_weight is not None and not in_place:
+                d_weight[vocab] = sum_of_tiles
+        if d_weight is not None and not len(hidden):
+            d_weight.zero_()
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,

@@ -204,4 +204,4 @@ class TestCountedWork:
             assert set(rows["shuffled"][4:]) == set(rows["sorted"][4:])
             assert len(set(rows["sorted"])) == 16
             timed = [lengths[row] for row in rows["sorted"][4:]]
-            assert timed == sorted(timed)
+            assert timed == sorted(timed, reverse=True)
