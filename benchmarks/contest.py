@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=3)
     add("--device", default="cpu")
     add("--seed", type=int, default=0, help="of weights and of the choice and order of pairs")
-    add("--sort-within", choices=["sample", "file"], default="sample", help="see README.md, How it is measured")
+    add(
+        "--sort-within",
+        choices=["sample", "file", "longest"],
+        default="sample",
+        help="see README.md, How it is measured",
+    )
     add("--timeout", type=float, default=3600, help="seconds that one child process may take")
     add("--out", default="benchmarks/results", help="folder of the results")
     add("--worker", help=argparse.SUPPRESS)
@@ -160,6 +165,9 @@ def choose_rows(lengths: dict[int, int], settings: Settings, within: str, seed: 
         places = [int((k + 0.5) * len(batches) / timed) for k in range(timed)]
         spare = draw.sample([i for i in range(len(batches)) if i not in places], warmup)
         first, rest = ([row for i in chosen for row in batches[i]] for chosen in (spare, places))
+    elif within == "longest":
+        drawn = by_length(list(lengths))[:needed]
+        first, rest = drawn[timed * size :], drawn[: timed * size]
     else:
         drawn = draw.sample(list(lengths), needed)
         first, rest = drawn[: warmup * size], drawn[warmup * size :]

@@ -85,6 +85,19 @@ def ratios_table(runs: dict[str, list[Record]]) -> str:
     return markdown_table(header, rows) if rows else "No opponent ran, so there is no ratio."
 
 
+def peaks_table(runs: dict[str, list[Record]]) -> str:
+    """Peak memory alone, and our runs' share of it."""
+    ours = [name for name in runs if RUNS[name].side == "lit_dpo"]
+    peaks = {name: medians(records, lambda record: record["peak_bytes"]) for name, records in runs.items()}
+    header = ["run", "peak GB", "tokens computed a step", *(f"{name} over it" for name in ours)]
+    rows = []
+    for name, records in runs.items():
+        tokens = records[0]["computed_tokens"] / records[0]["timed_steps"]
+        shares = [f"{peaks[own] / peaks[name]:.2f}x" for own in ours]
+        rows.append([f"{name}: {records[0]['why']}", f"{peaks[name] / 1e9:.2f}", f"{tokens:.0f}", *shares])
+    return markdown_table(header, rows)
+
+
 def notes(records: Sequence[Record], runs: dict[str, list[Record]]) -> list[str]:
     """What a reader of the tables must know besides them."""
     failed = [record for record in records if "error" in record]
@@ -111,18 +124,22 @@ def main() -> None:
         parser.error("`--data` is needed, and `--runs` must name runs of the list in --help.")
     try:
         with prepared(options) as settings:
-            records = contest(__file__, names, settings, options)
+            stem = "peak" if options.sort_within == "longest" else "throughput"
+            records = contest(__file__, names, settings, options, stem)
     except UnequalError as error:
         raise SystemExit(f"No time is reported. {error}") from error
     runs = by_run(records)
     if not runs:
         raise SystemExit("Every run failed; see the lines above and the file throughput.jsonl.")
+    title = "Throughput"
     tables = [times_table(runs), ratios_table(runs)]
+    if options.sort_within == "longest":  # a measurement of memory, which may run beside other work
+        title, tables = "Peak memory on the longest pairs", [peaks_table(runs)]
     print("", *tables, *notes(records, runs), sep="\n\n")
     about = facts(options.device, options.threads, options.seed, options.data)
     append_section(
-        report_path(Path(options.out), "throughput", options.device),
-        f"Throughput: {title_of(options)}",
+        report_path(Path(options.out), stem, options.device),
+        f"{title}: {title_of(options)}",
         tables,
         about,
         notes(records, runs),

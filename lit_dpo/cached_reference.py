@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_dpo.cache import LogpsStore, LogpsTable, content_keys, fingerprint
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.reference import Reference, Start, adapters_off
+from lit_dpo.reference import Filling, Reference, Start, adapters_off
 from lit_dpo.scoring import Layout, score
 
 
@@ -58,12 +58,14 @@ class CachedReference(Reference):
         """Remember who will have scored: the policy's starting weights and configuration."""
         noise = ("transformers_version", "_name_or_path", "architectures", "use_cache")
         config = {k: v for k, v in policy.config.to_dict().items() if k not in noise}
-        self._who = {
-            "weights": fingerprint(_weights(policy)),
-            "config": json.loads(json.dumps(config, default=str)),
-            "dtype": dtype,
-        }
+        self._who = {"config": json.loads(json.dumps(config, default=str)), "dtype": dtype}
+        if policy.device.type != "meta":
+            self._who["weights"] = fingerprint(_weights(policy))
         self._table = None
+
+    def fill(self, policy: nn.Module, filling: Filling) -> None:
+        """Remember the weights that are sharded."""
+        self._who["weights"] = fingerprint(_weights(policy))
 
     def prepare(self, start: Start) -> None:
         """Read what is stored, score what is missing, write it back.

@@ -6,7 +6,9 @@ import difflib
 import os
 import pickle
 import re
+import shlex
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,10 @@ from typing import Any, NoReturn
 
 import jsonargparse
 import torch
-from jsonargparse import _typehints  # see _switching_forgets_options
+from jsonargparse import (
+    _typehints,  # see _switching_forgets_options
+    set_parsing_settings,
+)
 from jsonargparse._util import import_object
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -24,20 +29,37 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
-from lit_dpo.callbacks import PairPredictionWriter, RunSummary
+from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, RunSummary, Stopped
 from lit_dpo.data import Partition, PreferenceDataModule
 from lit_dpo.export import export_checkpoint
 from lit_dpo.losses import PreferenceLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.reference import Reference
+from lit_dpo.runs import (
+    check_checkpoint,
+    is_stepwise,
+    last_checkpoint,
+    newest_run,
+    refuse_changes,
+    rotate_metrics,
+    run_of,
+    saved_config,
+)
 from lit_dpo.stepwise import fit_stepwise
 
 _EXPORT = "export"
 _PLUGGABLE = (PreferenceLoss, Reference, Partition)
-_USERS_ERRORS = (ValueError, OSError, ImportError, MisconfigurationException, pickle.UnpicklingError)
+_USERS_ERRORS = (
+    ValueError,
+    OSError,
+    FloatingPointError,
+    ImportError,
+    MisconfigurationException,
+    pickle.UnpicklingError,
+)
 
 
 class Parser(LightningArgumentParser):
@@ -54,7 +76,15 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the whole configuration of a fit as ``config.yaml`` in its folder, but never over another file."""
+    """Save the whole configuration of a fit as ``config.yaml`` in its folder, but never over another file.
+
+    Args:
+        resumed: The run goes on in its folder, where its configuration is and was compared with.
+    """
+
+    def __init__(self, *args: Any, resumed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.resumed = resumed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save, on the first process."""
@@ -62,15 +92,23 @@ class SaveConfig(SaveConfigCallback):
             return
         path = Path(trainer.log_dir or trainer.default_root_dir) / self.config_filename
         if trainer.strategy.broadcast(path.exists()):
-            rank_zero_warn(f"`{path}` exists already, so the configuration of this run is not saved there.")
+            if not self.resumed:
+                rank_zero_warn(f"`{path}` exists already, so the configuration of this run is not saved there.")
         else:
             super().setup(trainer, pl_module, stage)
 
 
 class PreferenceCLI(LightningCLI):
-    """LightningCLI for `PreferenceModule` and `PreferenceDataModule`."""
+    """LightningCLI for `PreferenceModule` and `PreferenceDataModule`.
 
-    def __init__(self, args: Sequence[str]) -> None:
+    Args:
+        args: Command-line arguments.
+        allow_changes: Resume with another configuration than the checkpoint's.
+    """
+
+    def __init__(self, args: Sequence[str], allow_changes: bool = False) -> None:
+        self._allow_changes = allow_changes
+        self._continued: Path | None = None  # the folder of the run that is resumed
         with _switching_forgets_options():
             super().__init__(
                 PreferenceModule,
@@ -99,10 +137,29 @@ class PreferenceCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Set the number of threads before the first tensor is made."""
+        """Set the number of threads before the first tensor is made, and find what to resume before anything loads."""
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
+        checkpoint = self._get(self.config, "ckpt_path")
+        if checkpoint is not None and checkpoint not in _LIGHTNINGS_OWN and ":" not in str(checkpoint):
+            self._find_checkpoint(str(checkpoint))
+
+    def _find_checkpoint(self, given: str) -> None:
+        """Settle which checkpoint is meant and which folder the run goes on in; refuse a changed configuration."""
+        root = Path(self._get(self.config, "trainer.default_root_dir") or os.getcwd())
+        run = newest_run(root) if given == "last" else run_of(Path(given), root)
+        stepwise = run is not None and given == "last" and is_stepwise(run)
+        path = (run and given == "last" and last_checkpoint(run)) or Path(given)
+        if not stepwise:
+            check_checkpoint(path)
+        self.config[str(self.subcommand)]["ckpt_path"] = None if stepwise else str(path)
+        if self.subcommand != "fit":
+            return
+        self._continued = run
+        self.save_config_kwargs["resumed"] = True
+        current = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        refuse_changes(saved_config(run, path), current, self._allow_changes)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer of the config, with a progress bar, a summary at the end, and metrics in a csv file."""
@@ -116,16 +173,35 @@ class PreferenceCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(PairPredictionWriter(self._get(self.config_init, "predictions")))
         folder = kwargs.get("default_root_dir") or config.get("default_root_dir") or os.getcwd()
+        if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
+            if not _has(callbacks, LastCheckpoint):
+                callbacks.append(LastCheckpoint())
+            callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # it saves what the others know
         if config.get("logger") in (None, True):
-            kwargs["logger"] = CSVLogger(folder, name=None) if self.subcommand == "fit" else False
+            kwargs["logger"] = self._metrics_file(Path(folder)) if self.subcommand == "fit" else False
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
+
+    def _metrics_file(self, folder: Path) -> CSVLogger:
+        """Metrics as a csv file that is up to date at every moment, in a new folder or in that of the resumed run."""
+        version = None
+        run = (
+            self._continued
+            if self._continued is not None and not is_stepwise(self._continued)
+            else folder / "version_0"
+        )
+        if self._continued is not None and run.is_dir():
+            version = int(run.name.removeprefix("version_"))
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                rotate_metrics(run)
+        return CSVLogger(folder, name=None, version=version, flush_logs_every_n_steps=1)
 
     def _run_subcommand(self, subcommand: str) -> None:
         folder: Path | None = None
         try:
             if subcommand == "fit" and self.datamodule.stepwise:
-                folder = _new_version(Path(self.trainer.default_root_dir))
-                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder)
+                folder = self._continued or _new_version(Path(self.trainer.default_root_dir))
+                resume = self._continued is not None
+                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder, resume)
             else:
                 logger = self.trainer.logger
                 folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) and logger.name == "" else None
@@ -144,17 +220,38 @@ class PreferenceCLI(LightningCLI):
 _DESCRIPTION = f"""Preference-tune language models with PyTorch Lightning.
 
 `lit-dpo {_EXPORT} CHECKPOINT OUTPUT_DIR` writes a checkpoint's policy as a folder that transformers loads.
+
+`--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
+differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
+and torch.optim. Both flags count on the command line only, never in a file.
 """
 
+
+# What a configuration may name: narrow paths, none of which runs or loads anything by itself.
+_IMPORTABLE = (
+    *(f"lit_dpo.{name}" for name in ("losses", "reference", "cached_reference", "schedules", "callbacks")),
+    *(
+        f"lit_dpo.{name}"
+        for name in ("data.partition", "models.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
+    ),
+    *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
+    *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),
+)
+_LIGHTNINGS_OWN = ("best", "hpc")  # checkpoint paths that Lightning resolves by itself
 
 _NO_NEWS = (
     ".*does not have many workers.*",  # pairs are in memory as token ids: worker processes would only cost
     ".*Couldn't infer the batch indices.*",  # the sampler makes whole batches; predictions carry their row numbers
     ".*LightningCLI's args parameter.*",  # `main` passes them on, which is what that parameter is for
+    "Experiment logs directory .* exists and is not empty.*",  # of a resumed run: see `rotate_metrics`
+    "Checkpoint directory .* exists and is not empty.*",  # the same
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
     ".*is_gradient_checkpointing. is deprecated.*",  # peft 0.21 on transformers 5.23
 )
-_MOVED = "The dirpath has changed from.*"  # of a checkpoint callback, which only training needs
+_ONLY_FOR_TRAINING = (  # is what a checkpoint knows of callbacks
+    "The dirpath has changed from.*",
+    "Be aware that when using `ckpt_path`.*",
+)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -163,14 +260,30 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Command-line arguments, by default the process's own.
     """
-    args = list(sys.argv[1:] if args is None else args)
-    for message in (*_NO_NEWS, *(() if args[:1] == ["fit"] else (_MOVED,))):
+    given = list(sys.argv[1:] if args is None else args)
+    for message in (*_NO_NEWS, *(() if given[:1] == ["fit"] else _ONLY_FOR_TRAINING)):
         warnings.filterwarnings("ignore", message)
     try:
+        args, packages, allow_changes = _take_flags(given)
+        short = (f"lit_dpo.{name}" for base in _PLUGGABLE for name in _subclass_names(base))
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *packages])
         if args[:1] == [_EXPORT]:
             jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
         else:
-            PreferenceCLI(args)
+            PreferenceCLI(args, allow_changes)
+    except Stopped as stopped:
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            command = shlex.join(["lit-dpo", *_resuming(given)])
+            sys.stderr.write(
+                f"\nStopped by {stopped.name} after step {stopped.step}; saved {stopped.checkpoint}\n"
+                f"To go on: {command}\n"
+            )
+        raise
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        interrupted = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
+        if interrupted:
+            raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
+        raise
     except Exception as error:
         if os.environ.get("LIT_DPO_TRACEBACK") or not _users_fault(error):
             raise
@@ -179,6 +292,36 @@ def main(args: Sequence[str] | None = None) -> None:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
         raise SystemExit(2) from error
+
+
+def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool]:
+    """Split off the flags that only the command line may set: other arguments, allowed packages, changes allowed."""
+    rest, packages, allow_changes = [], [], False
+    remaining = iter(args)
+    for argument in remaining:
+        name, _, value = argument.partition("=")
+        if name == "--allow-changes":
+            allow_changes = True
+        elif name == "--allow-import":
+            package = value or next(remaining, "")
+            if not all(part.isidentifier() for part in package.split(".")):
+                raise ValueError(f"`--allow-import` needs the import path of a package, got {package!r}.")
+            packages.append(package)
+        else:
+            rest.append(argument)
+    return rest, packages, allow_changes
+
+
+def _resuming(args: Sequence[str]) -> list[str]:
+    """The same arguments, to go on with the run."""
+    rest: list[str] = []
+    remaining = iter(args)
+    for argument in remaining:
+        if argument == "--ckpt_path":
+            next(remaining, None)
+        elif not argument.startswith("--ckpt_path="):
+            rest.append(argument)
+    return [*rest, "--ckpt_path", "last"]
 
 
 @contextmanager
@@ -218,6 +361,9 @@ def _users_fault(error: Exception) -> bool:
 def _one_sentence(message: object) -> str:
     """An error message on one line, without jsonargparse's own words where there are better ones."""
     text = " ".join(str(message).split())
+    if denied := re.search(r"Importing '([\w.]+)' is not allowed", text):
+        package = denied[1].partition(".")[0]
+        return f"A configuration may not name `{denied[1]}`: if you trust that package, add `--allow-import {package}`"
     if unknown := re.search(r'key "([\w.]+)".*Expected a dot import path string: ([\w.]+)', text):
         return f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
     if refused := re.search(r"Option '([\w.]+)' is not accepted", text):

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from lit_dpo.card import model_card
+from lit_dpo.checkpoints import manifest_of, read_shards, verify
 from lit_dpo.models import LoRA, export, load_model, load_tokenizer, refuse_existing
+from lit_dpo.module import STATE
 
 _PREFIX = "policy."
 
@@ -17,7 +20,7 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
     """Write the policy of a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     Args:
-        checkpoint: A ``.ckpt`` file written during training.
+        checkpoint: A ``.ckpt`` file written during training, or a folder of shards.
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
 
@@ -38,19 +41,26 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
         model = LoRA(**options["adapter"]).attach(model)
     state = content["state_dict"].items()
     model.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state if k.startswith(_PREFIX)})
-    return export(model, tokenizer, output_dir, merge)
+    return export(model, tokenizer, output_dir, merge, model_card(options, content.get(STATE, {})))
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f"there are {', '.join(p.name for p in near)}" if near else "give a .ckpt file from a run's folder"
         raise FileNotFoundError(f"No checkpoint `{path}`: {hint}.")
+    if path.is_dir() or manifest_of(path).exists():
+        verify(path)
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_shards(path, f"state_dict.{_PREFIX}") if path.is_dir() else _read_file(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = [*str(error).splitlines(), type(error).__name__][0]
         raise ValueError(f"`{path}` does not load as a checkpoint: {reason}") from error
     if not {"state_dict", "hyper_parameters"} <= set(content) or "model" not in content["hyper_parameters"]:
         raise ValueError(f"`{path}` is no checkpoint of a `PreferenceModule`; give one written by `lit-dpo fit`.")
+    return content
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return content

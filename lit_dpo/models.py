@@ -114,6 +114,27 @@ def load_model(
     return model
 
 
+def empty_model(
+    source: str | ModelDescription, tokenizer: PreTrainedTokenizerBase | None = None, dtype: Dtype = "float32"
+) -> PreTrainedModel:
+    """What `load_model` gives, but without any weights: every tensor is on the meta device.
+
+    Raises:
+        ValueError: There is no such model, or the description names no known ``model_type``.
+    """
+    if isinstance(source, str):
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found("model", source, error)) from error
+    else:
+        config = _config(source, tokenizer)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    _disable_dropout(model)
+    return model
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or local folder, or ``quickstart``: a small one made from the embedded data.
 
@@ -163,7 +184,13 @@ def quickstart_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer((m["content"] for row in rows for side in row.values() for m in side), vocab_size=1024)
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path, merge: bool = True) -> Path:
+def export(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    merge: bool = True,
+    card: str | None = None,
+) -> Path:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with ``from_pretrained``.
 
     The folder appears whole or not at all: it is written beside its place and renamed into it.
@@ -173,6 +200,7 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | P
         tokenizer: Saved along, chat template included.
         folder: Must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise only the adapters are written.
+        card: Text of the model card, ``README.md``.
 
     Raises:
         FileExistsError: `folder` holds something already.
@@ -185,6 +213,8 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | P
         os.chmod(part, 0o755)
         model.save_pretrained(part)  # type: ignore[operator]
         tokenizer.save_pretrained(part)
+        if card is not None:
+            (part / "README.md").write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
         part.rename(target)

@@ -8,21 +8,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, pair_metrics
-from lit_dpo.models import Dtype, LoRA, ModelDescription, load_model, load_tokenizer
+from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.reference import AdapterReference, FrozenReference, Reference, Start
+from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Reference, Start
+from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
 from lit_dpo.scoring import Layout, choose_layout, decoder_parts, score
-from lit_dpo.strategies import shard
+from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
+from lit_dpo.version import __version__
+
+STATE = "lit_dpo"
+"""Our part of a checkpoint."""
 
 
 class PreferenceModule(LightningModule):
@@ -83,6 +91,7 @@ class PreferenceModule(LightningModule):
         self._prepared_for: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens, self._since = 0, 0.0
+        self._seen: list[SeenPairs] = []  # in the optimizer step under way
         options = {"model": model, "loss": loss, "reference": reference, "adapter": adapter, "tokenizer": tokenizer}
         options |= {"dtype": dtype, "init_seed": init_seed}
         self.save_hyperparameters({name: plain(value) for name, value in options.items()})
@@ -99,24 +108,59 @@ class PreferenceModule(LightningModule):
             self._tokenizer = load_tokenizer(self.tokenizer_source)
         return self._tokenizer
 
+    def setup(self, stage: str) -> None:
+        """Forget what an earlier fit has measured and not logged yet, such as that of the partition before."""
+        leave_batches(self.trainer.strategy)
+        if stage == "fit":
+            self._means("train").reset()
+
     def configure_model(self) -> None:
         """Load policy and reference, once, and settle how many decoder blocks the loss can name."""
         if self.policy is not None:
             return
-        base = self._load()
+        policy = self._assemble(self._load()) if self.device_mesh is None else self._assemble_on_shards()
+        self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
+
+    def _assemble(self, base: PreTrainedModel) -> nn.Module:
+        """The policy made of a freshly loaded model, and the reference beside it."""
         self.loss = self.loss.resolve(len(decoder_parts(base).blocks))
         if self.reference is not None:
             self.reference.build(base, self.tokenizer, self.dtype_name)
-        policy: nn.Module = base if self.adapter is None else self.adapter.attach(base, self.init_seed)
+        policy = self._adapted(base)
         if self.gradient_checkpointing:
             older = base.gradient_checkpointing_enable  # the one name in transformers 5.17, deprecated in 5.23
             getattr(base, "activation_checkpointing_enable", older)({"use_reentrant": False})
         if self.reference is not None:
             self.reference.check(policy)
-        if self.device_mesh is not None:
-            for model in (policy, *(self.reference.models() if self.reference is not None else [])):
-                shard(model, self.device_mesh["data_parallel"], self.trainer.precision)
-        self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
+        strategy = None if self._trainer is None else self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy):
+            if self.reference is not None:
+                self.reference.replace_models(lambda model: wrap(model, strategy, self.trainer.precision))
+            policy = wrap(policy, strategy, self.trainer.precision)
+        return policy
+
+    def _assemble_on_shards(self) -> nn.Module:
+        """The same, sharded: the first process reads the weights, the others receive their shares."""
+        assert self.device_mesh is not None
+        strategy = self.trainer.strategy
+        with torch.device("meta"):
+            policy = self._assemble(empty_model(self.model, self.tokenizer, self.dtype_name))
+        for model in (policy, *(self.reference.models() if self.reference is not None else [])):
+            shard(model, self.device_mesh["data_parallel"], self.trainer.precision)
+
+        def from_first(model: nn.Module, load: Callable[[], nn.Module]) -> None:
+            fill(model, load() if self.trainer.is_global_zero else None, strategy.root_device)
+
+        def from_shards(source: nn.Module, target: nn.Module) -> None:
+            copy_shards(source, target, strategy.root_device)
+
+        from_first(policy, lambda: self._adapted(self._load()))
+        if self.reference is not None:
+            self.reference.fill(policy, Filling(from_first, from_shards))
+        return policy
+
+    def _adapted(self, base: PreTrainedModel) -> nn.Module:
+        return base if self.adapter is None else self.adapter.attach(base, self.init_seed)
 
     def _load(self) -> PreTrainedModel:
         return load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
@@ -141,6 +185,8 @@ class PreferenceModule(LightningModule):
     def _step(self, batch: PairBatch, stage: str) -> Tensor:
         policy, reference = self(batch)
         losses = self.loss(policy, reference)  # (batch,)
+        if stage == "train":
+            self._seen.append(SeenPairs(batch.row_ids, losses.detach(), policy.detach(), reference))
         with torch.no_grad():
             self._means(stage).update(pair_metrics(self.loss, losses, policy, reference), batch.weights)
         return losses.mean() if batch.weights is None else (batch.weights * losses).mean()
@@ -151,9 +197,28 @@ class PreferenceModule(LightningModule):
         return means
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean loss over the pairs of a batch."""
+        """Mean loss over the pairs of a batch; every ``log_every_n_steps`` steps log the means since then.
+
+        (Not in `on_train_batch_end`: a checkpoint that a callback writes there would miss what is logged after it.)
+        """
         self._tokens += len(batch.input_ids)
-        return self._step(batch, "train")
+        with seeded(self.device, self.init_seed, self.trainer.fit_loop.total_batch_idx, self.global_rank):
+            loss = self._step(batch, "train")
+        if self._completes_step(batch_idx) and (self.trainer.global_step + 1) % self._log_interval == 0:
+            self._log_means("train")
+            now = time.perf_counter()
+            speed = self._tokens * self.trainer.world_size / (now - self._since)
+            self.log("train/tokens_per_second", speed, prog_bar=True, batch_size=1)
+            self._tokens, self._since = 0, now
+        return loss
+
+    @property
+    def _log_interval(self) -> int:
+        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
+        return interval
+
+    def _completes_step(self, batch_idx: int) -> bool:
+        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch to the means of ``val/``."""
@@ -190,19 +255,12 @@ class PreferenceModule(LightningModule):
         means.reset()
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """After an optimizer step free the gradients; every ``log_every_n_steps`` steps log the means since then."""
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches and not self.trainer.is_last_batch:
+        """After an optimizer step free the gradients."""
+        if not self._completes_step(batch_idx):
             return
         # Lightning zeroes after the next forward pass; until then the gradients would stand beside its activations.
         for optimizer in self.trainer.optimizers:
             optimizer.zero_grad()
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
-        if self.trainer.global_step % interval == 0:
-            self._log_means("train")
-            now = time.perf_counter()
-            speed = self._tokens * self.trainer.world_size / (now - self._since)
-            self.log("train/tokens_per_second", speed, prog_bar=True, batch_size=1)
-            self._tokens, self._since = 0, now
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation pairs."""
@@ -212,6 +270,78 @@ class PreferenceModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the means over the test pairs."""
         self._log_means("test")
+
+    # -- the optimizer step -------------------------------------------------------------------------------------------
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Measure the gradient, refuse it unless it is finite, and clip it alike under every strategy.
+
+        Raises:
+            FloatingPointError: Loss or gradient is NaN or infinite; no weight has changed then.
+        """
+        seen, self._seen = self._seen, []
+        norm = gradient_norm(self.policy, optimizer)
+        # Scaled float16 gradients overflow now and then, and their scaler skips such a step by itself.
+        refuse_nonfinite(self.trainer, seen, None if self.trainer.precision == "16-mixed" else norm)
+        if (self.trainer.global_step + 1) % self._log_interval == 0:
+            self.log("train/grad_norm", norm, batch_size=1)
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_to_norm(optimizer, norm, gradient_clip_val)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what an exact resume needs besides Lightning's own state; every process takes part."""
+        means = self._means("train")
+        checkpoint[STATE] = {
+            "names": list(means.names),
+            "sums": self.trainer.strategy.reduce(means.sums.clone(), reduce_op="sum").cpu(),
+            "step_layout": self._step_layout(),
+            **self.facts(),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a model card tells of the run so far, as plain values; see `lit_dpo.card.model_card`."""
+        data = getattr(getattr(self.trainer, "datamodule", None), "sources", None)
+        metrics = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name.startswith("val/")}
+        packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        return {
+            "data": data,
+            "step": self.trainer.global_step,
+            "pairs_per_step": (self._step_layout() or {}).get("pairs_per_step"),
+            "metrics": metrics,
+            "versions": {name: str(version) for name, version in packages.items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the means of the present logging interval, and fit the counters to this run's processes.
+
+        Raises:
+            ValueError: To go on, the run would need another number of pairs an optimizer step.
+        """
+        state = checkpoint.get(STATE)
+        if state is None or self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        layout = self._step_layout()
+        if layout is not None and state["step_layout"] is not None:
+            rescale(checkpoint["loops"], state["step_layout"], layout)
+        means = self._means("train")
+        means.names = tuple(state["names"])
+        means.sums = state["sums"].to(means.sums.device) * (self.global_rank == 0)  # the sum is of all processes
+        means._update_count = 1  # else torchmetrics warns that nothing was added
+
+    def _step_layout(self) -> dict[str, int] | None:
+        layout = getattr(getattr(self.trainer, "datamodule", None), "step_layout", None)
+        return layout() if layout is not None and self.trainer.state.fn == "fit" else None
 
     # -- start of a run -----------------------------------------------------------------------------------------------
 
@@ -241,8 +371,17 @@ class PreferenceModule(LightningModule):
     def on_fit_start(self) -> None:
         """Audit the scoring, settle the layout, and let the reference get ready."""
         self._prepared_for = None  # the partition may have changed
+        self._seen = []
         self._start()
         self._tokens, self._since = 0, time.perf_counter()
+
+    def on_train_start(self) -> None:
+        """Move validations to the ends of optimizer steps, where a checkpoint holds all there is."""
+        trainer, every = self.trainer, self.trainer.accumulate_grad_batches
+        interval = trainer.val_check_batch
+        if isinstance(interval, int) and interval % every and interval < trainer.num_training_batches:
+            trainer.val_check_batch = max(every, interval // every * every)
+            rank_zero_info(f"Validation every {trainer.val_check_batch} batches, whole optimizer steps of {every}.")
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for a run of its own."""

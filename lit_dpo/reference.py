@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.models import Dtype, ModelDescription, load_model
+from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.scoring import Layout, score
 
@@ -39,6 +40,19 @@ class Start:
     layout: Layout
 
 
+@dataclass(frozen=True)
+class Filling:
+    """Ways to give a sharded model its weights; every process takes part.
+
+    Args:
+        from_first: Takes the model, and what loads its weights on the first process.
+        from_shards: Takes a model to copy the shards of, and the model.
+    """
+
+    from_first: Callable[[nn.Module, Callable[[], nn.Module]], None]
+    from_shards: Callable[[nn.Module, nn.Module], None]
+
+
 class Reference(ABC):
     """The model that rewards are measured from: it never trains, and a subclass says where its log-probs come from.
 
@@ -54,6 +68,14 @@ class Reference(ABC):
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:  # noqa: B027
         """Get ready, given the freshly loaded policy before adapters are attached to it."""
 
+    def fill(self, policy: nn.Module, filling: Filling) -> None:  # noqa: B027
+        """Get its weights, if `build` was given a policy without any, because they are sharded over processes.
+
+        Args:
+            policy: With its weights, sharded; adapters attached.
+            filling: How sharded models of its own get theirs.
+        """
+
     def check(self, policy: nn.Module) -> None:  # noqa: B027
         """Raise ValueError if this reference cannot serve the finished policy, adapters attached."""
 
@@ -63,6 +85,9 @@ class Reference(ABC):
     def models(self) -> list[nn.Module]:
         """Models of its own that live on the device, for strategies that shard."""
         return []
+
+    def replace_models(self, function: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027
+        """Let a strategy wrap each model of its own."""
 
     def move(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
         """Apply a change of device or dtype to its own models."""
@@ -101,12 +126,29 @@ class FrozenReference(Reference):
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
         """Copy or load the model and freeze it."""
-        model = copy.deepcopy(policy) if self.source is None else load_model(self.source, tokenizer, dtype)
+        if self.source is None:
+            model = copy.deepcopy(policy)
+        else:
+            model = (empty_model if policy.device.type == "meta" else load_model)(self.source, tokenizer, dtype)
+            self._load = partial(load_model, self.source, tokenizer, dtype)
         self.model = model.requires_grad_(False).eval()
+
+    def fill(self, policy: nn.Module, filling: Filling) -> None:
+        """Copy the policy's own shards, or read the other model."""
+        assert self.model is not None
+        if self.source is None:
+            filling.from_shards(policy, self.model)
+        else:
+            filling.from_first(self.model, self._load)
 
     def models(self) -> list[nn.Module]:
         """The frozen model."""
         return [] if self.model is None else [self.model]
+
+    def replace_models(self, function: Callable[[nn.Module], nn.Module]) -> None:
+        """Wrap the frozen model."""
+        assert self.model is not None
+        self.model = function(self.model).eval()
 
     def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
         if self.model is None:

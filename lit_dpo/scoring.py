@@ -110,6 +110,7 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
     Raises:
         ValueError: A piece is missing or has a form that scoring would get wrong, such as an adapter on the head.
     """
+    model = getattr(model, "_fsdp_wrapped_module", model)  # of FSDP1
     base = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise ValueError(f"`model` must be a transformers causal language model, got {type(base).__name__}.")
@@ -126,6 +127,13 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
         raise ValueError(f"No list of {depth} decoder blocks found in {type(decoder).__name__}; use another model.")
     norm = next((getattr(decoder, name) for name in _NORM_NAMES if hasattr(decoder, name)), None)
     return DecoderParts(base, decoder, blocks[0], norm, head)
+
+
+def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A model's own parameters and buffers, adapters left out, by the names they have without adapters."""
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        if "lora_" not in name:
+            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
 
 
 def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:

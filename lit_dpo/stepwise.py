@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_dpo.callbacks import ExportModel
+from lit_dpo.checkpoints import verify
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
@@ -24,6 +25,7 @@ def fit_stepwise(
     datamodule: PreferenceDataModule,
     make_trainer: Callable[[Path], Trainer],
     folder: str | Path,
+    resume: bool = False,
 ) -> Path:
     """Train through the partitions of a data module in order.
 
@@ -38,38 +40,79 @@ def fit_stepwise(
         datamodule: Its `partition` says how the training pairs are split.
         make_trainer: Makes a new Trainer whose ``default_root_dir`` is the folder it is given.
         folder: Where the partitions' folders go: ``partition_0`` and so on, each with ``export`` inside.
+        resume: Go on in a folder that holds partitions: those that are done are left alone, the one under way goes on
+            from its last checkpoint.
 
     Returns:
         The folder that the last partition exported.
 
     Raises:
-        ValueError: The reference is a model of its own.
-        FileExistsError: `folder` holds partitions already.
+        ValueError: The reference is a model of its own, or the partitions to go on with held other rows.
+        FileExistsError: `folder` holds partitions already, and it was not said to resume.
     """
     if isinstance(module.reference, FrozenReference) and module.reference.source is not None:
         raise ValueError(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )
     folder = Path(folder)
-    if folder.is_dir() and any(folder.glob("partition_*")):
+    if not resume and folder.is_dir() and any(folder.glob("partition_*")):
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
     parts = _split(module, datamodule, make_trainer, folder)
     exported = folder
     for number, part in enumerate(parts):
         root = folder / f"partition_{number}"
+        start, exported = exported, root / "export"
+        if resume and _is_done(root, part):
+            rank_zero_info(f"Partition {number + 1} of {len(parts)} is done")
+            continue
         rank_zero_info(f"Partition {number + 1} of {len(parts)}: {len(part)} pairs")
         if number:
-            module.restart_from(str(exported))
+            module.restart_from(str(start))
         datamodule.use_part(number)
         trainer = make_trainer(root)
-        exported = root / "export"
+        if exported.exists():  # trained and exported, but stopped before that was noted
+            _note_done(trainer, root, part)
+            continue
         trainer.callbacks.append(ExportModel(str(exported.absolute())))  # type: ignore[attr-defined]
-        trainer.fit(module, datamodule)
-        if trainer.is_global_zero:
-            (root / "DONE").write_text(json.dumps({"rows": part.tolist()}), encoding="utf-8")
-        trainer.strategy.barrier("partition done")
+        trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
+        _note_done(trainer, root, part)
+    if module.policy is None:
+        module.restart_from(str(exported))
     rank_zero_info(f"Exported the policy of the last partition to {exported}")
     return exported
+
+
+def _is_done(root: Path, part: Tensor) -> bool:
+    """Whether a partition is done; raises ValueError if it was one of other rows."""
+    mark = root / "DONE"
+    if not mark.exists():
+        return False
+    if json.loads(mark.read_text(encoding="utf-8"))["rows"] != part.tolist():
+        raise ValueError(f"`{root}` was trained on other rows than this partition has now: start in a new folder.")
+    return True
+
+
+def _note_done(trainer: Trainer, root: Path, part: Tensor) -> None:
+    if trainer.is_global_zero:
+        (root / "DONE").write_text(json.dumps({"rows": part.tolist()}), encoding="utf-8")
+    trainer.strategy.barrier("partition done")
+
+
+def _checkpoint_of(root: Path) -> Path | None:
+    """The checkpoint that a partition under way goes on from: its last one, or the one before if that is damaged."""
+    found = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return None
+    last, previous = found[-1], found[-1].with_name("previous.ckpt")
+    try:
+        verify(last)
+    except ValueError as error:
+        if not previous.exists():
+            raise
+        verify(previous)
+        rank_zero_info(str(error))
+        return previous
+    return last
 
 
 def _split(

@@ -7,9 +7,13 @@ import traceback
 from pathlib import Path
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-from lit_dpo import EasyToHard
+import lit_dpo
+from lit_dpo import CachedReference, EasyToHard, FrozenReference, LoRA
 from lit_dpo.callbacks import BestCheckpoint, ExportModel, PairPredictionWriter
+from lit_dpo.models import load_model
 from lit_dpo.stepwise import fit_stepwise
 from tests import runs
 
@@ -26,6 +30,32 @@ class Noting(EasyToHard):
         return super().split(sources, margins)
 
 
+class FSDP1OnCPU(FSDPStrategy):
+    """FSDP1, which neither Lightning nor PyTorch means for CPUs: a class of one's own passes Lightning's check, and
+    the whole state is gathered without a detour over the CPU, on which it is already."""
+
+    def __init__(self):
+        super().__init__(process_group_backend="gloo")
+
+    def lightning_module_state_dict(self):
+        with whole_state(self.model):
+            return self.model.state_dict()
+
+    def optimizer_state(self, optimizer):
+        return {}
+
+
+def whole_state(model):
+    return FullyShardedDataParallel.state_dict_type(
+        model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
+    )
+
+
+def spread(strategy, processes):
+    """Options of a Trainer, with a strategy object of its own."""
+    return {"strategy": FSDP1OnCPU() if strategy == "fsdp1" else strategy, "devices": processes}
+
+
 def files(folder):
     """Data of 7, 5 and 14 rows, which fill no step of 4 evenly."""
     return [runs.pairs_file(folder, count, f"{count}.jsonl", start=20 * count) for count in (7, 5, 14)]
@@ -35,18 +65,19 @@ def train(folder, files, strategy="auto", processes=1):
     """Plain training on 7 pairs, then predictions, then two partitions of 7 pairs; all written to the folder."""
     folder.mkdir(exist_ok=True)
     seven, five, fourteen = files
-    options = {"strategy": strategy, "devices": processes}
+    options = spread(strategy, processes)
     sizes = {"batch_size": 4 // processes, "eval_batch_size": 2, "validation": five}
     module, data = runs.module(lr=0.1), runs.data(seven, **sizes)
     run = runs.fit(module, data, folder, max_epochs=3, gradient_clip_val=1.0, callbacks=[ExportModel()], **options)
     values = {name: float(value) for name, value in run.callback_metrics.items()}
     run.save_checkpoint(folder / "plain.ckpt")
     writer = PairPredictionWriter(str(folder / "predictions.jsonl"))
-    runs.trainer(callbacks=[writer], **options).predict(module, data, return_predictions=False)
+    runs.trainer(callbacks=[writer], **spread(strategy, processes)).predict(module, data, return_predictions=False)
 
     def make_trainer(root):
         best = BestCheckpoint("val/loss", mode="min")
-        return runs.trainer(root, callbacks=[best], max_epochs=2, enable_checkpointing=True, **options)
+        more = spread(strategy, processes)
+        return runs.trainer(root, callbacks=[best], max_epochs=2, enable_checkpointing=True, **more)
 
     module, data = (
         runs.module(lr=0.1),
@@ -57,12 +88,42 @@ def train(folder, files, strategy="auto", processes=1):
         (folder / "metrics.json").write_text(json.dumps(values))
 
 
+VARIANTS = {
+    "tied": lambda folder: {"model": {**runs.LLAMA, "tie_word_embeddings": True}},
+    "lora": lambda folder: {"adapter": LoRA(rank=2, alpha=8)},
+    "lora beside a frozen copy": lambda folder: {"adapter": LoRA(rank=2, alpha=8), "reference": FrozenReference()},
+    "another reference": lambda folder: {"reference": FrozenReference({**runs.LLAMA, "intermediate_size": 64})},
+    "cached": lambda folder: {"reference": CachedReference(str(folder / "cache"))},
+    "neox": lambda folder: {"model": runs.NEOX, "gradient_checkpointing": True},
+}
+
+
+def variants(folder, files, strategy="auto", processes=1):
+    """Metrics after two steps of other models, adapters and references."""
+    found = {}
+    for name, options in VARIANTS.items():
+        module = runs.module(lr=0.1, **options(folder))
+        data = runs.data(files[0], batch_size=4 // processes, eval_batch_size=2, validation=files[1])
+        run = runs.fit(module, data, folder, max_steps=2, gradient_clip_val=1.0, **spread(strategy, processes))
+        found[name] = {key: float(value) for key, value in run.callback_metrics.items()}
+    if run.is_global_zero:
+        (folder / "variants.json").write_text(json.dumps(found))
+
+
+def refuse_to_load(*args, **kwargs):
+    raise AssertionError("only the first process reads weights")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     code = 0
     try:
         for strategy in sys.argv[2].split(","):
-            train(Path(sys.argv[1], strategy), sys.argv[3:], strategy, processes=int(os.environ["WORLD_SIZE"]))
+            folder, processes = Path(sys.argv[1], strategy), int(os.environ["WORLD_SIZE"])
+            load = refuse_to_load if strategy == "fsdp2" and os.environ["RANK"] != "0" else load_model
+            lit_dpo.module.load_model = lit_dpo.reference.load_model = load
+            train(folder, sys.argv[3:], strategy, processes)
+            variants(folder, sys.argv[3:], strategy, processes)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:

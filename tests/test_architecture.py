@@ -11,10 +11,15 @@ import lit_dpo
 PACKAGE = Path(lit_dpo.__file__).parent
 FLOORS = {
     "version": 0,
+    "card": 0,
     "pairs": 0,
     "logps": 1,
     "attention": 1,
     "cache": 1,
+    "checkpoints": 1,
+    "resume": 2,
+    "gradients": 2,
+    "runs": 2,
     "losses": 2,
     "metrics": 2,
     "schedules": 2,

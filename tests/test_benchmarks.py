@@ -198,10 +198,22 @@ class TestCountedWork:
 
         settings = Settings(str(tmp_path), "float32", "cpu", 4, warmup=1, steps=4, max_length=64, threads=1, lr=1e-4)
         lengths = {row: (row * 37) % 101 for row in range(60)}
-        for within in ("file", "sample"):
+        for within in ("file", "sample", "longest"):
             rows = choose_rows(lengths, settings, within, seed=0)
             assert set(rows["shuffled"][:4]) == set(rows["sorted"][:4])
             assert set(rows["shuffled"][4:]) == set(rows["sorted"][4:])
             assert len(set(rows["sorted"])) == 16
             timed = [lengths[row] for row in rows["sorted"][4:]]
             assert timed == sorted(timed, reverse=True)
+        assert min(timed) >= sorted(lengths.values())[-12]
+
+
+def test_chaos(tmp_path):
+    """A short one: a fault of each kind, and nothing is lost."""
+    command = [sys.executable, str(FOLDER / "chaos.py"), "--faults", "6", "--epochs", "3", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = lines(tmp_path / "chaos.jsonl")
+    assert set(record["kinds"].values()) == {1}
+    assert record["weights_equal"]
+    assert (record["max_loss_difference"], record["rows_lost"], record["rows_repeated"]) == (0, 0, 0)

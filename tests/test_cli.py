@@ -3,7 +3,12 @@
 import csv
 import json
 import math
+import os
+import re
 import runpy
+import shlex
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -33,9 +38,9 @@ def command(name, folder, config="dpo", *more):
     ]  # fmt: skip
 
 
-def metrics(folder):
+def metrics(folder, name="metrics.csv"):
     """Every value in a run's csv file, by name, in order; the speed, which differs from run to run, left out."""
-    with open(folder / "metrics.csv", encoding="utf-8") as file:
+    with open(folder / name, encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     names = set(rows[0]) - {"epoch", "step", "train/tokens_per_second"}
     return {name: [float(row[name]) for row in rows if row[name]] for name in sorted(names)}
@@ -84,7 +89,7 @@ def file(folder, name, content):
 
 def test_no_config_is_forgotten():
     assert METHODS == ["dpo", "dpop", "intermediate", "ipo", "quickstart", "sdpo", "sft"]
-    assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == ["bf16", "fsdp", "lora"]
+    assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == ["bf16", "ddp", "fsdp", "fsdp1", "lora"]
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"sdpo"}))
@@ -258,6 +263,7 @@ def test_a_loss_from_a_file_of_ones_own(tmp_path, monkeypatch, caplog):
     )
     monkeypatch.syspath_prepend(tmp_path)
     args = command("fit", tmp_path / "run", "dpo", "--model.loss", "my_losses.HingeLoss", "--model.loss.beta", 0.5)
+    args += ["--allow-import", "my_losses"]
     with caplog.at_level("INFO"):
         main(args)
     assert "Loss: HingeLoss(beta=0.5); reference: FrozenReference" in caplog.text
@@ -323,13 +329,69 @@ def test_export_writes_the_policy_of_a_checkpoint(trained, tmp_path):
     assert runs.same(runs.weights(model), {k.removeprefix("policy."): v for k, v in state.items()})
 
 
-def test_a_run_continues_from_a_checkpoint(trained, tmp_path):
+def test_a_run_continues_from_a_checkpoint_of_another(trained, tmp_path):
     _, checkpoint = trained
-    # It ends in mid-epoch, which Lightning warns of, as it does of the new folder.
-    with pytest.warns(UserWarning, match=r"resuming from a checkpoint that ended before|The dirpath has changed"):
-        main(command("fit", tmp_path, "dpo", "--ckpt_path", checkpoint, "--trainer.max_steps", 3))
+    more = ("--ckpt_path", checkpoint, "--trainer.max_steps", 3, "--allow-changes")
+    with pytest.warns(UserWarning, match="The dirpath has changed"):
+        main(command("fit", tmp_path, "dpo", *more))
     last = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 3
+
+
+def test_a_changed_configuration_is_shown_and_refused(trained, tmp_path, capsys):
+    run, _ = trained
+    folder = tmp_path / "runs"
+    shutil.copytree(run.parent, folder)
+    args = command("fit", folder, "dpo", "--model.optimizer.lr", 0.05, "--trainer.val_check_interval", 8)
+    with pytest.raises(SystemExit):
+        main([*args, "--ckpt_path", "last"])
+    said = capsys.readouterr()
+    assert re.search(r"optimizer\S* +│ 0\.01 +│ 0\.05 +│ 0\.01", said.out)
+    assert "differs from that of the run to resume in model.optimizer.init_args.lr: undo that" in said.err
+    with pytest.warns(UserWarning, match="The dirpath has changed|exists already, so the configuration"):
+        main([*args, "--ckpt_path", "last", "--allow-changes"])
+
+
+def test_ctrl_c_prints_the_command_to_go_on_with(tmp_path, capsys, monkeypatch):
+    """And that command, pasted, goes on in the same folder."""
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.fit_loop.total_batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    args = command("fit", tmp_path / "stopped", "dpo", "--trainer.max_steps", 4, "--trainer.log_every_n_steps", 1)
+    main(command("fit", tmp_path / "whole", "dpo", "--trainer.max_steps", 4, "--trainer.log_every_n_steps", 1))
+    monkeypatch.setattr(lit_dpo.cli.RunSummary, "on_train_batch_start", on_train_batch_start)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 130
+    said = capsys.readouterr().err
+    found = re.search(r"Stopped by SIGINT after step (\d); saved (.*)", said)
+    assert found[2] == f"{tmp_path}/stopped/version_0/checkpoints/last.ckpt"
+    again = shlex.split(said.partition("To go on: ")[2])
+    assert again == ["lit-dpo", *args, "--ckpt_path", "last"]
+    monkeypatch.undo()
+    main(again[1:])
+    assert [path.name for path in (tmp_path / "stopped").iterdir()] == ["version_0"]
+    whole, stopped = tmp_path / "whole" / "version_0", tmp_path / "stopped" / "version_0"
+    first, rest = metrics(stopped, "metrics_0.csv"), metrics(stopped)
+    expected = metrics(whole)
+    assert len(first["train/loss"]) == int(found[1])
+    assert {name: first.get(name, []) + rest.get(name, []) for name in expected} == expected
+    states = [torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (whole, stopped)]
+    assert runs.same(*states)
+
+
+def test_last_is_never_a_fresh_start(tmp_path, capsys, quick):
+    (tmp_path / "version_0" / "checkpoints").mkdir(parents=True)
+    line = fails(capsys, command("fit", tmp_path, "dpo", "--ckpt_path", "last"))
+    assert "the newest run" in line
+    assert "has no checkpoint yet; leave `ckpt_path` out" in line
+    (tmp_path / "version_0" / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "version_1").mkdir()
+    line = fails(capsys, command("fit", tmp_path, "dpo", "--ckpt_path", "last"))
+    assert "name one, such as" in line
+    assert "version_0/checkpoints/last.ckpt" in line
 
 
 @pytest.mark.parametrize("name", ["validate", "fit"])
@@ -428,7 +490,9 @@ MISTAKES = {
     ),
     "overfit": (["--trainer.overfit_batches", "1"], ["`overfit_batches` is not supported", "`limit_train_batches`"]),
     "checkpoint": (["--ckpt_path", "{}/none.ckpt"], ["none.ckpt"]),
-    "no checkpoint": (["--ckpt_path", "{}/pairs.jsonl"], ["`ckpt_path`", "does not load", "lit-dpo fit"]),
+    "no checkpoint": (["--ckpt_path", "{}/pairs.jsonl"], ["pairs.jsonl` is damaged", "not a zip file"]),
+    "no run": (["--ckpt_path", "last"], ["no run is in", "Leave `ckpt_path` out"]),
+    "foreign class": (["--model.loss", "os.system"], ["may not name `os.system`", "--allow-import os"]),
     "config": (["--config", "no.yaml"], ["no.yaml"]),
     "accelerator": (["--trainer.accelerator", "gpus"], ["gpus"]),
 }

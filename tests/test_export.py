@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_dpo import LoRA, PreferenceModule, WeightedLoss
 from lit_dpo.export import export_checkpoint
 from lit_dpo.losses import DPOLoss, SFTLoss
+from lit_dpo.models import export, load_model, quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -44,6 +46,44 @@ def test_it_is_the_trained_policy_bit_for_bit(tmp_path, description):
         ours = module.tokenizer.apply_chat_template(turn, **options)
         assert tokenizer.apply_chat_template(turn, **options) == ours
     assert tokenizer("Hello there").input_ids == module.tokenizer("Hello there").input_ids
+
+
+def test_the_model_card_says_where_it_comes_from(tmp_path):
+    file = runs.pairs_file(tmp_path)
+    module = runs.module(lr=0.1, loss=WeightedLoss((DPOLoss(beta=0.25), SFTLoss())), adapter=LoRA(rank=2))
+    run = runs.fit(module, runs.data(file), max_epochs=2)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    card = (export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "out")) / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers"
+    assert "base_model" not in head  # it was random
+    loss = "WeightedLoss(losses=[DPOLoss(beta=0.25, label_smoothing=0.0), SFTLoss()], weights=[1.0, 1.0])"
+    accuracy = float(run.callback_metrics["val/rewards/accuracies"])
+    rows = {"loss": loss, "data, train": file, "optimizer steps": "6", "pairs an optimizer step": "8"}
+    for name, value in {**rows, "val/rewards/accuracies": f"{accuracy:.4g}"}.items():
+        assert f"| {name} | `{value}` |" in card
+    assert f"torch {torch.__version__}" in card
+
+    again = runs.module(model=str(tmp_path / "out"))
+    run = runs.fit(again, runs.data(file), max_steps=1)
+    run.save_checkpoint(tmp_path / "b.ckpt")
+    card = (export_checkpoint(str(tmp_path / "b.ckpt"), str(tmp_path / "out2")) / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(tmp_path / "out")
+
+
+def test_generation_config_and_added_tokens_are_kept(tmp_path):
+    tokenizer = quickstart_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    model = load_model(runs.LLAMA, tokenizer)
+    model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
+    export(model, tokenizer, tmp_path / "start")
+    module = runs.module(model=str(tmp_path / "start"), tokenizer=None, lr=0.1)
+    run = runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=1)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    folder = export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert (found.generation_config.temperature, found.generation_config.do_sample) == (0.3, True)
+    assert AutoTokenizer.from_pretrained(folder)("<think>").input_ids == [len(tokenizer) - 1]
 
 
 def test_dtype_and_loss_do_not_matter(tmp_path):

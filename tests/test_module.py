@@ -47,12 +47,11 @@ class Watch(Callback):
     def __init__(self):
         self.logged, self.modes = [], set()
 
-    def on_train_batch_end(self, trainer, pl_module, *args):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+            self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
         reference = pl_module.reference.model.training if pl_module.reference is not None else None
         self.modes.add((pl_module.policy.training, reference))
-
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
 
 
 @pytest.fixture
@@ -129,7 +128,7 @@ def trained_exactly(pairs, batch_size, accumulate, loss=None, seed=0):
         gradient_clip_val=5.0,
     )
     values = {k: v for k, v in run.callback_metrics.items() if k.startswith("val/")}
-    losses = [{k: v for k, v in entry.items() if k != "train/tokens_per_second"} for entry in watch.logged[1:]]
+    losses = [{k: v for k, v in entry.items() if k != "train/tokens_per_second"} for entry in watch.logged]
     return run.global_step, runs.weights(module.policy), {k: v.double() for k, v in values.items()}, losses
 
 

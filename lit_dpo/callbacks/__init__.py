@@ -2,6 +2,7 @@
 
 from lit_dpo.callbacks.early_stopping import BestCheckpoint, RewardEarlyStopping
 from lit_dpo.callbacks.exporting import ExportModel
+from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from lit_dpo.callbacks.samples import SampleCompletions
 from lit_dpo.callbacks.summary import RunSummary
@@ -9,8 +10,10 @@ from lit_dpo.callbacks.summary import RunSummary
 __all__ = [
     "BestCheckpoint",
     "ExportModel",
+    "LastCheckpoint",
     "PairPredictionWriter",
     "RewardEarlyStopping",
     "RunSummary",
     "SampleCompletions",
+    "Stopped",
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from lit_dpo.checkpoints import make_durable
+
 
 class RewardEarlyStopping(EarlyStopping):
     """Stop when the share of validation pairs with the right order of rewards no longer rises.
@@ -47,7 +49,9 @@ class RewardEarlyStopping(EarlyStopping):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint with the best validation reward accuracy, and the last validation's as ``last.ckpt``.
+    """Keep the checkpoint with the best validation reward accuracy, written durably.
+
+    It is there to export from; to resume, `LastCheckpoint` keeps the newest one.
 
     Args:
         monitor: Metric to rank checkpoints by.
@@ -69,23 +73,21 @@ class BestCheckpoint(ModelCheckpoint):
             monitor=monitor,
             mode=mode,
             save_top_k=save_top_k,
-            save_last=True,
             save_on_train_epoch_end=False,
             auto_insert_metric_name=False,
+            enable_version_counter=False,  # a resumed run may write one again, the same
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, and have checkpoints written durably."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            make_durable(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless every pair is a tie: nothing has been learned then."""
-        if all_ties(trainer):
-            return
-        super().on_validation_end(trainer, pl_module)
-        if not self._should_skip_saving_checkpoint(trainer):  # it was not among the best; Lightning saves no last then
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that there is a last checkpoint; a dry run has none (Lightning 2.6 would write it)."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            super().on_train_end(trainer, pl_module)
+        if not all_ties(trainer):
+            super().on_validation_end(trainer, pl_module)
 
 
 def all_ties(trainer: Trainer) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.card import model_card
 from lit_dpo.export import export_checkpoint
 from lit_dpo.models import export, refuse_existing
 from lit_dpo.module import PreferenceModule
@@ -45,7 +47,8 @@ def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge
     """Write the best policy, or the last if no checkpoint was ranked; every process calls it, the first one writes."""
     checkpoint: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
     spare = None
-    if not checkpoint and module.device_mesh is not None:  # saving a checkpoint is what gathers sharded weights
+    sharded = module.device_mesh is not None or isinstance(trainer.strategy, FSDPStrategy)
+    if not checkpoint and sharded:  # saving a checkpoint is what gathers sharded weights
         checkpoint = spare = f"{folder}.ckpt"
         trainer.save_checkpoint(spare, weights_only=True)
     if trainer.is_global_zero:
@@ -53,7 +56,8 @@ def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge
             export_checkpoint(checkpoint, folder, merge)
         else:
             assert module.policy is not None
-            export(module.policy, module.tokenizer, folder, merge)
+            card = model_card(module.hparams, module.facts())
+            export(module.policy, module.tokenizer, folder, merge, card)
         if spare:
             Path(spare).unlink()
     trainer.strategy.barrier("export")

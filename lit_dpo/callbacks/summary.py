@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
@@ -20,6 +21,14 @@ class RunSummary(Callback):
 
     def __init__(self) -> None:
         self._history: list[tuple[int, dict[str, float]]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know of the validations before."""
+        return {"history": self._history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the validations before."""
+        self._history = [(step, dict(values)) for step, values in state_dict["history"]]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the values of this validation; those from before the first step if they are of the whole split."""
@@ -51,8 +60,7 @@ class RunSummary(Callback):
 
     @staticmethod
     def _next(trainer: Trainer) -> str:
-        callback = trainer.checkpoint_callback
-        path = getattr(callback, "best_model_path", "") or getattr(callback, "last_model_path", "")
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
-            return "No checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
+            return "No best checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
         return f"Best checkpoint: {path}\nNext: lit-dpo export '{path}' OUTPUT_DIR"

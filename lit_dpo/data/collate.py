@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,9 @@ class PairSampler(DistributedSampler[BatchPlan]):
         accumulate: Batches per optimizer step.
         num_replicas: Number of processes.
         rank: Number of this process.
+
+    Attributes:
+        start: Batches of the next epoch to leave out at its beginning, to resume in its middle.
     """
 
     def __init__(
@@ -97,6 +101,7 @@ class PairSampler(DistributedSampler[BatchPlan]):
         super().__init__(dataset, num_replicas, rank, shuffle, seed)
         self.rows, self.batch_size, self.accumulate = rows, batch_size, accumulate
         self.sizes = dataset.lengths.sum(1)
+        self.start = 0
 
     def __len__(self) -> int:
         per_batch = self.batch_size * self.num_replicas
@@ -104,8 +109,10 @@ class PairSampler(DistributedSampler[BatchPlan]):
         return full * self.accumulate + -(-rest // per_batch)
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        for step in self.steps():
-            yield from self._share(step)
+        left_out, self.start = self.start, 0
+        steps, rest = divmod(left_out, self.accumulate)
+        plans = (plan for step in self.steps()[steps:] for plan in self._share(step))
+        yield from itertools.islice(plans, rest, None)
 
     def steps(self) -> list[list[int]]:
         """Row numbers of each optimizer step of this epoch, over all processes."""

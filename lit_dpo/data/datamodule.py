@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from lit_dpo.data.encode import PairEncoder, Truncation
 from lit_dpo.data.load import OnBadRow, load_pairs
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.pairs import PairBatch
+from lit_dpo.resume import ResumableLoader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -243,21 +245,41 @@ class PreferenceDataModule(LightningDataModule):
             **(processes or {}),
         )
         # The sampler yields whole batches, so automatic batching is off.
-        return DataLoader(
+        loader = (ResumableLoader if shuffle else DataLoader)(
             dataset,
             batch_size=None,
             sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_leave_signals,
         )
+        if isinstance(loader, ResumableLoader):
+            loader.trainer = self.trainer
+        return loader
 
-    def origin(self, row_ids: Sequence[int]) -> list[str]:
-        """Where rows of the prediction set come from, as ``file:line``."""
-        for name in ("predict", "test", "validation"):
+    def step_layout(self) -> dict[str, int]:
+        """How optimizer steps are cut into batches: pairs a step, batches a step, batches an epoch."""
+        trainer = self.trainer
+        assert trainer is not None
+        accumulate, batches = trainer.accumulate_grad_batches, len(self.train_dataloader())
+        limit = trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        pairs = self.batch_size * trainer.world_size * accumulate
+        return {"pairs_per_step": pairs, "accumulate": accumulate, "batches": max(1, batches)}
+
+    def origin(self, row_ids: Sequence[int], training: bool = False) -> list[str]:
+        """Where rows of the prediction set, or of the training set, come from, as ``file:line``."""
+        for name in ("train",) if training else ("predict", "test", "validation"):
             if name in self._sets:
                 return [self._sets[name].origins[row] for row in row_ids]
         raise RuntimeError("No data are loaded: `setup` comes before `origin`.")
+
+
+def _leave_signals(worker: int) -> None:
+    """Let the main process alone decide what a signal means: workers end when it does."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping
+from lit_dpo.checkpoints import verify
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -90,28 +91,28 @@ def test_a_real_run_with_no_learning_rate_never_stops_and_has_no_best(tmp_path):
         enable_checkpointing=True,
     )  # fmt: skip
     assert run.global_step == 12
-    assert names(tmp_path) == ["last.ckpt"]
+    assert names(tmp_path) == []
 
 
-def test_the_best_checkpoint_and_the_last_are_kept(tmp_path):
+def test_the_best_checkpoint_is_kept(tmp_path):
     best = BestCheckpoint(dirpath=str(tmp_path))
     follow([TIE, (0.6, 0), (0.8125, 0), (0.7, 0)], tmp_path, best)
-    assert names(tmp_path) == ["last.ckpt", "step=3-accuracies=0.812.ckpt"]
+    assert names(tmp_path) == ["step=3-accuracies=0.812.ckpt"]
     assert best.best_model_path == str(tmp_path / "step=3-accuracies=0.812.ckpt")
     assert best.best_model_score == 0.8125
-    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert last["global_step"] == 4
+    verify(tmp_path / "step=3-accuracies=0.812.ckpt")
+    assert [path.name for path in tmp_path.glob("*.json")] == ["step=3-accuracies=0.812.ckpt.json"]
 
 
 def test_a_tie_is_never_the_best(tmp_path):
     follow([TIE, (0.3, 0)], tmp_path, BestCheckpoint(dirpath=str(tmp_path)))
-    assert names(tmp_path) == ["last.ckpt", "step=2-accuracies=0.300.ckpt"]
+    assert names(tmp_path) == ["step=2-accuracies=0.300.ckpt"]
 
 
 def test_checkpoints_go_into_the_run_and_are_named_after_their_metric(tmp_path):
     follow([(0.6, 0), (0.75, 0)], tmp_path, BestCheckpoint("val/loss", mode="min", save_top_k=-1))
-    assert [path.parent for path in tmp_path.rglob("*.ckpt")] == [tmp_path / "checkpoints"] * 3
-    assert names(tmp_path) == ["last.ckpt", "step=1-loss=0.400.ckpt", "step=2-loss=0.250.ckpt"]
+    assert [path.parent for path in tmp_path.rglob("*.ckpt")] == [tmp_path / "checkpoints"] * 2
+    assert names(tmp_path) == ["step=1-loss=0.400.ckpt", "step=2-loss=0.250.ckpt"]
 
 
 def test_patience_survives_a_restart(tmp_path):

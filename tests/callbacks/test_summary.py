@@ -43,7 +43,7 @@ def test_first_best_and_last_stand_side_by_side(capsys):
     assert row(text, "loss") == [0.7, 0.4, 0.3]
     assert re.findall(r"step (\d+)", text) == ["0", "20", "30"]
     assert "displacement" not in text
-    assert "No checkpoint was kept; add `BestCheckpoint`" in text
+    assert "No best checkpoint was kept; add `BestCheckpoint`" in text
 
 
 def test_the_best_is_what_the_checkpoint_callback_says(capsys):
@@ -75,3 +75,16 @@ def test_a_run_names_its_own_checkpoint(tmp_path, capsys):
     text = capsys.readouterr().out
     assert f"lit-dpo export '{best.best_model_path}' OUTPUT_DIR" in text
     assert row(text, "loss")[-1] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-3)
+
+
+def test_a_resumed_run_knows_the_validations_before(capsys):
+    first, second = RunSummary(), RunSummary()
+    first._history = [(0, {"val/loss": 0.7}), (20, {"val/loss": 0.4})]
+    second.load_state_dict(first.state_dict())
+    trainer = SimpleNamespace(
+        sanity_checking=False, callback_metrics={"val/loss": 0.3}, global_step=30, is_global_zero=True,
+        checkpoint_callback=None, num_sanity_val_steps=0,
+    )  # fmt: skip
+    second.on_validation_end(trainer, None)
+    second.on_fit_end(trainer, None)
+    assert row(capsys.readouterr().out, "loss") == [0.7, 0.7, 0.3]

@@ -1,0 +1,183 @@
+"""The checkpoint to resume from, and what happens when a run is asked to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from lit_dpo.checkpoints import keep_as, make_durable, manifest_of, refuse_unwritable, write_shards_manifest
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
+
+
+class Stopped(SystemExit):
+    """A run ended because a signal asked it to, with everything saved.
+
+    Args:
+        number: The signal.
+        checkpoint: What to resume from.
+        step: Optimizer steps done.
+    """
+
+    def __init__(self, number: int, checkpoint: Path, step: int) -> None:
+        super().__init__(128 + number)  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
+        self.name, self.checkpoint, self.step = signal.Signals(number).name, checkpoint, step
+
+
+class LastCheckpoint(Checkpoint):
+    """Keep ``last.ckpt`` to resume from, and save it before stopping when asked to.
+
+    It is written after every validation, every `every_n_steps` optimizer steps, and at the end of training. The one
+    before it stays as ``previous.ckpt``. SIGTERM and Ctrl-C are noted; after the optimizer step under way (and its
+    validation, if one is due) the run saves and exits with status 143 or 130. A second Ctrl-C does not wait.
+
+    Resuming from it continues the run bit for bit: same rows, losses, learning rates and weights.
+
+    Args:
+        every_n_steps: Optimizer steps between two saves besides those after validations; ``None`` makes none.
+        dirpath: Folder; ``None`` is ``checkpoints`` in the run's folder.
+
+    Raises:
+        ValueError: `every_n_steps` is less than 1.
+        OSError: (at the start of training) `dirpath` cannot be written to, or has not enough space.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, dirpath: str | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        self.every_n_steps, self.dirpath = every_n_steps, dirpath
+        self.last_model_path = ""
+        self._folder = Path()
+        self._signal: int | None = None
+        self._handlers: dict[int, Handler] = {}
+        self._saved_step = -1
+        self._due = self._leaving = False
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, and have checkpoints written durably."""
+        if stage != "fit":
+            return
+        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self._folder = Path(trainer.strategy.broadcast(str(folder)))
+        make_durable(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out whether a checkpoint could be written at all."""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            parameters = list(pl_module.parameters())
+            size = sum(p.numel() * p.element_size() for p in parameters)
+            refuse_unwritable(self._folder, size + sum(2 * p.numel() * 4 for p in parameters if p.requires_grad))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop where it is due, after an optimizer step that no validation follows."""
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        stop = self._asked_to_stop(trainer)
+        every = self.every_n_steps
+        self._due |= stop or (every is not None and trainer.global_step % every == 0)
+        # A second resume from a checkpoint of an epoch's last batch goes wrong in Lightning 2.6, hence its end.
+        if not self._due or trainer.is_last_batch:
+            return
+        # A checkpoint from before a validation would have Lightning leave this validation out when it resumes.
+        assert trainer.fit_loop._data_fetcher is not None
+        if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or trainer.limit_val_batches == 0:
+            self._save(trainer)
+            self._leaving = stop  # at the next batch: the metrics of this one are not logged yet
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop, if everything is saved."""
+        if self._leaving:
+            self._stop(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, and stop if asked to."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.is_last_batch:
+            self._due = True  # later: half an optimizer step is in the gradients, which no checkpoint holds
+            return
+        self._save(trainer)
+        if self._asked_to_stop(trainer):
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save and stop where it was due at the last batch of the epoch, or at the validation after it."""
+        stop = self._asked_to_stop(trainer)
+        if (self._due or stop) and trainer.global_step != self._saved_step:
+            self._save(trainer)
+        if stop:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of training, unless it is saved already."""
+        if trainer.global_step and trainer.global_step != self._saved_step:
+            self._save(trainer)
+        self._give_signals_back()
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self._folder / "last.ckpt"
+        if trainer.is_global_zero and path.exists() and manifest_of(path).exists():
+            keep_as(path, self._folder / "previous.ckpt")
+        trainer.strategy.barrier("previous checkpoint kept")  # shards are written by all
+        self.last_model_path = str(path)
+        self._saved_step, self._due = trainer.global_step, False
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero and path.is_dir():
+            write_shards_manifest(path)
+
+    # -- signals ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take over SIGTERM and Ctrl-C, which Lightning would end with status 0 and 1 in the middle of a step."""
+        self._signal, self._saved_step, self._due, self._leaving = None, -1, False, False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._handlers[number] = signal.signal(number, self._note)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the signals as they were."""
+        self._give_signals_back()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the signals as they were."""
+        self._give_signals_back()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+
+    def _asked_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any process was; the others learn the signal's number."""
+        if trainer.world_size > 1:
+            numbers = trainer.strategy.all_gather(torch.tensor(self._signal or 0, device=trainer.strategy.root_device))
+            self._signal = int(numbers.max()) or None
+        return self._signal is not None
+
+    def _stop(self, trainer: Trainer) -> None:
+        number = self._signal
+        assert number is not None
+        for logger in trainer.loggers:
+            logger.save()
+        trainer.strategy.barrier("stopped")
+        raise Stopped(number, self._folder / "last.ckpt", trainer.global_step)
+
+    def _give_signals_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}

@@ -1,0 +1,337 @@
+"""Checkpoint files that a crash cannot spoil: written whole beside their place, and checked when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+SHARDS_META = "meta.pt"
+"""Lightning's own name for the file that makes a folder of shards a checkpoint."""
+
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_INDEX_TYPES = {
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Saves and loads checkpoints as Lightning does, but never loses one.
+
+    A checkpoint is written to a hidden file in its own folder, flushed to the disk, read back, and only then renamed
+    into its place; until then the previous one stands there. A manifest beside it, ``<name>.json``, holds the SHA-256
+    sum that loading checks. Loading never runs code: ``weights_only=True``, always.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint and its manifest.
+
+        Raises:
+            OSError: It cannot be written; names the path and the free space. What stood there before is untouched.
+        """
+        target = Path(path)
+        part = target.with_name(f".{target.name}.part")  # one name, so that what a crash leaves is written over
+        written = _Hashed()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                written.file = file
+                torch.save(checkpoint, written)  # type: ignore[arg-type]  # it needs to be written to, no more
+                file.flush()
+                os.fsync(file.fileno())
+            if _sum_of_file(part) != written.sum.hexdigest():
+                raise OSError("what was written does not read back")
+            _commit(part, target, written.sum.hexdigest())
+        except (OSError, RuntimeError) as error:  # torch turns an error of the disk into a RuntimeError
+            raise _cannot_save(target, written, error) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Check a checkpoint, then load it, as plain values and tensors alone.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is damaged; names another one that is not.
+        """
+        verify(Path(path))
+        content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        return content
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint, then its manifest."""
+        super().remove_checkpoint(path)
+        manifest_of(Path(path)).unlink(missing_ok=True)
+
+
+def make_durable(trainer: Trainer) -> None:
+    """Give a Trainer's strategy `DurableCheckpointIO`, unless it has a checkpoint plugin of the user's choice."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint with its manifest; without one, at least check the archive's own sums.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is damaged; the message names the newest one in its folder that is not.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint `{path}`.{_offer(path)}")
+    problem = _problem(path)
+    if problem is not None:
+        raise ValueError(f"The checkpoint `{path}` is damaged ({problem}).{_offer(path)}")
+    if not manifest_of(path).exists():
+        rank_zero_info(f"`{path}` has no manifest beside it, so only its form could be checked.")
+
+
+def manifest_of(path: Path) -> Path:
+    """Where the manifest of a checkpoint is."""
+    return path / "manifest.json" if path.is_dir() else path.with_name(f"{path.name}.json")
+
+
+def write_shards_manifest(folder: Path) -> None:
+    """Write the manifest of a checkpoint that is a folder of shards, all of them written before."""
+    sums = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
+    _write_json(manifest_of(folder), {"format": 1, "sha256": sums})
+
+
+def read_shards(folder: Path, prefix: str) -> dict[str, Any]:
+    """Read a checkpoint that is a folder of shards into one process, of its tensors only those under a prefix.
+
+    Args:
+        folder: Written by a strategy that shards.
+        prefix: Of the tensors' names, ``state_dict.policy.`` for the policy's.
+
+    Returns:
+        The content as a single file would have it.
+
+    Raises:
+        pickle.UnpicklingError: Its index names anything but the few types that an index is made of.
+    """
+    content: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
+    reader = _SafeReader(folder)
+    index = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in index.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*intent is to load in a single process.*")  # it is
+        load(state, storage_reader=reader, no_dist=True)
+    content["state_dict"] = {name.removeprefix("state_dict."): tensor for name, tensor in state.items()}
+    return content
+
+
+def check_index(folder: Path) -> None:
+    """Refuse the index of a folder of shards that would run code when PyTorch unpickles it.
+
+    Raises:
+        pickle.UnpicklingError: It names anything but the few types that an index is made of.
+    """
+    _SafeReader(folder).read_metadata()
+
+
+def keep_as(path: Path, other: Path) -> None:
+    """Let a checkpoint stand under a second name too, in the place of what stood there, without a moment without."""
+    content = json.loads(manifest_of(path).read_text(encoding="utf-8"))
+    if path.is_dir():
+        shutil.rmtree(other, ignore_errors=True)
+        path.rename(other)  # shards cannot be linked; until the next save only this name stands
+        return
+    part = other.with_name(f".{other.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, part)
+    _commit(part, other, content["sha256"])
+
+
+def refuse_unwritable(folder: Path, needed: int) -> None:
+    """Find out now, and not after an hour of training, that a checkpoint could not be written.
+
+    Args:
+        folder: Where checkpoints will go.
+        needed: Bytes of one.
+
+    Raises:
+        OSError: The folder cannot be written to, or the disk has less space.
+    """
+    probe = folder / ".probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise OSError(f"Checkpoints cannot be written to `{folder}` ({reason}): choose another folder.") from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"A checkpoint needs about {needed:,} bytes and `{folder}` has {free:,} free: make room, or choose "
+            "another folder."
+        )
+
+
+# -- inside -----------------------------------------------------------------------------------------------------------
+
+
+class _SafeReader(FileSystemReader):
+    """PyTorch's reader, except that the index, which is a pickle, may only name what an index is made of."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _IndexUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"`{self.path}` has no usable index of its shards.")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """An unpickler for the types of a shard index alone."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (module, name) in _INDEX_TYPES
+        allowed |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        allowed |= module in _INDEX_MODULES and isinstance(getattr(sys.modules.get(module), name, None), type)
+        if not allowed:
+            raise pickle.UnpicklingError(f"Weights only load failed: a shard index may not name {module}.{name}.")
+        return super().find_class(module, name)
+
+
+class _Hashed:
+    """A file to write to that sums up what it is given."""
+
+    def __init__(self) -> None:
+        self.file: Any = None
+        self.sum = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        self.sum.update(data)
+        self.bytes += len(data)
+        count: int = self.file.write(data)
+        return count
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _commit(part: Path, target: Path, new: str) -> None:
+    """Rename a finished file into its place. At every moment the manifest knows the file that stands there."""
+    manifest = manifest_of(target)
+    old = _known_sums(manifest)[:1] if target.exists() and manifest.exists() else []
+    _write_json(manifest, {"format": 1, "sha256": new, "previous": old[0] if old else None})
+    os.replace(part, target)
+    _sync_folder(target.parent)
+
+
+def _known_sums(manifest: Path) -> list[str]:
+    """Sums that a manifest accepts: of the newest file, and of the one before it (for a crash between two renames)."""
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    return [content["sha256"], *([content["previous"]] if content.get("previous") else [])]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sum_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file != manifest_of(folder))
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    manifest = manifest_of(path)
+    try:
+        if path.is_dir():
+            return _problem_of_shards(path)
+        if manifest.exists():
+            return (
+                None if _sum_of_file(path) in _known_sums(manifest) else "its SHA-256 sum is not that of its manifest"
+            )
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return None if broken is None else f"the part {broken} has another checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _problem_of_shards(folder: Path) -> str | None:
+    manifest = manifest_of(folder)
+    if not (folder / SHARDS_META).exists():
+        return f"it has no `{SHARDS_META}`, so its writing did not come to an end"
+    if not manifest.exists():
+        return None
+    expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
+    found = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
+    bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    return f"{', '.join(bad)}: not what the manifest says" if bad else None
+
+
+def _offer(path: Path) -> str:
+    """A sentence that names the newest good checkpoint in the same folder, if there is one."""
+    others = [other for other in path.parent.glob("*.ckpt") if other != path] if path.parent.is_dir() else []
+    for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
+        if _problem(other) is None:
+            return f" Resume from `{other}`."
+    return " No other checkpoint is in its folder."
+
+
+def _cannot_save(target: Path, written: _Hashed, error: Exception) -> OSError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()).split(" Exception raised from")[0]
+    folder = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    kept = "what stood there before is untouched" if target.exists() else "nothing was kept"
+    return OSError(
+        f"The checkpoint `{target}` cannot be written ({reason}), {written.bytes:,} bytes into it, with {free:,} bytes "
+        f"free; {kept}."
+    )

@@ -1,0 +1,51 @@
+"""On one GPU: what the CPU cannot show. Run with ``pytest -m gpu``."""
+
+import pytest
+import torch
+
+from tests import interrupted, runs
+
+pytestmark = [*runs.QUIET, pytest.mark.gpu]
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    """PyTorch's own switch for kernels whose sums have a fixed order."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2", "fsdp"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_run_on_a_gpu_resumes_bit_for_bit(tmp_path, deterministic, strategy, lora):
+    options = {"file": runs.pairs_file(tmp_path, 25), "accelerator": "gpu", "strategy": strategy, "lora": lora}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    module = interrupted.train(folder, options)
+    expected, weights = interrupted.entries(folder / "log.jsonl"), held(module)
+    (folder / "log.jsonl").unlink()
+    again = interrupted.train(folder, options, folder / "checkpoints" / "previous.ckpt")
+    found = interrupted.entries(folder / "log.jsonl")
+    assert found
+    assert found == expected[-len(found) :]
+    assert runs.same(held(again), weights)
+
+
+def held(module):
+    """What a process holds of the policy."""
+    return {
+        name: p.to_local() if hasattr(p, "to_local") else p.detach().clone() for name, p in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "fsdp"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_sharding_strategies_train_what_one_device_trains(tmp_path, strategy, precision):
+    values = []
+    for chosen in ("auto", strategy):
+        module, data = runs.module(lr=0.1), runs.data(runs.pairs_file(tmp_path), batch_size=4)
+        run = runs.fit(module, data, max_steps=3, accelerator="gpu", strategy=chosen, precision=precision)
+        values.append({k: float(v) for k, v in run.callback_metrics.items() if k.startswith("val/")})
+    assert values[1] == pytest.approx(values[0], rel=2e-2 if precision == "bf16-mixed" else 1e-4, abs=2e-2)

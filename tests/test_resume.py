@@ -1,0 +1,369 @@
+"""A run that was stopped, at any moment and in any way, goes on as if it had never been."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from transformers import AutoModelForCausalLM
+
+from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.data.collate import PairSampler
+from lit_dpo.export import export_checkpoint
+from lit_dpo.resume import rescale, seeded
+from tests import interrupted, runs
+
+pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore:.*val_check_interval")]
+ROOT = Path(__file__).parents[1]
+
+
+class Copies(Callback):
+    """Keep every last checkpoint that a run ever had."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def keep(self, trainer):
+        path = Path(trainer.default_root_dir, "checkpoints", "last.ckpt")
+        if path.exists():
+            for file in (path, path.with_name("last.ckpt.json")):
+                shutil.copy(file, self.folder / file.name.replace("last", f"step_{trainer.global_step:03d}"))
+
+    def on_train_batch_start(self, trainer, *args):
+        self.keep(trainer)  # what was saved after the batch before, and after its validation
+
+    def on_train_end(self, trainer, *args):
+        self.keep(trainer)
+
+
+def batches(entries):
+    return [entry for entry in entries if "rows" in entry]
+
+
+CASES = {
+    "plain": {},
+    "accumulation": {"accumulate": 2, "batch_size": 2},
+    "workers": {"workers": 2},
+    "lora with dropout": {"lora": True},
+    "cached reference": {"cached": True},
+    "validation within an accumulation": {"accumulate": 4, "batch_size": 1, "val_every": 6},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resuming_at_every_step_is_exact(tmp_path, case):
+    """Rows, losses, learning rates, logged metrics and weights are the same to the last bit, from every checkpoint."""
+    options = {"file": runs.pairs_file(tmp_path, 25), **CASES[case]}
+    whole, kept = tmp_path / "whole", tmp_path / "kept"
+    kept.mkdir(), whole.mkdir()
+    module, data, callbacks = interrupted.parts(whole, options)
+    run = interrupted.trainer(whole, [Copies(kept), *callbacks], options)
+    run.fit(module, data)
+    expected, weights = interrupted.entries(whole / "log.jsonl"), runs.weights(module.policy)
+    copies = sorted(kept.glob("*.ckpt"))
+    assert len(copies) == run.global_step >= 10
+    (whole / "log.jsonl").unlink()
+    for copy in copies if case == "plain" else copies[::3]:
+        again = interrupted.train(whole, options, copy)
+        found = interrupted.entries(whole / "log.jsonl") if (whole / "log.jsonl").exists() else []
+        assert found == expected[len(expected) - len(found) :], copy.stem
+        done = torch.load(copy, weights_only=True)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
+        assert len(batches(found)) == len(batches(expected)) - done
+        assert runs.same(runs.weights(again.policy), weights), copy.stem
+        (whole / "log.jsonl").unlink(missing_ok=True)
+
+
+class CrashError(Exception):
+    """Of a run, at a moment of its own."""
+
+
+class Crash(Callback):
+    """Raise at the n-th of these moments."""
+
+    def __init__(self, number, moment):
+        self.left = number
+        setattr(self, moment, self.hit)
+
+    def hit(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            raise CrashError
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_resuming_again_and_again_is_exact(tmp_path, seed):
+    """A resumed run that crashes resumes as well; epochs end in half a step, which Lightning's own counters muddle."""
+    options = {"file": runs.pairs_file(tmp_path, 19), "accumulate": 2, "batch_size": 2, "epochs": 4}
+    whole, folder, draw = tmp_path / "whole", tmp_path / "run", random.Random(seed)
+    whole.mkdir()
+    weights = runs.weights(interrupted.train(whole, options).policy)
+    folder.mkdir()
+    moments = ["on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_end"]
+    crashes = 0
+    while True:
+        module, data, callbacks = interrupted.parts(folder, options)
+        callbacks.insert(3, Crash(draw.randrange(1, 12 + 4 * crashes), draw.choice(moments)))
+        try:
+            run = interrupted.trainer(folder, callbacks, options)
+            run.fit(module, data, ckpt_path=interrupted.last_of(folder, options))
+            break
+        except CrashError:
+            crashes += 1
+    assert crashes >= 1
+    assert interrupted.contradictions(folder / "log.jsonl") == []
+    assert interrupted.entries(folder / "log.jsonl") == interrupted.entries(whole / "log.jsonl")
+    assert runs.same(runs.weights(module.policy), weights)
+
+
+def test_a_partition_resumes_at_every_step(tmp_path):
+    """Stopped after any batch of any partition, or between two, stepwise training ends with the same policy."""
+    options = {"file": runs.pairs_file(tmp_path, 25), "stepwise": True, "epochs": 1, "val_every": 2}
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    weights = runs.weights(interrupted.train(whole, options).policy)
+    expected = interrupted.entries(whole / "log.jsonl")
+    assert {entry["partition"] for entry in expected} == {0, 1}
+
+    def crash(count):
+        def on_train_batch_end(self, *args):
+            original(self, *args)
+            left.append(1)
+            if len(left) == count:
+                raise CrashError
+
+        original, left = interrupted.Log.on_train_batch_end, []
+        return on_train_batch_end, original
+
+    for count in range(1, len(batches(expected)) + 1):
+        folder = tmp_path / f"crash_{count}"
+        folder.mkdir()
+        interrupted.Log.on_train_batch_end, original = crash(count)
+        try:
+            with pytest.raises(CrashError):
+                interrupted.train(folder, options)
+        finally:
+            interrupted.Log.on_train_batch_end = original
+        again = interrupted.train(folder, options, resume=True)
+        assert interrupted.contradictions(folder / "log.jsonl") == []
+        assert interrupted.entries(folder / "log.jsonl") == expected
+        assert runs.same(runs.weights(again.policy), weights)
+
+
+def test_done_partitions_of_other_rows_are_refused(tmp_path):
+    options = {"file": runs.pairs_file(tmp_path, 25), "stepwise": True, "epochs": 1, "val_every": 2}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    interrupted.train(folder, options)
+    options["file"] = runs.pairs_file(tmp_path, 20, "other.jsonl")
+    with pytest.raises(ValueError, match="partition_0` was trained on other rows"):
+        interrupted.train(folder, options, resume=True)
+
+
+# -- processes that are killed ----------------------------------------------------------------------------------------
+
+
+def start(folder, options, **environment):
+    command = [sys.executable, "-m", "tests.interrupted", str(folder), json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_lines(path, count, process, limit=60):
+    """Wait until a log has so many lines."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end and process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run of many steps, its log and its weights."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    options = {"file": runs.pairs_file(folder, 41), "accumulate": 2, "batch_size": 2, "epochs": 6, "cached": True}
+    module = interrupted.train(folder, options)
+    return options, interrupted.entries(folder / "log.jsonl"), runs.weights(module.policy)
+
+
+def test_kill_9_at_random_moments_loses_nothing(tmp_path, undisturbed):
+    options, expected, weights = undisturbed
+    folder, draw, kills = tmp_path / "run", random.Random(0), 0
+    while True:
+        process = start(folder, options)
+        if kills < 4:
+            have = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").exists() else 0
+            wait_for_lines(folder / "log.jsonl", have + draw.randrange(3, 25), process)
+            time.sleep(draw.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        _, err = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err[-3000:]
+    assert kills == 4
+    assert interrupted.contradictions(folder / "log.jsonl") == []
+    assert interrupted.entries(folder / "log.jsonl") == expected
+    assert runs.same(torch.load(folder / "weights.pt", weights_only=True), weights)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number, code):
+    options, expected, weights = undisturbed
+    options = {**options, "every": 1000}  # what is saved is saved because of the signal
+    folder = tmp_path / "run"
+    process = start(folder, options)
+    wait_for_lines(folder / "log.jsonl", 8, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err[-3000:]
+    logged = len(batches(interrupted.entries(folder / "log.jsonl")))
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == logged // 2  # two batches a step: nothing done was lost
+    process = start(folder, options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(expected)  # and nothing done twice
+    assert interrupted.entries(folder / "log.jsonl") == expected
+    assert runs.same(torch.load(folder / "weights.pt", weights_only=True), weights)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "shards"])
+def test_two_processes_stop_together_and_resume_exactly(tmp_path, strategy):
+    """One of them gets the signal; and the same checkpoint goes on with one process, the same rows in each step."""
+    options = {"file": runs.pairs_file(tmp_path, 25), "batch_size": 2, "strategy": strategy, "devices": 2}
+    options["shards"] = strategy == "shards"
+    whole, broken, copy = (tmp_path / name for name in ("whole", "broken", "copy"))
+    runs.launch(["tests.interrupted", str(whole), json.dumps(options)])
+    runs.launch(["tests.interrupted", str(broken), json.dumps({**options, "every": 1000, "terminate": 4})], code=143)
+    assert len(batches(interrupted.entries(broken / "log.jsonl"))) == 5
+    shutil.copytree(broken, copy)
+    runs.launch(["tests.interrupted", str(broken), json.dumps(options)])
+    logs = ("log.jsonl", "log_1.jsonl")
+    expected = [interrupted.entries(whole / name) for name in logs]
+    assert [interrupted.entries(broken / name) for name in logs] == expected
+    weights = torch.load(whole / "weights.pt", weights_only=True)
+    assert runs.same(torch.load(broken / "weights.pt", weights_only=True), weights)
+
+    last = broken / "checkpoints" / "last.ckpt"
+    assert last.is_dir() == options["shards"]
+    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(str(last), str(tmp_path / "export")))
+    assert runs.same(runs.weights(exported), weights)
+    if options["shards"]:
+        return  # a single process does not read them; `lit-dpo export` does
+
+    shutil.rmtree(broken)
+    copy.rename(broken)  # the folder is part of what a checkpoint callback remembers
+    options |= {"strategy": "auto", "devices": 1, "accumulate": 2, "val_every": 6}
+    module = interrupted.train(broken, options, interrupted.last_of(broken, {}))
+    expected = [batches(entries)[5:] for entries in expected]
+    found = batches(interrupted.entries(broken / "log.jsonl"))[5:]
+    steps = [sorted(first["rows"] + second["rows"]) for first, second in zip(found[::2], found[1::2], strict=True)]
+    assert steps == [sorted(a["rows"] + b["rows"]) for a, b in zip(*expected, strict=True)]
+    torch.testing.assert_close(runs.weights(module.policy), weights, rtol=0, atol=1e-4)
+
+
+# -- another number of processes --------------------------------------------------------------------------------------
+
+
+def rows_by_step(rows, world, batch_size, accumulate, start=0):
+    """The rows of each optimizer step over all processes, from a batch on."""
+
+    class Lengths:
+        def __init__(self, count):
+            self.lengths = torch.arange(3 * count).reshape(count, 3) % 7 + 1
+
+        def __len__(self):
+            return len(self.lengths)
+
+    found = []
+    for rank in range(world):
+        sampler = PairSampler(Lengths(rows), torch.arange(rows), batch_size, True, 0, accumulate, world, rank)
+        sampler.start = start
+        plans = list(sampler)
+        assert len(plans) == len(sampler) - start
+        assert list(sampler) == list(sampler)  # `start` counts once
+        real = [[r for i, r in enumerate(p.rows) if p.weights is None or p.weights[i]] for p in plans]
+        found.append([list(chain(*real[i : i + accumulate])) for i in range(0, len(real), accumulate)])
+    return [sorted(chain(*parts)) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("rows", [24, 27, 30])
+def test_the_order_of_rows_survives_another_number_of_processes(rows):
+    one = rows_by_step(rows, 1, 4, 2)
+    for world, size, accumulate in ((2, 4, 1), (2, 2, 2), (4, 2, 1), (1, 2, 4)):
+        assert rows_by_step(rows, world, size, accumulate) == one
+        layout = {"pairs_per_step": 8, "accumulate": 2, "batches": -(-rows // 4)}
+        batches = rows // 8 * accumulate + -(-(rows % 8) // (size * world))
+        new = {"pairs_per_step": 8, "accumulate": accumulate, "batches": batches}
+        for steps in range(1, rows // 8 + 1):
+            done = dict.fromkeys(("ready", "started", "processed", "completed"), layout["batches"] * 3 + 2 * steps)
+            current = dict.fromkeys(done, 2 * steps)
+            loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": done, "current": current}}}
+            rescale(loops, layout, new)
+            assert current["completed"] == steps * accumulate
+            assert done["completed"] == batches * 3 + steps * accumulate
+            assert rows_by_step(rows, world, size, accumulate, current["completed"]) == one[steps:]
+
+
+def test_another_number_of_pairs_a_step_is_refused():
+    old, new = {"pairs_per_step": 8}, {"pairs_per_step": 16}
+    with pytest.raises(ValueError, match="8 pairs an optimizer step and this run has 16: change `batch_size`"):
+        rescale({}, old, new)
+
+
+# -- smaller things ---------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_depend_on_their_seeds_alone_and_leave_the_others_be():
+    before = torch.get_rng_state()
+    draws = []
+    for numbers in ((0, 1, 2), (0, 1, 2), (0, 2, 1), (1, 1, 2)):
+        with seeded(torch.device("cpu"), *numbers):
+            draws.append(torch.rand(4))
+        torch.rand(3)
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[3])
+    torch.set_rng_state(before)
+    with seeded(torch.device("cpu"), 1):
+        torch.rand(9)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_handlers_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    options = {"file": runs.pairs_file(tmp_path, 12), "epochs": 1}
+    interrupted.train(tmp_path, options)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_folder_that_cannot_be_written_to_stops_the_run_at_its_start(tmp_path):
+    (tmp_path / "file").touch()
+    run = runs.trainer(
+        tmp_path, callbacks=[LastCheckpoint(dirpath=str(tmp_path / "file" / "x"))], max_epochs=1,
+        enable_checkpointing=True,
+    )  # fmt: skip
+    module = runs.module()
+    with pytest.raises(OSError, match="cannot be written to"):
+        run.fit(module, runs.data(runs.pairs_file(tmp_path)))
+    assert run.global_step == 0
+
+
+def test_every_n_steps_is_checked():
+    with pytest.raises(ValueError, match="`every_n_steps` must be at least 1, got 0"):
+        LastCheckpoint(every_n_steps=0)

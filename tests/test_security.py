@@ -1,0 +1,200 @@
+"""What a configuration or a checkpoint of somebody else's may do: nothing but be wrong."""
+
+import os
+import pickle
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+
+from lit_dpo.checkpoints import check_index
+from lit_dpo.cli import main
+from tests import runs
+from tests.test_cli import CONFIGS, command
+
+pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
+
+EVIL = """
+import pathlib
+pathlib.Path(__file__).with_name("canary").touch()
+
+class Thing:
+    def __init__(self, *args, **kwargs):
+        pathlib.Path(__file__).with_name("canary").touch()
+
+def function(*args, **kwargs):
+    Thing()
+"""
+
+
+def spec(path, **options):
+    return {"class_path": path, "init_args": options}
+
+
+def nested(path):
+    """A class deep inside an allowed one."""
+    return spec("WeightedLoss", losses=[spec("IntermediateLoss", base=spec(path, command="touch canary"))])
+
+
+# Each is a configuration on top of configs/dpo.yaml. `evil_module` lies in the working folder, ready to be imported.
+PAYLOADS = {
+    "loss": {"model": {"loss": spec("evil_module.Thing")}},
+    "loss os.system": {"model": {"loss": spec("os.system", command="touch canary")}},
+    "loss posix": {"model": {"loss": spec("posix.system", command="touch canary")}},
+    "loss subprocess": {"model": {"loss": spec("subprocess.Popen", args=["touch", "canary"])}},
+    "loss in a loss": {"model": {"loss": nested("os.system")}},
+    "own loss in a loss": {"model": {"loss": nested("evil_module.Thing")}},
+    "loss alias torch": {"model": {"loss": spec("torch.os.system", command="touch canary")}},
+    "loss alias lit_dpo": {"model": {"loss": spec("lit_dpo.losses.base.torch.os.system", command="touch canary")}},
+    "loss alias functional": {"model": {"loss": spec("torch.nn.functional.torch.load", f="canary")}},
+    "loss by name": {"model": {"loss": "evil_module.Thing"}},
+    "reference": {"model": {"reference": spec("evil_module.Thing")}},
+    "reference Popen": {"model": {"reference": spec("subprocess.Popen", args=["touch", "canary"])}},
+    "adapter": {"model": {"adapter": spec("evil_module.Thing")}},
+    "optimizer": {"model": {"optimizer": spec("evil_module.Thing")}},
+    "optimizer function": {"model": {"optimizer": "evil_module.function"}},
+    "optimizer os": {"model": {"optimizer": spec("os.system", command="touch canary")}},
+    "optimizer eval": {"model": {"optimizer": spec("builtins.eval", source="open('canary','w')")}},
+    "optimizer lambda": {"model": {"optimizer": "functools.partial"}},
+    "scheduler": {"model": {"lr_scheduler": spec("evil_module.Thing")}},
+    "scheduler runpy": {"model": {"lr_scheduler": spec("runpy.run_path", path_name="evil_module.py")}},
+    "partition": {"data": {"partition": spec("evil_module.Thing")}},
+    "partition exec": {"data": {"partition": spec("builtins.exec", source="open('canary','w')")}},
+    "tokenizer object": {"data": {"tokenizer": spec("evil_module.Thing")}},
+    "tokenizer remote": {"data": {"tokenizer": spec("transformers.AutoTokenizer", trust_remote_code=True)}},
+    "callback": {"trainer": {"callbacks": [spec("evil_module.Thing")]}},
+    "callback pathlib": {"trainer": {"callbacks": [spec("pathlib.Path", args=["canary"])]}},
+    "callback through lightning": {"trainer": {"callbacks": [spec("lightning.pytorch.cli.os.system", command="x")]}},
+    "callback cloud_io": {"trainer": {"callbacks": [spec("lightning.fabric.utilities.cloud_io._load", f="x")]}},
+    "logger": {"trainer": {"logger": spec("evil_module.Thing")}},
+    "logger through a module": {"trainer": {"logger": spec("lightning.pytorch.loggers.csv_logs.os.system", c="x")}},
+    "strategy": {"trainer": {"strategy": spec("evil_module.Thing")}},
+    "plugins": {"trainer": {"plugins": [spec("evil_module.Thing")]}},
+    "profiler": {"trainer": {"profiler": spec("evil_module.Thing")}},
+    "plugin pickle": {"trainer": {"plugins": [spec("pickle.loads", data="x")]}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch):
+    """A working folder with a module that leaves a file when it is imported or used."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text(EVIL, encoding="utf-8")
+    yield tmp_path
+    assert not (tmp_path / "canary").exists()
+    assert "evil_module" not in sys.modules
+
+
+def refused(capsys, args):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_no_payload_in_a_configuration_is_imported_or_run(evil, capsys, name):
+    assert len(PAYLOADS) >= 30
+    (evil / "payload.yaml").write_text(yaml.safe_dump(PAYLOADS[name]), encoding="utf-8")
+    text = refused(capsys, command("fit", evil / "run", "dpo", "--config", evil / "payload.yaml"))
+    assert "lit-dpo: error: " in text
+    assert not (evil / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--model.loss", "--model.optimizer", "--data.partition", "--trainer.callbacks"])
+def test_no_payload_on_the_command_line_is_imported_or_run(evil, capsys, option):
+    text = refused(capsys, command("fit", evil / "run", "dpo", option, "evil_module.Thing"))
+    assert "may not name `evil_module.Thing`" in text
+    assert "--allow-import evil_module" in text
+
+
+@pytest.mark.parametrize("prefix", ["PL", "LIT_DPO", "JSONARGPARSE"])
+def test_no_payload_in_the_environment_is_read(evil, monkeypatch, prefix):
+    for name in ("MODEL__LOSS", "MODEL__OPTIMIZER", "CONFIG", "TRAINER__CALLBACKS"):
+        monkeypatch.setenv(f"{prefix}_FIT__{name}", '{"class_path": "evil_module.Thing"}')
+    main(command("fit", evil / "run", "dpo", "--trainer.fast_dev_run", "true"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    main(command("fit", folder, "dpo"))
+    return folder / "version_0" / "checkpoints" / "last.ckpt"
+
+
+HYPER_PARAMETERS = {
+    "loss": {"loss": spec("evil_module.Thing")},
+    "reference": {"reference": spec("evil_module.Thing")},
+    "instantiator": {"_instantiator": "evil_module.function"},
+    "class path": {"_class_path": "evil_module.Thing"},
+    "optimizer": {"optimizer": spec("evil_module.Thing")},
+    "data": {"data": spec("evil_module.Thing")},
+}
+
+
+@pytest.mark.parametrize("name", HYPER_PARAMETERS)
+@pytest.mark.parametrize("stage", ["fit", "validate", "export"])
+def test_hyperparameters_of_a_checkpoint_never_import_anything(evil, checkpoint, name, stage):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"] |= HYPER_PARAMETERS[name]
+    content["datamodule_hyper_parameters"] = HYPER_PARAMETERS[name]
+    torch.save(content, evil / "bad.ckpt")
+    if stage == "export":
+        main(["export", str(evil / "bad.ckpt"), str(evil / "out")])
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of another folder
+            main(command(stage, evil / "run", "dpo", "--ckpt_path", evil / "bad.ckpt"))
+
+
+def test_an_index_of_shards_runs_nothing(evil):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {evil / 'canary'}",)
+
+    folder = evil / "shards"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(pickle.UnpicklingError, match=r"may not name (posix|os)\.system"):
+        check_index(folder)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_good_index_of_shards_is_read(tmp_path):
+    dcp.save({"state_dict.policy.w": torch.arange(6.0), "n": 3}, checkpoint_id=tmp_path / "x")
+    check_index(tmp_path / "x")
+
+
+def test_a_package_may_be_allowed_on_the_command_line_but_not_in_a_file(evil, capsys, monkeypatch):
+    (evil / "payload.yaml").write_text("allow_import: evil_module\n", encoding="utf-8")
+    text = refused(capsys, command("fit", evil / "run", "dpo", "--config", evil / "payload.yaml"))
+    assert "allow_import" in text
+    assert "needs the import path" in refused(capsys, ["fit", "--allow-import", "a b"])
+
+
+def test_no_secret_is_written_to_the_run(tmp_path, monkeypatch):
+    """Canaries where secrets live: nothing in the run's folder repeats them."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "canary-0123456789")
+    main(command("fit", tmp_path, "dpo"))
+    files = [path for path in Path(tmp_path).rglob("*") if path.is_file()]
+    assert len(files) > 3
+    assert not [path for path in files if b"canary-0123456789" in path.read_bytes()]
+
+
+def test_the_package_unpickles_nothing_by_itself():
+    """`torch.load` always says ``weights_only=True``; the one unpickler is the restricted one."""
+    for path in sorted((CONFIGS.parent / "lit_dpo").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        calls = re.findall(r"torch\.load\(.*", source)
+        assert all("weights_only=True" in call for call in calls), path
+        assert "pickle.load" not in source
+        assert "trust_remote_code=True" not in source
+
+
