@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,12 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 
 SHARDS_META = "meta.pt"
@@ -37,7 +43,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     A checkpoint is written to a hidden file in its own folder, flushed to the disk, read back, and only then renamed
     into its place; until then the previous one stands there. A manifest beside it, ``<name>.json``, holds the SHA-256
-    sum that loading checks. Loading never runs code: ``weights_only=True``, always.
+    sum that loading checks. Loading never runs code: ``weights_only=True``, always. (Remote paths, with ``://``, are
+    Lightning's own business but for that.)
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -46,6 +53,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: It cannot be written; names the path and the free space. What stood there before is untouched.
         """
+        if _is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
         target = Path(path)
         part = target.with_name(f".{target.name}.part")  # one name, so that what a crash leaves is written over
         written = _Hashed()
@@ -76,6 +86,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
             FileNotFoundError: There is none.
             ValueError: It is damaged; names another one that is not.
         """
+        if _is_remote(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
         verify(Path(path))
         content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
         return content
@@ -83,7 +95,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint, then its manifest."""
         super().remove_checkpoint(path)
-        manifest_of(Path(path)).unlink(missing_ok=True)
+        if not _is_remote(path):
+            manifest_of(Path(path)).unlink(missing_ok=True)
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)
 
 
 def make_durable(trainer: Trainer) -> None:
@@ -116,7 +133,7 @@ def manifest_of(path: Path) -> Path:
 def write_shards_manifest(folder: Path) -> None:
     """Write the manifest of a checkpoint that is a folder of shards, all of them written before."""
     sums = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
-    _write_json(manifest_of(folder), {"format": 1, "sha256": sums})
+    write_json(manifest_of(folder), {"format": 1, "sha256": sums})
 
 
 def read_shards(folder: Path, prefix: str) -> dict[str, Any]:
@@ -148,28 +165,53 @@ def read_shards(folder: Path, prefix: str) -> dict[str, Any]:
 
 
 def check_index(folder: Path) -> None:
-    """Refuse the index of a folder of shards that would run code when PyTorch unpickles it.
+    """Refuse a folder of shards that would run code when PyTorch loads it: its index, and what is no tensor in it.
 
     Raises:
-        pickle.UnpicklingError: It names anything but the few types that an index is made of.
+        pickle.UnpicklingError: One of these names anything but plain values.
     """
-    _SafeReader(folder).read_metadata()
+    metadata = _SafeReader(folder).read_metadata()
+    for index, place in (metadata.storage_data or {}).items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
+            with (folder / place.relative_path).open("rb") as file:
+                file.seek(place.offset)
+                torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
 
 
 def keep_as(path: Path, other: Path) -> None:
-    """Let a checkpoint stand under a second name too, in the place of what stood there, without a moment without."""
-    content = json.loads(manifest_of(path).read_text(encoding="utf-8"))
+    """Let a sound checkpoint stand under a second name too, in the place of what stood there; one that is not, not.
+
+    A folder of shards is moved, so that until the next save only the second name stands; an unfinished one is removed.
+    """
     if path.is_dir():
-        shutil.rmtree(other, ignore_errors=True)
-        path.rename(other)  # shards cannot be linked; until the next save only this name stands
+        if _problem_of_shards(path) is not None:
+            shutil.rmtree(path)
+            return
+        if not manifest_of(path).exists():  # a crash came between the shards and their manifest
+            write_shards_manifest(path)
+        _remove(other)
+        path.rename(other)
         return
+    if not manifest_of(path).exists() or _problem(path) is not None:
+        return  # what stands there under the second name may be the only sound one
+    if other.is_dir():
+        _remove(other)
     part = other.with_name(f".{other.name}.part")
     part.unlink(missing_ok=True)
     try:
         os.link(path, part)
     except OSError:  # a file system without links
         shutil.copyfile(path, part)
-    _commit(part, other, content["sha256"])
+    _commit(part, other, _sum_of_file(path))
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, file or folder, and its manifest."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+        manifest_of(path).unlink(missing_ok=True)
 
 
 def refuse_unwritable(folder: Path, needed: int) -> None:
@@ -247,8 +289,8 @@ class _Hashed:
 def _commit(part: Path, target: Path, new: str) -> None:
     """Rename a finished file into its place. At every moment the manifest knows the file that stands there."""
     manifest = manifest_of(target)
-    old = _known_sums(manifest)[:1] if target.exists() and manifest.exists() else []
-    _write_json(manifest, {"format": 1, "sha256": new, "previous": old[0] if old else None})
+    old = _sum_of_file(target) if target.exists() else None
+    write_json(manifest, {"format": 1, "sha256": new, "previous": old})
     os.replace(part, target)
     _sync_folder(target.parent)
 
@@ -259,7 +301,8 @@ def _known_sums(manifest: Path) -> list[str]:
     return [content["sha256"], *([content["previous"]] if content.get("previous") else [])]
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file whole or not at all, and to the disk before this returns."""
     part = path.with_name(f".{path.name}.part")
     with part.open("w", encoding="utf-8") as file:
         json.dump(content, file)
@@ -267,6 +310,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
     _sync_folder(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Have every file of a folder on the disk before this returns."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -320,7 +371,8 @@ def _problem_of_shards(folder: Path) -> str | None:
 def _offer(path: Path) -> str:
     """A sentence that names the newest good checkpoint in the same folder, if there is one."""
     others = [other for other in path.parent.glob("*.ckpt") if other != path] if path.parent.is_dir() else []
-    for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
+    # `previous.ckpt` first, which was kept to resume from; then the newest.
+    for other in sorted(others, key=lambda file: (file.name == "previous.ckpt", file.stat().st_mtime), reverse=True):
         if _problem(other) is None:
             return f" Resume from `{other}`."
     return " No other checkpoint is in its folder."

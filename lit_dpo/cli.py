@@ -33,6 +33,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, RunSummary, Stopped
+from lit_dpo.checkpoints import make_durable
 from lit_dpo.data import Partition, PreferenceDataModule
 from lit_dpo.export import export_checkpoint
 from lit_dpo.losses import PreferenceLoss
@@ -121,6 +122,11 @@ class PreferenceCLI(LightningCLI):
                 args=list(args),
             )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the option to load checkpoints that run code."""
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
     def _parse_ckpt_path(self) -> None:
         """Leave options alone: Lightning would let a checkpoint's override explicit ones, and import what they name."""
 
@@ -142,14 +148,14 @@ class PreferenceCLI(LightningCLI):
         if threads is not None:
             torch.set_num_threads(threads)
         checkpoint = self._get(self.config, "ckpt_path")
-        if checkpoint is not None and checkpoint not in _LIGHTNINGS_OWN and ":" not in str(checkpoint):
+        if checkpoint is not None and checkpoint not in _LIGHTNINGS_OWN:
             self._find_checkpoint(str(checkpoint))
 
     def _find_checkpoint(self, given: str) -> None:
         """Settle which checkpoint is meant and which folder the run goes on in; refuse a changed configuration."""
         root = Path(self._get(self.config, "trainer.default_root_dir") or os.getcwd())
         run = newest_run(root) if given == "last" else run_of(Path(given), root)
-        stepwise = run is not None and given == "last" and is_stepwise(run)
+        stepwise = run is not None and given == "last" and is_stepwise(run) and self.subcommand == "fit"
         path = (run and given == "last" and last_checkpoint(run)) or Path(given)
         if not stepwise:
             check_checkpoint(path)
@@ -173,8 +179,9 @@ class PreferenceCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(PairPredictionWriter(self._get(self.config_init, "predictions")))
         folder = kwargs.get("default_root_dir") or config.get("default_root_dir") or os.getcwd()
+        local = "://" not in str(folder)
         if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
-            if not _has(callbacks, LastCheckpoint):
+            if local and not _has(callbacks, LastCheckpoint):
                 callbacks.append(LastCheckpoint())
             callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # it saves what the others know
         if config.get("logger") in (None, True):
@@ -183,13 +190,10 @@ class PreferenceCLI(LightningCLI):
 
     def _metrics_file(self, folder: Path) -> CSVLogger:
         """Metrics as a csv file that is up to date at every moment, in a new folder or in that of the resumed run."""
-        version = None
-        run = (
-            self._continued
-            if self._continued is not None and not is_stepwise(self._continued)
-            else folder / "version_0"
-        )
-        if self._continued is not None and run.is_dir():
+        version, run = None, self._continued
+        if run is not None and is_stepwise(run):
+            run = folder / "version_0" if run in folder.parents else None  # of a partition
+        if run is not None and run.is_dir():
             version = int(run.name.removeprefix("version_"))
             if getattr(rank_zero_only, "rank", 0) == 0:
                 rotate_metrics(run)
@@ -198,7 +202,10 @@ class PreferenceCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         folder: Path | None = None
         try:
+            make_durable(self.trainer)
             if subcommand == "fit" and self.datamodule.stepwise:
+                if self._get(self.config, "ckpt_path") is not None:
+                    raise ValueError("Stepwise training goes on with `ckpt_path: last` alone, as a whole.")
                 folder = self._continued or _new_version(Path(self.trainer.default_root_dir))
                 resume = self._continued is not None
                 fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder, resume)
@@ -235,6 +242,7 @@ _IMPORTABLE = (
         for name in ("data.partition", "models.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
     ),
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
+    *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined
     *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),
 )
 _LIGHTNINGS_OWN = ("best", "hpc")  # checkpoint paths that Lightning resolves by itself
@@ -273,7 +281,8 @@ def main(args: Sequence[str] | None = None) -> None:
             PreferenceCLI(args, allow_changes)
     except Stopped as stopped:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            command = shlex.join(["lit-dpo", *_resuming(given)])
+            ours = any(part.startswith("version_") for part in stopped.checkpoint.parts[-5:-2])
+            command = shlex.join(["lit-dpo", *_resuming(given, "last" if ours else str(stopped.checkpoint))])
             sys.stderr.write(
                 f"\nStopped by {stopped.name} after step {stopped.step}; saved {stopped.checkpoint}\n"
                 f"To go on: {command}\n"
@@ -312,8 +321,8 @@ def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool]:
     return rest, packages, allow_changes
 
 
-def _resuming(args: Sequence[str]) -> list[str]:
-    """The same arguments, to go on with the run."""
+def _resuming(args: Sequence[str], checkpoint: str) -> list[str]:
+    """The same arguments, to go on with the run from a checkpoint."""
     rest: list[str] = []
     remaining = iter(args)
     for argument in remaining:
@@ -321,7 +330,7 @@ def _resuming(args: Sequence[str]) -> list[str]:
             next(remaining, None)
         elif not argument.startswith("--ckpt_path="):
             rest.append(argument)
-    return [*rest, "--ckpt_path", "last"]
+    return [*rest, "--ckpt_path", checkpoint]
 
 
 @contextmanager
@@ -413,7 +422,7 @@ def _new_version(root: Path) -> Path:
 
 def _discard(folder: Path) -> None:
     """Remove the folder of a run that failed before it had anything to keep, and its parent if that is empty then."""
-    kept = any(file.name == "metrics.csv" or file.suffix == ".ckpt" for file in folder.rglob("*"))
+    kept = any(f.name in ("metrics.csv", "DONE") or f.suffix in (".ckpt", ".safetensors") for f in folder.rglob("*"))
     if folder.is_dir() and not kept:
         shutil.rmtree(folder)
         with suppress(OSError):

@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lit_dpo.checkpoints import sync_files
+
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
 ModelDescription = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
@@ -215,6 +217,7 @@ def export(
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
+        sync_files(part)
         if target.exists():
             target.rmdir()
         part.rename(target)

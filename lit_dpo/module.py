@@ -91,6 +91,7 @@ class PreferenceModule(LightningModule):
         self._prepared_for: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens, self._since = 0, 0.0
+        self._bound: WarmupDecay | None = None  # the schedule whose length is the run's
         self._seen: list[SeenPairs] = []  # in the optimizer step under way
         options = {"model": model, "loss": loss, "reference": reference, "adapter": adapter, "tokenizer": tokenizer}
         options |= {"dtype": dtype, "init_seed": init_seed}
@@ -376,8 +377,14 @@ class PreferenceModule(LightningModule):
         self._tokens, self._since = 0, time.perf_counter()
 
     def on_train_start(self) -> None:
-        """Move validations to the ends of optimizer steps, where a checkpoint holds all there is."""
+        """Fit a restored schedule to this run, and move validations to the ends of optimizer steps.
+
+        (There a checkpoint holds all there is; in the middle of one, half a step is in the gradients.)
+        """
         trainer, every = self.trainer, self.trainer.accumulate_grad_batches
+        if self._bound is not None and self._bound.total_steps != (steps := int(trainer.estimated_stepping_batches)):
+            rank_zero_info(f"The schedule of the checkpoint, of {self._bound.total_steps} steps, now has {steps}.")
+            self._bound.bind(steps)
         interval = trainer.val_check_batch
         if isinstance(interval, int) and interval % every and interval < trainer.num_training_batches:
             trainer.val_check_batch = max(every, interval // every * every)
@@ -410,6 +417,7 @@ class PreferenceModule(LightningModule):
                     "`lr_scheduler.total_steps`."
                 )
             scheduler.bind(int(steps))
+            self._bound = scheduler
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreferenceModule:

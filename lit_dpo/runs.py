@@ -38,8 +38,13 @@ def newest_run(root: Path) -> Path:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """What a run resumes from; the one before the last, if a crash left no last one (of shards, it can)."""
-    return next((path for name in _KEPT if (path := run / "checkpoints" / name).exists()), None)
+    """The last checkpoint of a run, of its last partition if it has several.
+
+    It is the one before the last, if a crash left no last one (of shards, it can).
+    """
+    parts = sorted(run.glob("partition_*"), key=lambda part: int(part.name.rpartition("_")[2]), reverse=True)
+    folders = [run / "checkpoints", *(f for part in parts for f in sorted(part.glob("version_*/checkpoints")))]
+    return next((path for folder in folders for name in _KEPT if (path := folder / name).exists()), None)
 
 
 def is_stepwise(run: Path) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_dpo.callbacks import ExportModel
-from lit_dpo.checkpoints import verify
+from lit_dpo.checkpoints import verify, write_json
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
@@ -94,7 +94,7 @@ def _is_done(root: Path, part: Tensor) -> bool:
 
 def _note_done(trainer: Trainer, root: Path, part: Tensor) -> None:
     if trainer.is_global_zero:
-        (root / "DONE").write_text(json.dumps({"rows": part.tolist()}), encoding="utf-8")
+        write_json(root / "DONE", {"rows": part.tolist()})
     trainer.strategy.barrier("partition done")
 
 

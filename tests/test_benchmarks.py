@@ -208,6 +208,7 @@ class TestCountedWork:
         assert min(timed) >= sorted(lengths.values())[-12]
 
 
+@pytest.mark.slow
 def test_chaos(tmp_path):
     """A short one: a fault of each kind, and nothing is lost."""
     command = [sys.executable, str(FOLDER / "chaos.py"), "--faults", "6", "--epochs", "3", "--out", str(tmp_path)]

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
-from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint
 from lit_dpo.data.collate import PairSampler
 from lit_dpo.export import export_checkpoint
 from lit_dpo.resume import rescale, seeded
@@ -99,7 +99,7 @@ class Crash(Callback):
             raise CrashError
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
 def test_resuming_again_and_again_is_exact(tmp_path, seed):
     """A resumed run that crashes resumes as well; epochs end in half a step, which Lightning's own counters muddle."""
     options = {"file": runs.pairs_file(tmp_path, 19), "accumulate": 2, "batch_size": 2, "epochs": 4}
@@ -242,7 +242,7 @@ def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number,
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "shards"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", "shards"])
 def test_two_processes_stop_together_and_resume_exactly(tmp_path, strategy):
     """One of them gets the signal; and the same checkpoint goes on with one process, the same rows in each step."""
     options = {"file": runs.pairs_file(tmp_path, 25), "batch_size": 2, "strategy": strategy, "devices": 2}
@@ -362,6 +362,27 @@ def test_a_folder_that_cannot_be_written_to_stops_the_run_at_its_start(tmp_path)
     with pytest.raises(OSError, match="cannot be written to"):
         run.fit(module, runs.data(runs.pairs_file(tmp_path)))
     assert run.global_step == 0
+
+
+def test_a_run_that_is_made_longer_goes_on_learning(tmp_path):
+    """The schedule's length is the new run's, not the checkpoint's, at whose end the learning rate is zero."""
+    options = {"file": runs.pairs_file(tmp_path, 12), "epochs": 1}
+    interrupted.train(tmp_path, options)
+    module = interrupted.train(tmp_path, {**options, "epochs": 2}, interrupted.last_of(tmp_path, options))
+    rates = [float.fromhex(entry["lr"]) for entry in batches(interrupted.entries(tmp_path / "log.jsonl"))]
+    assert len(rates) == 6
+    assert rates[2] == 0
+    assert rates[3] > rates[4] > rates[5] == 0
+    assert module.lr_schedulers().total_steps == 6
+
+
+def test_what_comes_after_it_in_the_list_is_in_it_too(tmp_path):
+    best = BestCheckpoint()
+    run = runs.trainer(tmp_path, callbacks=[LastCheckpoint(), best], max_epochs=2, enable_checkpointing=True)
+    run.fit(runs.module(lr=0.1), runs.data(runs.pairs_file(tmp_path, 12)))
+    assert run.checkpoint_callback is best
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    assert best.state_dict()["best_model_path"] in str(state)
 
 
 def test_every_n_steps_is_checked():

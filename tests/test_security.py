@@ -166,6 +166,27 @@ def test_an_index_of_shards_runs_nothing(evil):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_is_no_tensor_in_the_shards_runs_nothing(evil):
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch {evil / 'canary'}",)
+
+    dcp.save({"state_dict.policy.w": torch.arange(6.0), "lr": Bomb()}, checkpoint_id=evil / "shards")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        check_index(evil / "shards")
+
+
+@pytest.mark.parametrize("path", ["https://example.invalid/x.ckpt", "a:b.ckpt"])
+def test_a_remote_checkpoint_is_no_way_around_the_checks(evil, capsys, path):
+    assert "there is no `" in refused(capsys, command("validate", evil / "run", "dpo", "--ckpt_path", path))
+
+
+def test_no_configuration_can_ask_for_unsafe_loading(evil, capsys):
+    (evil / "payload.yaml").write_text("weights_only: false\n", encoding="utf-8")
+    assert "weights_only" in refused(capsys, command("fit", evil / "run", "dpo", "--config", evil / "payload.yaml"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_good_index_of_shards_is_read(tmp_path):
     dcp.save({"state_dict.policy.w": torch.arange(6.0), "n": 3}, checkpoint_id=tmp_path / "x")
     check_index(tmp_path / "x")

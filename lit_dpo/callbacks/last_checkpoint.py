@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_dpo.checkpoints import keep_as, make_durable, manifest_of, refuse_unwritable, write_shards_manifest
+from lit_dpo.checkpoints import keep_as, make_durable, refuse_unwritable, write_shards_manifest
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -67,16 +67,28 @@ class LastCheckpoint(Checkpoint):
         """Find the folder, and have checkpoints written durably."""
         if stage != "fit":
             return
-        folder = self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        folder = self.dirpath or f"{trainer.log_dir or trainer.default_root_dir}/checkpoints"
+        if "://" in str(folder):
+            raise ValueError(f"`LastCheckpoint` writes to local folders alone, not to `{folder}`: set its `dirpath`.")
         self._folder = Path(trainer.strategy.broadcast(str(folder)))
         make_durable(trainer)
+        # What the other callbacks know of this moment must be in the checkpoint. (A new list: this one is being gone
+        # through.)
+        trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out whether a checkpoint could be written at all."""
+        """Find out whether a checkpoint could be written at all; all processes raise if the first one cannot."""
+        problem = None
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             parameters = list(pl_module.parameters())
             size = sum(p.numel() * p.element_size() for p in parameters)
-            refuse_unwritable(self._folder, size + sum(2 * p.numel() * 4 for p in parameters if p.requires_grad))
+            size += sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)  # AdamW's moments
+            try:
+                refuse_unwritable(self._folder, size)
+            except OSError as error:
+                problem = str(error)
+        if problem := trainer.strategy.broadcast(problem):
+            raise OSError(problem)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -131,7 +143,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = self._folder / "last.ckpt"
-        if trainer.is_global_zero and path.exists() and manifest_of(path).exists():
+        if trainer.is_global_zero and path.exists():
             keep_as(path, self._folder / "previous.ckpt")
         trainer.strategy.barrier("previous checkpoint kept")  # shards are written by all
         self.last_model_path = str(path)
@@ -145,6 +157,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over SIGTERM and Ctrl-C, which Lightning would end with status 0 and 1 in the middle of a step."""
         self._signal, self._saved_step, self._due, self._leaving = None, -1, False, False
+        if trainer.received_sigterm:  # while the sanity check ran: Lightning would end the run without saving, status 0
+            self._signal = signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._note)
