@@ -98,7 +98,7 @@ def steps(shape: ModelShape, length: int, options: argparse.Namespace) -> Record
     sizes = (length // 2, length - length // 2, length - length // 2)
     pairs = [tuple(torch.randint(shape.vocab, (size,)).tolist() for size in sizes) for _ in range(options.batch)]
     batch = PairBatch.from_lists(pairs).to(options.device)  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     loss, saved = DPOLoss(), SavedBytes(model)
     with torch.no_grad():
         reference = run(model, batch)

@@ -74,7 +74,7 @@ def refuse_nonfinite(trainer: Trainer, seen: Sequence[SeenPairs], norm: Tensor |
     """
     flags = [value.isfinite().all() for pairs in seen for value in pairs.values().values()]
     flags += [] if norm is None else [norm.isfinite()]
-    if bool(torch.stack(flags).all()):
+    if not flags or bool(torch.stack(flags).all()):
         return
     where = f"optimizer step {trainer.global_step + 1}, process {trainer.global_rank}"
     raise FloatingPointError(

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_nonfinite
@@ -67,7 +68,9 @@ class PreferenceModule(LightningModule):
         reference: Reference | None = None,
         adapter: LoRA | None = None,
         tokenizer: str | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=1e-6, weight_decay=0.0, fused=True
+        ),
         lr_scheduler: LRSchedulerCallable | None = WarmupDecay,
         dtype: Dtype = "float32",
         layout: Layout = "auto",
@@ -284,6 +287,7 @@ class PreferenceModule(LightningModule):
 
         Raises:
             FloatingPointError: Loss or gradient is NaN or infinite; no weight has changed then.
+            ValueError: The optimizer is fused and gradients are scaled float16.
         """
         seen, self._seen = self._seen, []
         norm = gradient_norm(self.policy, optimizer)
@@ -293,8 +297,13 @@ class PreferenceModule(LightningModule):
             self.log("train/grad_norm", norm, batch_size=1)
         if not gradient_clip_val:
             return
+        if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                "A fused optimizer unscales float16 gradients only after clipping: set its `fused: false`, or use "
+                "`precision: bf16-mixed`."
+            )
         if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
         else:
             clip_to_norm(optimizer, norm, gradient_clip_val)
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,3 +130,16 @@ def test_clipping_by_value_still_works(tmp_path):
     runs.fit(module, data, callbacks=[Look()], gradient_clip_val=1e-3, gradient_clip_algorithm="value")
     assert seen
     assert max(seen) <= 1e-3 + 1e-9
+
+
+def test_a_fused_optimizer_and_scaled_gradients_do_not_go_together(monkeypatch):
+    module = runs.module()
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    trainer = SimpleNamespace(precision="16-mixed", global_step=0, log_every_n_steps=10)
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    plain, fused = (torch.optim.AdamW([weight], fused=fused) for fused in (False, True))
+    module.configure_gradient_clipping(plain, 1.0, "norm")
+    assert float(weight.grad.norm()) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="set its `fused: false`"):
+        module.configure_gradient_clipping(fused, 1.0, "norm")
