@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def flip(path: Path, draw: random.Random) -> None:
         content = content[: draw.randrange(len(content))]
     else:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.unlink()  # so that a file that stands under two names is damaged under one
     path.write_bytes(content)
 
 
@@ -196,8 +198,8 @@ def disturb(
         verify(previous)
         last.unlink()
         last.with_name("last.ckpt.json").unlink()
-        os.link(previous, last)  # what the user was told to resume from
-        os.link(previous.with_name("previous.ckpt.json"), last.with_name("last.ckpt.json"))
+        shutil.copy(previous, last)  # what the user was told to resume from
+        shutil.copy(previous.with_name("previous.ckpt.json"), last.with_name("last.ckpt.json"))
     if kind == "damaged cache":
         for file in sorted((folder / "cache").rglob("*.safetensors")):
             flip(file, draw)

@@ -192,7 +192,8 @@ def contest(
     """
     names = list(_available(names))
     about = facts(options.device, options.threads, options.seed, options.data)
-    about |= {"data": source_name(options.data), "shape": asdict(shape_of(options)), "settings": asdict(settings)}
+    about |= {"data": source_name(options.data), "shape": asdict(shape_of(options))}
+    about["settings"] = {name: value for name, value in asdict(settings).items() if name != "folder"}
     about |= {"sort_within": options.sort_within}
 
     def child(name: str, key: str, steps: int | None = None) -> Record:

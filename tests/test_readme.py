@@ -64,3 +64,13 @@ def test_every_file_that_is_named_exists():
         assert target.startswith("http") or (ROOT / target).exists(), target
     for config in re.findall(r"configs/[\w/]+\.yaml", TEXT):
         assert (ROOT / config).exists(), config
+
+
+def test_every_promise_has_its_test():
+    """CONTRIBUTING.md sets promises beside tests; each of these is there under its name."""
+    promises = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Promises")[2].partition("\n## ")[0]
+    named = re.findall(r"`(test_\w+\.py)((?:::\w+)*)`", promises)
+    assert len(named) >= 15
+    for file, name in named:
+        [path] = (ROOT / "tests").rglob(file)
+        assert not name or f"def {name.removeprefix('::')}(" in path.read_text(encoding="utf-8"), (file, name)
