@@ -217,5 +217,3 @@ def test_the_package_unpickles_nothing_by_itself():
         assert all("weights_only=True" in call for call in calls), path
         assert "pickle.load" not in source
         assert "trust_remote_code=True" not in source
-
-
