@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Record, append_lines, append_section, facts, markdown_table, report_path
+from common import Record, append_lines, append_section, facts, markdown_table, report_path, save_figure
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_dpo import CachedReference, LoRA, PreferenceDataModule, PreferenceModule, WarmupDecay
@@ -277,10 +277,7 @@ def plot(record: Record, path: Path) -> None:
     title = f"{len(record['faults'])} faults, largest difference {record['max_loss_difference']:g}"
     axis.set(xlabel="batch", ylabel="loss", title=title)
     axis.legend(ncol=2, fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"written: {path}")
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -190,6 +190,14 @@ def append_section(path: Path, title: str, tables: Sequence[str], about: Record,
     print(f"written: {path}")
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as PNG."""
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"written: {path}")
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table, padded so that it reads as plain text too."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]

@@ -29,6 +29,7 @@ from common import (
     report_path,
     reset_peak,
     run_child,
+    save_figure,
 )
 from flops import ModelShape
 
@@ -177,10 +178,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
                 panel.stackplot(places, *areas, labels=parts, alpha=0.35)
         panel.set(xlabel={"vocab": "vocabulary", "length": "tokens of a sequence"}[axis], ylabel="peak GB", ylim=0)
     panels[0][0].legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"written: {path}")
+    save_figure(figure, path)
 
 
 def main() -> None:

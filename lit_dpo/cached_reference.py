@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from lit_dpo.cache import LogpsStore, LogpsTable, content_keys, fingerprint
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.reference import Filling, Reference, Start, adapters_off
-from lit_dpo.scoring import Layout, score
+from lit_dpo.scoring import Layout, own_tensors, score
 
 
 class CachedReference(Reference):
@@ -60,12 +60,12 @@ class CachedReference(Reference):
         config = {k: v for k, v in policy.config.to_dict().items() if k not in noise}
         self._who = {"config": json.loads(json.dumps(config, default=str)), "dtype": dtype}
         if policy.device.type != "meta":
-            self._who["weights"] = fingerprint(_weights(policy))
+            self._who["weights"] = fingerprint(own_tensors(policy))
         self._table = None
 
     def fill(self, policy: nn.Module, filling: Filling) -> None:
         """Remember the weights that are sharded."""
-        self._who["weights"] = fingerprint(_weights(policy))
+        self._who["weights"] = fingerprint(own_tensors(policy))
 
     def prepare(self, start: Start) -> None:
         """Read what is stored, score what is missing, write it back.
@@ -118,7 +118,7 @@ class CachedReference(Reference):
 
     def _starting_model(self, start: Start) -> nn.Module:
         """The model to score with: the policy, unless a checkpoint has been restored into it."""
-        if fingerprint(_weights(start.policy)) == self._who["weights"]:
+        if fingerprint(own_tensors(start.policy)) == self._who["weights"]:
             return start.policy
         return start.reload().to(start.trainer.strategy.root_device)
 
@@ -152,13 +152,6 @@ class CachedReference(Reference):
 
         last = logps("last")
         return replace(last, layers={int(k): logps(f"layer.{k}") for k in layers})
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's own weights by the names they have without adapters."""
-    for name, tensor in model.state_dict().items():
-        if "lora_" not in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
 
     Args:
         options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
-        facts: What a checkpoint says of its run: ``data``, ``step``, ``pairs_per_step``, ``metrics``, ``versions``.
+        facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
     """
     model = options["model"]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["lit-dpo", "dpo", "preference-tuning"]}
@@ -27,7 +27,7 @@ def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "dtype of the weights": options["dtype"],
         **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
         "optimizer steps": facts.get("step"),
-        "pairs an optimizer step": facts.get("pairs_per_step"),
+        "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),
     }
     parts = [
         f"---\n{yaml.safe_dump(head)}---",

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
-import sys
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,23 +15,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.state_dict_loader import load
 
-SHARDS_META = "meta.pt"
-"""Lightning's own name for the file that makes a folder of shards a checkpoint."""
-
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_INDEX_TYPES = {
-    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-}
+from lit_dpo.shards import SHARDS_META
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -136,48 +117,6 @@ def write_shards_manifest(folder: Path) -> None:
     write_json(manifest_of(folder), {"format": 1, "sha256": sums})
 
 
-def read_shards(folder: Path, prefix: str) -> dict[str, Any]:
-    """Read a checkpoint that is a folder of shards into one process, of its tensors only those under a prefix.
-
-    Args:
-        folder: Written by a strategy that shards.
-        prefix: Of the tensors' names, ``state_dict.policy.`` for the policy's.
-
-    Returns:
-        The content as a single file would have it.
-
-    Raises:
-        pickle.UnpicklingError: Its index names anything but the few types that an index is made of.
-    """
-    content: dict[str, Any] = torch.load(folder / SHARDS_META, map_location="cpu", weights_only=True)
-    reader = _SafeReader(folder)
-    index = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in index.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*intent is to load in a single process.*")  # it is
-        load(state, storage_reader=reader, no_dist=True)
-    content["state_dict"] = {name.removeprefix("state_dict."): tensor for name, tensor in state.items()}
-    return content
-
-
-def check_index(folder: Path) -> None:
-    """Refuse a folder of shards that would run code when PyTorch loads it: its index, and what is no tensor in it.
-
-    Raises:
-        pickle.UnpicklingError: One of these names anything but plain values.
-    """
-    metadata = _SafeReader(folder).read_metadata()
-    for index, place in (metadata.storage_data or {}).items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), BytesStorageMetadata):
-            with (folder / place.relative_path).open("rb") as file:
-                file.seek(place.offset)
-                torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
-
-
 def keep_as(path: Path, other: Path) -> None:
     """Let a sound checkpoint stand under a second name too, in the place of what stood there; one that is not, not.
 
@@ -243,31 +182,6 @@ def refuse_unwritable(folder: Path, needed: int) -> None:
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
-class _SafeReader(FileSystemReader):
-    """PyTorch's reader, except that the index, which is a pickle, may only name what an index is made of."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(f"`{self.path}` has no usable index of its shards.")
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """An unpickler for the types of a shard index alone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = (module, name) in _INDEX_TYPES
-        allowed |= module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        allowed |= module in _INDEX_MODULES and isinstance(getattr(sys.modules.get(module), name, None), type)
-        if not allowed:
-            raise pickle.UnpicklingError(f"Weights only load failed: a shard index may not name {module}.{name}.")
-        return super().find_class(module, name)
-
-
 class _Hashed:
     """A file to write to that sums up what it is given."""
 
@@ -290,6 +204,8 @@ def _commit(part: Path, target: Path, new: str) -> None:
     """Rename a finished file into its place. At every moment the manifest knows the file that stands there."""
     manifest = manifest_of(target)
     old = _sum_of_file(target) if target.exists() else None
+    if manifest.exists() and old not in _known_sums(manifest):
+        old = None  # what stands there is damaged, and must not be vouched for
     write_json(manifest, {"format": 1, "sha256": new, "previous": old})
     os.replace(part, target)
     _sync_folder(target.parent)
@@ -385,5 +301,5 @@ def _cannot_save(target: Path, written: _Hashed, error: Exception) -> OSError:
     kept = "what stood there before is untouched" if target.exists() else "nothing was kept"
     return OSError(
         f"The checkpoint `{target}` cannot be written ({reason}), {written.bytes:,} bytes into it, with {free:,} bytes "
-        f"free; {kept}."
+        f"free; {kept}. Make room, or set another folder, and resume."
     )

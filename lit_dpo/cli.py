@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-import pickle
-import re
 import shlex
-import shutil
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +20,6 @@ from jsonargparse import (
 )
 from jsonargparse._util import import_object
 from jsonargparse.typing import PositiveInt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -34,15 +29,16 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, RunSummary, Stopped
 from lit_dpo.checkpoints import make_durable
-from lit_dpo.data import Partition, PreferenceDataModule
+from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_checkpoint
-from lit_dpo.losses import PreferenceLoss
+from lit_dpo.messages import PLUGGABLE, nearest, one_sentence, subclass_names, users_fault
 from lit_dpo.module import PreferenceModule
-from lit_dpo.reference import Reference
 from lit_dpo.runs import (
     check_checkpoint,
+    discard,
     is_stepwise,
     last_checkpoint,
+    new_version,
     newest_run,
     refuse_changes,
     rotate_metrics,
@@ -52,15 +48,6 @@ from lit_dpo.runs import (
 from lit_dpo.stepwise import fit_stepwise
 
 _EXPORT = "export"
-_PLUGGABLE = (PreferenceLoss, Reference, Partition)
-_USERS_ERRORS = (
-    ValueError,
-    OSError,
-    FloatingPointError,
-    ImportError,
-    MisconfigurationException,
-    pickle.UnpicklingError,
-)
 
 
 class Parser(LightningArgumentParser):
@@ -68,8 +55,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence, with the nearest valid names, and exit with status 2."""
-        text = _one_sentence(message)
-        near = _nearest(text, self)
+        text = one_sentence(message)
+        near = nearest(text, self)
         if near:
             text = f"{text.rstrip('.')}. Did you mean {' or '.join(near)}?"
         sys.stderr.write(f"lit-dpo: error: {text}\n")
@@ -163,7 +150,7 @@ class PreferenceCLI(LightningCLI):
         if self.subcommand != "fit":
             return
         self._continued = run
-        self.save_config_kwargs["resumed"] = True
+        self.save_config_kwargs["resumed"] = run is not None
         current = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         refuse_changes(saved_config(run, path), current, self._allow_changes)
 
@@ -179,11 +166,9 @@ class PreferenceCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(PairPredictionWriter(self._get(self.config_init, "predictions")))
         folder = kwargs.get("default_root_dir") or config.get("default_root_dir") or os.getcwd()
-        local = "://" not in str(folder)
-        if self.subcommand == "fit" and config.get("enable_checkpointing") is not False:
-            if local and not _has(callbacks, LastCheckpoint):
-                callbacks.append(LastCheckpoint())
-            callbacks.sort(key=lambda callback: isinstance(callback, LastCheckpoint))  # it saves what the others know
+        checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
+        if checkpoints and "://" not in str(folder) and not _has(callbacks, LastCheckpoint):
+            callbacks.append(LastCheckpoint())
         if config.get("logger") in (None, True):
             kwargs["logger"] = self._metrics_file(Path(folder)) if self.subcommand == "fit" else False
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
@@ -206,7 +191,7 @@ class PreferenceCLI(LightningCLI):
             if subcommand == "fit" and self.datamodule.stepwise:
                 if self._get(self.config, "ckpt_path") is not None:
                     raise ValueError("Stepwise training goes on with `ckpt_path: last` alone, as a whole.")
-                folder = self._continued or _new_version(Path(self.trainer.default_root_dir))
+                folder = self._continued or new_version(Path(self.trainer.default_root_dir))
                 resume = self._continued is not None
                 fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder, resume)
             else:
@@ -214,8 +199,8 @@ class PreferenceCLI(LightningCLI):
                 folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) and logger.name == "" else None
                 super()._run_subcommand(subcommand)
         except Exception as error:
-            if folder is not None and self.trainer.is_global_zero and _users_fault(error):
-                _discard(folder)
+            if folder is not None and self.trainer.is_global_zero and users_fault(error):
+                discard(folder)
             raise
 
     def _fresh_trainer(self, folder: Path) -> Trainer:
@@ -273,7 +258,7 @@ def main(args: Sequence[str] | None = None) -> None:
         warnings.filterwarnings("ignore", message)
     try:
         args, packages, allow_changes = _take_flags(given)
-        short = (f"lit_dpo.{name}" for base in _PLUGGABLE for name in _subclass_names(base))
+        short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *packages])
         if args[:1] == [_EXPORT]:
             jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
@@ -294,9 +279,9 @@ def main(args: Sequence[str] | None = None) -> None:
             raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
         raise
     except Exception as error:
-        if os.environ.get("LIT_DPO_TRACEBACK") or not _users_fault(error):
+        if os.environ.get("LIT_DPO_TRACEBACK") or not users_fault(error):
             raise
-        text = _one_sentence(error)
+        text = one_sentence(error)
         if "No supported gpu backend" in text or "CUDA" in text:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
@@ -361,72 +346,8 @@ def _same_class(first: str | None, second: str | None) -> bool:
     return bool(import_object(first) is import_object(second))
 
 
-def _users_fault(error: Exception) -> bool:
-    """Whether an error is about what the user gave, and so needs no traceback."""
-    wrong_weights = isinstance(error, RuntimeError) and "loading state_dict" in str(error)
-    return wrong_weights or isinstance(error, _USERS_ERRORS)
-
-
-def _one_sentence(message: object) -> str:
-    """An error message on one line, without jsonargparse's own words where there are better ones."""
-    text = " ".join(str(message).split())
-    if denied := re.search(r"Importing '([\w.]+)' is not allowed", text):
-        package = denied[1].partition(".")[0]
-        return f"A configuration may not name `{denied[1]}`: if you trust that package, add `--allow-import {package}`"
-    if unknown := re.search(r'key "([\w.]+)".*Expected a dot import path string: ([\w.]+)', text):
-        return f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
-    if refused := re.search(r"Option '([\w.]+)' is not accepted", text):
-        return f"there is no option `{refused[1]}`: `--help` lists them, `--model.loss.help CLASS` those of a class"
-    if "loading state_dict" in text:
-        return "The checkpoint holds other weights than the model has: give the `model` and `adapter` it was made with."
-    if "Weights only load failed" in text:
-        return "What `ckpt_path` names does not load as a checkpoint: give a .ckpt file written by `lit-dpo fit`."
-    if broken := re.search(r"Errors: - (`.*?\.) - ", text):  # the class itself says what is wrong
-        return broken[1]
-    return text
-
-
-def _nearest(message: str, parser: Parser) -> list[str]:
-    """Options or class names close to a name in an error message that is neither."""
-    options = [option for action in parser._actions for option in action.option_strings]
-    names = getattr(parser._subcommands_action, "_name_parser_map", {})
-    for sub in names.values():
-        options += [option for action in sub._actions for option in action.option_strings]
-    classes = {*names, *(name for base in _PLUGGABLE for name in _subclass_names(base))}
-    message = re.sub(r"\S*/\S*|.* required: .*", "", message)  # no paths, and nothing that is only missing
-    for word in re.findall(r"--?[\w.]+|[\w.]+", message):
-        known = set(options) if word.startswith("--") else classes | {option.removeprefix("--") for option in options}
-        if word in known or len(word) < 4:
-            continue
-        close = difflib.get_close_matches(word, known, n=3, cutoff=0.75)
-        if close:
-            return close
-    return []
-
-
-def _subclass_names(base: type[Any]) -> set[str]:
-    return {name for sub in base.__subclasses__() for name in (sub.__name__, *_subclass_names(sub))}
-
-
 def _has(callbacks: list[Any], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
-
-
-def _new_version(root: Path) -> Path:
-    """The first of ``root/version_0``, ``root/version_1``, ... that does not exist."""
-    number = 0
-    while (root / f"version_{number}").exists():
-        number += 1
-    return root / f"version_{number}"
-
-
-def _discard(folder: Path) -> None:
-    """Remove the folder of a run that failed before it had anything to keep, and its parent if that is empty then."""
-    kept = any(f.name in ("metrics.csv", "DONE") or f.suffix in (".ckpt", ".safetensors") for f in folder.rglob("*"))
-    if folder.is_dir() and not kept:
-        shutil.rmtree(folder)
-        with suppress(OSError):
-            folder.parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from lit_dpo.card import model_card
-from lit_dpo.checkpoints import manifest_of, read_shards, verify
+from lit_dpo.checkpoints import manifest_of, verify
 from lit_dpo.models import LoRA, export, load_model, load_tokenizer, refuse_existing
 from lit_dpo.module import STATE
+from lit_dpo.shards import read_shards
 
 _PREFIX = "policy."
 

@@ -315,7 +315,6 @@ class PreferenceModule(LightningModule):
         checkpoint[STATE] = {
             "names": list(means.names),
             "sums": self.trainer.strategy.reduce(means.sums.clone(), reduce_op="sum").cpu(),
-            "step_layout": self._step_layout(),
             **self.facts(),
         }
 
@@ -327,7 +326,7 @@ class PreferenceModule(LightningModule):
         return {
             "data": data,
             "step": self.trainer.global_step,
-            "pairs_per_step": (self._step_layout() or {}).get("pairs_per_step"),
+            "step_layout": self._step_layout(),
             "metrics": metrics,
             "versions": {name: str(version) for name, version in packages.items()},
         }

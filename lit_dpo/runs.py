@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from lit_dpo.checkpoints import SHARDS_META, check_index, verify
+from lit_dpo.checkpoints import verify
+from lit_dpo.shards import SHARDS_META, check_index
 
 _KEPT = ("last.ckpt", "previous.ckpt")
 _IGNORED = ("ckpt_path", "predictions", "threads", "trainer.default_root_dir")
@@ -92,6 +95,23 @@ def saved_config(run: Path | None, checkpoint: Path) -> Path | None:
         run = checkpoint.parent.parent
     found = [] if run is None else [run / "config.yaml", *sorted(run.glob("partition_*/version_*/config.yaml"))]
     return next((path for path in found if path.exists()), None)
+
+
+def new_version(root: Path) -> Path:
+    """The first of ``root/version_0``, ``root/version_1``, ... that does not exist."""
+    number = 0
+    while (root / f"version_{number}").exists():
+        number += 1
+    return root / f"version_{number}"
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that failed before it had anything to keep, and its parent if that is empty then."""
+    kept = any(f.name in ("metrics.csv", "DONE") or f.suffix in (".ckpt", ".safetensors") for f in folder.rglob("*"))
+    if folder.is_dir() and not kept:
+        shutil.rmtree(folder)
+        with suppress(OSError):
+            folder.parent.rmdir()
 
 
 def refuse_changes(saved: Path | None, current: str, allowed: bool) -> None:

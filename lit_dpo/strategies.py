@@ -20,8 +20,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from lit_dpo.checkpoints import check_index, verify
+from lit_dpo.checkpoints import verify
 from lit_dpo.scoring import SHARDED_METHOD, completion_sums, decoder_parts, own_tensors
+from lit_dpo.shards import check_index
 
 
 class FSDP2Strategy(ModelParallelStrategy):

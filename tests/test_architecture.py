@@ -16,7 +16,9 @@ FLOORS = {
     "logps": 1,
     "attention": 1,
     "cache": 1,
+    "shards": 1,
     "checkpoints": 1,
+    "messages": 6,
     "resume": 2,
     "gradients": 2,
     "runs": 2,
@@ -41,6 +43,7 @@ FLOORS = {
 # On one floor, what may build on what.
 NEIGHBOURS = {
     ("models", "scoring"),
+    ("checkpoints", "shards"),
     ("metrics", "losses"),
     ("hparams", "reference"),
     ("callbacks", "export"),

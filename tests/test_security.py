@@ -12,8 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 
-from lit_dpo.checkpoints import check_index
 from lit_dpo.cli import main
+from lit_dpo.shards import check_index
 from tests import runs
 from tests.test_cli import CONFIGS, command
 

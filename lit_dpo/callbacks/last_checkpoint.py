@@ -54,7 +54,6 @@ class LastCheckpoint(Checkpoint):
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
         self.every_n_steps, self.dirpath = every_n_steps, dirpath
-        self.last_model_path = ""
         self._folder = Path()
         self._signal: int | None = None
         self._handlers: dict[int, Handler] = {}
@@ -146,9 +145,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and path.exists():
             keep_as(path, self._folder / "previous.ckpt")
         trainer.strategy.barrier("previous checkpoint kept")  # shards are written by all
-        self.last_model_path = str(path)
         self._saved_step, self._due = trainer.global_step, False
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)  # all of the state; Lightning prints a line if not told
         if trainer.is_global_zero and path.is_dir():
             write_shards_manifest(path)
 
