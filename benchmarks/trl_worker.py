@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
-from workers import CHECKED_STEPS, Run, Settings, Triple, adamw, identity, reference_record
+from workers import CHECKED_STEPS, Run, Settings, Triple, adamw, identity, reference_record, step_means
 
 
 def train_trl(run: Run, settings: Settings, steps: int) -> Record:
@@ -42,7 +42,7 @@ def train_trl(run: Run, settings: Settings, steps: int) -> Record:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            if len(losses) < CHECKED_STEPS:
+            if len(losses) < CHECKED_STEPS * run.micro_batches:
                 losses.append(float(loss.detach()))
             return loss
 
@@ -63,7 +63,8 @@ def train_trl(run: Run, settings: Settings, steps: int) -> Record:
         max_length=settings.max_length,
         truncation_mode="keep_start",
         precompute_ref_log_probs=run.cached,
-        per_device_train_batch_size=settings.batch,
+        per_device_train_batch_size=settings.batch // run.micro_batches,
+        gradient_accumulation_steps=run.micro_batches,
         max_steps=steps,
         learning_rate=options["lr"],
         adam_beta1=options["betas"][0],
@@ -71,6 +72,7 @@ def train_trl(run: Run, settings: Settings, steps: int) -> Record:
         adam_epsilon=options["eps"],
         weight_decay=options["weight_decay"],
         optim="adamw_torch_fused",  # its default
+        gradient_checkpointing=run.checkpointing,  # here: a later assignment leaves its newer name at the default
         max_grad_norm=0.0,  # its default of 1.0 would be extra work, and another result
         lr_scheduler_type="constant",
         bf16=False,  # the weights' dtype is the dtype of the products, on both sides
@@ -80,22 +82,22 @@ def train_trl(run: Run, settings: Settings, steps: int) -> Record:
         report_to="none",
         disable_tqdm=True,
     )
-    if not run.checkpointing:
-        config.gradient_checkpointing = False
     with settings.rows(run.order).open(encoding="utf-8") as lines:
         rows = Dataset.from_list([json.loads(line) for line in lines])
     trainer = Opponent(settings.model, args=config, train_dataset=rows, callbacks=[Watch()])
-    assert trainer.args.gradient_checkpointing == run.checkpointing, "TRL's default has changed"
     trainer.train()
+    if trainer.model.is_gradient_checkpointing != run.checkpointing:
+        raise RuntimeError(f"TRL trained with checkpointing {'off' if run.checkpointing else 'on'}, unlike {run}.")
     batches = list(trainer.get_train_dataloader())
-    timed = batches[settings.warmup : steps]
+    timed = batches[settings.warmup * run.micro_batches : steps * run.micro_batches]
     return {
-        "losses": losses,
+        "losses": step_means(losses, run.micro_batches),
         **clock.record(),
-        **reference_record(scoring or [(0.0, 0.0)], len(batches) * settings.batch),
-        **identity([_padded_triples(batch) for batch in batches]),
+        **reference_record(scoring or [(0.0, 0.0)], settings.steps * settings.batch),
+        **identity([_padded_triples(batch) for batch in batches], run.micro_batches),
         "reference": "precomputed" if run.cached else "live",
-        "timed_pairs": len(timed) * settings.batch,
+        "checkpointing": trainer.model.is_gradient_checkpointing,
+        "timed_pairs": (steps - settings.warmup) * settings.batch,
         "computed_tokens": sum(batch["input_ids"].numel() for batch in timed),
         "real_tokens": sum(int(batch["attention_mask"].sum()) for batch in timed),
     }

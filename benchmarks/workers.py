@@ -37,6 +37,7 @@ class Run:
         checkpointing: Activations recomputed in the backward pass.
         completion_head: Force TRL's completion-only head on a CPU.
         layers: Intermediate layers of `IntermediateLoss`; 0 is plain DPO.
+        micro_batches: Batches that a step's pairs are cut into, their gradients accumulated.
     """
 
     side: Literal["trl", "lit_dpo"]
@@ -46,6 +47,7 @@ class Run:
     checkpointing: bool = False
     completion_head: bool = False
     layers: int = 0
+    micro_batches: int = 1
 
 
 RUNS = {
@@ -54,7 +56,9 @@ RUNS = {
     "trl_best_head": Run(
         "trl", "sorted", "the same, its CUDA-only completion head forced", cached=True, completion_head=True
     ),
+    "trl_best_micro": Run("trl", "sorted", "trl_best in 4 micro-batches a step", cached=True, micro_batches=4),
     "lit_dpo": Run("lit_dpo", "shuffled", "flat, prompt shared, references cached", cached=True),
+    "lit_dpo_micro": Run("lit_dpo", "shuffled", "lit_dpo in 4 micro-batches a step", cached=True, micro_batches=4),
     "lit_dpo_live": Run("lit_dpo", "shuffled", "flat, prompt shared, reference model in each step"),
     "lit_dpo_sorted": Run("lit_dpo", "sorted", "as lit_dpo_live, pairs sorted by length"),
     "intermediate_0": Run("lit_dpo", "shuffled", "plain DPO", cached=True),
@@ -120,10 +124,18 @@ def train(name: str, settings: Settings, steps: int | None = None) -> Record:
     return {"run": name, "order": run.order, "why": run.why} | record
 
 
-def identity(batches: list[list[Triple]]) -> Record:
-    """Hashes of the token ids: of every pair whatever the order, and of the batches as they are trained on."""
+def identity(batches: list[list[Triple]], micro_batches: int = 1) -> Record:
+    """Hashes of the token ids: of every pair whatever the order, and of the steps as they are trained on."""
     pairs = sorted(_digest(pair) for batch in batches for pair in batch)
-    return {"pairs_digest": _digest(pairs), "batches_digest": _digest([[list(p) for p in b] for b in batches])}
+    starts = range(0, len(batches), micro_batches)
+    steps = [[list(pair) for batch in batches[i : i + micro_batches] for pair in batch] for i in starts]
+    return {"pairs_digest": _digest(pairs), "batches_digest": _digest(steps)}
+
+
+def step_means(losses: list[float], micro_batches: int) -> list[float]:
+    """The first steps' losses, from those of all their micro-batches."""
+    starts = range(0, CHECKED_STEPS * micro_batches, micro_batches)
+    return [sum(losses[i : i + micro_batches]) / micro_batches for i in starts]
 
 
 def _digest(value: Any) -> str:
@@ -151,9 +163,10 @@ def _lit_dpo(run: Run, settings: Settings, steps: int) -> Record:
 
     class Watch(L.Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if len(losses) < CHECKED_STEPS:
-                losses.append(float(outputs["loss"]))
-            clock.step()
+            if len(losses) < CHECKED_STEPS * run.micro_batches:
+                losses.append(float(outputs["loss"]) * run.micro_batches)  # Lightning has divided it
+            if (batch_idx + 1) % run.micro_batches == 0:
+                clock.step()
 
     losses: list[float] = []
     clock = StepClock(settings.warmup, settings.device)
@@ -174,12 +187,13 @@ def _lit_dpo(run: Run, settings: Settings, steps: int) -> Record:
     data = FixedOrder(
         train=str(settings.rows(run.order)),
         validation=str(settings.rows("validation")),  # the shortest pair: no validation runs, but one is read
-        batch_size=settings.batch,
+        batch_size=settings.batch // run.micro_batches,
         eval_batch_size=settings.batch,
         max_length=settings.max_length,
     )
     trainer = L.Trainer(
         max_steps=steps,
+        accumulate_grad_batches=run.micro_batches,
         accelerator="cpu" if settings.device == "cpu" else "gpu",
         devices=1,
         limit_val_batches=0,
@@ -193,14 +207,14 @@ def _lit_dpo(run: Run, settings: Settings, steps: int) -> Record:
     )
     trainer.fit(module, data)
     batches = list(data.train_dataloader())
-    timed = batches[settings.warmup : steps]
+    timed = batches[settings.warmup * run.micro_batches : steps * run.micro_batches]
     return {
-        "losses": losses,
+        "losses": step_means(losses, run.micro_batches),
         **clock.record(),
-        **reference_record(scoring, len(batches) * settings.batch),
-        **identity([_flat_triples(batch) for batch in batches]),
+        **reference_record(scoring, settings.steps * settings.batch),
+        **identity([_flat_triples(batch) for batch in batches], run.micro_batches),
         "reference": type(reference).__name__,
-        "timed_pairs": len(timed) * settings.batch,
+        "timed_pairs": (steps - settings.warmup) * settings.batch,
         "computed_tokens": sum(batch.input_ids.numel() for batch in timed),
         "real_tokens": sum(2 * p + c + r for batch in timed for p, c, r in batch.shape),
         "completion_tokens": sum(Work.flat(batch.shape).head_tokens for batch in timed),

@@ -40,9 +40,9 @@ def lines(path):
 
 
 def test_throughput_of_our_side(data, tmp_path):
-    said = run("throughput.py", data, tmp_path, "--rounds", "1", "--runs", "lit_dpo,lit_dpo_live")
-    cached, live = lines(tmp_path / "throughput.jsonl")
-    for record in (cached, live):
+    said = run("throughput.py", data, tmp_path, "--rounds", "1", "--runs", "lit_dpo,lit_dpo_micro,lit_dpo_live")
+    cached, micro, live = lines(tmp_path / "throughput.jsonl")
+    for record in (cached, micro, live):
         assert record["timed_pairs"] == 12
         assert record["timed_steps"] == len(record["step_wall_s"]) == 3
         assert record["train_wall_s"] > 0
@@ -58,7 +58,8 @@ def test_throughput_of_our_side(data, tmp_path):
     assert (cached["reference"], live["reference"]) == ("CachedReference", "FrozenReference")
     assert cached["reference_cpu_s"] > 0
     assert live["reference_cpu_s"] == 0
-    assert cached["batches_digest"] == live["batches_digest"]
+    assert cached["batches_digest"] == live["batches_digest"] == micro["batches_digest"]
+    assert cached["computed_tokens"] == micro["computed_tokens"]
     assert "lit_dpo_live" in said
     (report,) = tmp_path.glob("throughput_*.md")
     assert "pairs/s, pass counted" in report.read_text()
@@ -67,12 +68,14 @@ def test_throughput_of_our_side(data, tmp_path):
 @pytest.mark.slow
 def test_throughput_beside_trl(data, tmp_path):
     pytest.importorskip("trl")
-    run("throughput.py", data, tmp_path, "--rounds", "1")
+    names = ["trl_default", "trl_best", "trl_best_micro", "trl_best_head", "lit_dpo", "lit_dpo_micro", "lit_dpo_live"]
+    run("throughput.py", data, tmp_path, "--rounds", "1", "--runs", ",".join(names))
     records = {record["run"]: record for record in lines(tmp_path / "throughput.jsonl")}
-    assert list(records) == ["trl_default", "trl_best", "trl_best_head", "lit_dpo", "lit_dpo_live"]
+    assert list(records) == names
     assert all("error" not in record for record in records.values())
     assert len({record["pairs_digest"] for record in records.values()}) == 1
     assert records["trl_best"]["reference_cpu_s"] > 0
+    assert [records[name]["checkpointing"] for name in names[:4]] == [True, False, False, False]
     assert records["trl_best"]["computed_tokens"] < records["trl_default"]["computed_tokens"]
     assert "lit_dpo / trl_best_head" in next(tmp_path.glob("throughput_*.md")).read_text()
 
