@@ -8,12 +8,12 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from common import Record, append_lines, facts, run_child
+from common import Record, append_lines, append_section, facts, report_path, run_child
 from flops import SHAPES, ModelShape, resized
 from workers import CHECKED_STEPS, RUNS, Order, Settings, Split, train
 
@@ -85,6 +85,48 @@ def work(options: argparse.Namespace) -> None:
     values = json.loads((Path(options.work) / "settings.json").read_text())
     settings = Settings(**values | {"betas": tuple(values["betas"])})
     Path(options.result).write_text(json.dumps(train(options.worker, settings, options.steps)))
+
+
+def report(
+    script: str,
+    purpose: str | None,
+    names: Sequence[str],
+    stem: str,
+    title: str,
+    table: Callable[[ModelShape, dict[str, list[Record]]], str],
+    notes: Sequence[str] = (),
+) -> None:
+    """The whole command of a contest whose every contestant must succeed and whose result is one table.
+
+    Args:
+        script: Its file, which also serves as worker.
+        purpose: Its docstring.
+        names: The contestants.
+        stem: Of the result files.
+        title: Of the section.
+        table: Makes the table from the model's shape and each contestant's records.
+        notes: Sentences below the table.
+    """
+    parser = argparse.ArgumentParser(description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    options = parser.parse_args()
+    if options.worker:
+        work(options)
+        return
+    if not options.data:
+        parser.error("`--data` is needed.")
+    try:
+        with prepared(options) as settings:
+            runs = by_run(contest(script, names, settings, options, stem))
+    except UnequalError as error:
+        raise SystemExit(f"No time is reported. {error}") from error
+    if missing := [name for name in names if name not in runs]:
+        raise SystemExit(f"{' and '.join(missing)} failed; see {stem}.jsonl.")
+    shown = table(shape_of(options), runs)
+    print(f"\n{shown}")
+    about = facts(options.device, options.threads, options.seed, options.data)
+    path = report_path(Path(options.out), stem, options.device)
+    append_section(path, f"{title}: {title_of(options)}", [shown], about, notes)
 
 
 # -- preparation ------------------------------------------------------------------------------------------------------
@@ -225,10 +267,19 @@ def contest(
 def _available(names: Sequence[str]) -> Iterator[str]:
     trl = importlib.util.find_spec("trl") is not None
     for name in names:
-        if RUNS[name].side == "lit_dpo" or trl:
+        if RUNS[name].side != "trl" or trl:
             yield name
         else:
             print(f"{name}: left out, TRL is not installed")
+
+
+def by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Successful records of each run, in the order of the runs."""
+    runs: dict[str, list[Record]] = {}
+    for record in records:
+        if "error" not in record:
+            runs.setdefault(record["run"], []).append(record)
+    return runs
 
 
 def verify(records: Sequence[Record]) -> None:

@@ -8,17 +8,14 @@ each, cached references. Beside the measured ratio stands the counted one, of th
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
-from common import Record, append_section, facts, markdown_table, medians, report_path, spread
-from contest import UnequalError, add_arguments, contest, prepared, shape_of, title_of, work
+from common import Record, markdown_table, medians, spread
+from contest import report
 from flops import FORWARD, TRAIN_TILED, ModelShape, Work, flops
-from throughput import by_run, epoch, training
+from throughput import epoch, training
 from workers import RUNS
 
 NAMES = ("intermediate_0", "intermediate_1", "intermediate_3")
+NOTE = "Counted: the matrix products alone, 8 operations a head weight and token in training and 2 in the pass."
 
 
 def counted(shape: ModelShape, record: Record, layers: int) -> tuple[float, float]:
@@ -47,30 +44,5 @@ def table(shape: ModelShape, runs: dict[str, list[Record]]) -> str:
     return markdown_table(header, rows)
 
 
-def main() -> None:
-    """Run the contest, or as its worker one contestant."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    options = parser.parse_args()
-    if options.worker:
-        work(options)
-        return
-    if not options.data:
-        parser.error("`--data` is needed.")
-    try:
-        with prepared(options) as settings:
-            runs = by_run(contest(__file__, NAMES, settings, options, "intermediate_cost"))
-    except UnequalError as error:
-        raise SystemExit(f"No time is reported. {error}") from error
-    if "intermediate_0" not in runs:
-        raise SystemExit(f"Plain DPO failed; see intermediate_cost.jsonl. Done: {json.dumps(list(runs))}")
-    shown = table(shape_of(options), runs)
-    print(f"\n{shown}")
-    about = facts(options.device, options.threads, options.seed, options.data)
-    path = report_path(Path(options.out), "intermediate_cost", options.device)
-    note = "Counted: the matrix products alone, 8 operations a head weight and token in training and 2 in the pass."
-    append_section(path, f"Intermediate layers: {title_of(options)}", [shown], about, [note])
-
-
 if __name__ == "__main__":
-    main()
+    report(__file__, __doc__, NAMES, "intermediate_cost", "Intermediate layers", table, [NOTE])

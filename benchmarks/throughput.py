@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import Record, append_section, facts, markdown_table, medians, report_path, spread
-from contest import UnequalError, add_arguments, contest, prepared, title_of, work
+from contest import UnequalError, add_arguments, by_run, contest, prepared, title_of, work
 from workers import RUNS
 
 DEFAULT_RUNS = "trl_default,trl_best,trl_best_head,lit_dpo,lit_dpo_live"
@@ -33,15 +33,6 @@ def reference(clock: str) -> Quantity:
 def epoch(clock: str) -> Quantity:
     """Seconds a pair for one epoch, the reference pass counted."""
     return lambda record: reference(clock)(record) + training(clock)(record)
-
-
-def by_run(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Successful records of each run, in the order of the runs."""
-    runs: dict[str, list[Record]] = {}
-    for record in records:
-        if "error" not in record:
-            runs.setdefault(record["run"], []).append(record)
-    return runs
 
 
 def times_table(runs: dict[str, list[Record]]) -> str:

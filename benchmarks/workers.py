@@ -1,4 +1,4 @@
-"""The contestants of the throughput benchmark, and lit_dpo's side of it.
+"""The contestants of the throughput benchmark, and what both sides share.
 
 Each contestant trains in a process of its own through its library's public interface. Both sides get the same folder:
 ``model`` (weights and tokenizer), and ``rows_<order>.jsonl`` with the same pairs in the order of training; batches are
@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import Record, StepClock, now
-from flops import Work
+from common import Record
 
 Order = Literal["shuffled", "sorted"]
 Split = Literal["shuffled", "sorted", "validation"]
@@ -30,7 +28,7 @@ class Run:
     """One contestant.
 
     Args:
-        side: Which library trains.
+        side: Which library trains; ``bare`` is ours in a plain loop.
         order: ``shuffled`` as one trains, or ``sorted`` by length so that a batch holds pairs of one length.
         why: What it stands for, as the report shows it.
         cached: Reference log-probs once before training, instead of a reference model in each step.
@@ -40,7 +38,7 @@ class Run:
         micro_batches: Batches that a step's pairs are cut into, their gradients accumulated.
     """
 
-    side: Literal["trl", "lit_dpo"]
+    side: Literal["trl", "lit_dpo", "bare"]
     order: Order
     why: str
     cached: bool = False
@@ -61,6 +59,7 @@ RUNS = {
     "lit_dpo_micro": Run("lit_dpo", "shuffled", "lit_dpo in 4 micro-batches a step", cached=True, micro_batches=4),
     "lit_dpo_live": Run("lit_dpo", "shuffled", "flat, prompt shared, reference model in each step"),
     "lit_dpo_sorted": Run("lit_dpo", "sorted", "as lit_dpo_live, pairs sorted by length"),
+    "bare_loop": Run("bare", "shuffled", "score, loss and AdamW in a plain loop", cached=True),
     "intermediate_0": Run("lit_dpo", "shuffled", "plain DPO", cached=True),
     "intermediate_1": Run("lit_dpo", "shuffled", "IntermediateLoss at 1 layer", cached=True, layers=1),
     "intermediate_3": Run("lit_dpo", "shuffled", "IntermediateLoss at 3 layers", cached=True, layers=3),
@@ -116,11 +115,12 @@ def train(name: str, settings: Settings, steps: int | None = None) -> Record:
     torch.set_num_threads(settings.threads)
     run = RUNS[name]
     if run.side == "trl":
-        from trl_worker import train_trl  # here, since the opponent is no dependency
-
-        record = train_trl(run, settings, steps or settings.steps)
+        from trl_worker import train_trl as trained  # here, since the opponent is no dependency
+    elif run.side == "lit_dpo":
+        from lit_dpo_worker import train_lit_dpo as trained
     else:
-        record = _lit_dpo(run, settings, steps or settings.steps)
+        from lit_dpo_worker import train_bare as trained
+    record = trained(run, settings, steps or settings.steps)
     return {"run": name, "order": run.order, "why": run.why} | record
 
 
@@ -140,119 +140,6 @@ def step_means(losses: list[float], micro_batches: int) -> list[float]:
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
-
-
-# -- lit_dpo ----------------------------------------------------------------------------------------------------------
-
-
-def _lit_dpo(run: Run, settings: Settings, steps: int) -> Record:
-    import lightning as L
-    from torch.utils.data import DataLoader
-
-    from lit_dpo import DPOLoss, IntermediateLoss, PairBatch, PreferenceDataModule, PreferenceLoss, PreferenceModule
-    from lit_dpo.data.collate import BatchPlan
-
-    class FixedOrder(PreferenceDataModule):
-        """The rows of the file as they stand, `batch_size` at a time."""
-
-        def train_dataloader(self) -> DataLoader[PairBatch]:
-            dataset = super().train_dataloader().dataset
-            size = self.batch_size
-            plans = [BatchPlan(list(range(i, i + size))) for i in range(0, len(dataset), size)]  # type: ignore[arg-type]
-            return DataLoader(dataset, batch_size=None, sampler=plans)
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if len(losses) < CHECKED_STEPS * run.micro_batches:
-                losses.append(float(outputs["loss"]) * run.micro_batches)  # Lightning has divided it
-            if (batch_idx + 1) % run.micro_batches == 0:
-                clock.step()
-
-    losses: list[float] = []
-    clock = StepClock(settings.warmup, settings.device)
-    loss: PreferenceLoss = DPOLoss(beta=settings.beta)
-    if run.layers:
-        depths = tuple(i / (run.layers + 1) for i in range(1, run.layers + 1))
-        loss = IntermediateLoss(base=loss, layers=depths)
-    reference = _reference(run.cached, settings)
-    scoring = _timed(reference, "prepare", settings.device) if run.cached else [(0.0, 0.0)]
-    module = PreferenceModule(
-        model=settings.model,
-        loss=loss,
-        reference=reference,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, **adamw(settings)),
-        lr_scheduler=None,
-        dtype=settings.dtype,
-    )
-    data = FixedOrder(
-        train=str(settings.rows(run.order)),
-        validation=str(settings.rows("validation")),  # the shortest pair: no validation runs, but one is read
-        batch_size=settings.batch // run.micro_batches,
-        eval_batch_size=settings.batch,
-        max_length=settings.max_length,
-    )
-    trainer = L.Trainer(
-        max_steps=steps,
-        accumulate_grad_batches=run.micro_batches,
-        accelerator="cpu" if settings.device == "cpu" else "gpu",
-        devices=1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=10,  # as TRL's default
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Watch()],
-    )
-    trainer.fit(module, data)
-    batches = list(data.train_dataloader())
-    timed = batches[settings.warmup * run.micro_batches : steps * run.micro_batches]
-    return {
-        "losses": step_means(losses, run.micro_batches),
-        **clock.record(),
-        **reference_record(scoring, settings.steps * settings.batch),
-        **identity([_flat_triples(batch) for batch in batches], run.micro_batches),
-        "reference": type(reference).__name__,
-        "timed_pairs": (steps - settings.warmup) * settings.batch,
-        "computed_tokens": sum(batch.input_ids.numel() for batch in timed),
-        "real_tokens": sum(2 * p + c + r for batch in timed for p, c, r in batch.shape),
-        "completion_tokens": sum(Work.flat(batch.shape).head_tokens for batch in timed),
-        "attended": sum(Work.flat(batch.shape).attended for batch in timed),
-    }
-
-
-def _reference(cached: bool, settings: Settings) -> Any:
-    """A reference model, or a cache in an empty folder: a filled one would cost nothing."""
-    from lit_dpo import CachedReference, FrozenReference
-
-    return CachedReference(folder=tempfile.mkdtemp(dir=settings.folder)) if cached else FrozenReference()
-
-
-def _timed(owner: Any, method: str, device: str) -> list[tuple[float, float]]:
-    """Have every call of a method of one object add its wall and CPU seconds to the returned list."""
-    spent: list[tuple[float, float]] = []
-    original = getattr(owner, method)
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        before = now(device)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            after = now(device)
-            spent.append((after[0] - before[0], after[1] - before[1]))
-
-    setattr(owner, method, timed)
-    return spent
-
-
-def _flat_triples(batch: Any) -> list[Triple]:
-    parts = batch.input_ids.split([size for pair in batch.shape for size in pair])
-    lists = [part.tolist() for part in parts]
-    return [(lists[i], lists[i + 1], lists[i + 2]) for i in range(0, len(lists), 3)]
-
-
-# -- both -------------------------------------------------------------------------------------------------------------
 
 
 def adamw(settings: Settings) -> dict[str, Any]:

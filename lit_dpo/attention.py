@@ -3,11 +3,15 @@
 A token sees the earlier tokens of its own pair that are prompt or of its own branch. Written as two ordinary attention
 calls a pair: one causal call over ``[P C]``, and one of the queries of R over the keys ``[P R]``, causal and aligned to
 the end. No mask over the whole line exists, no padding is computed, and the prompt is computed once.
+
+On a GPU in half precision the calls of all pairs are one variable-length flash call: its queries are the flat line as
+it stands, cut into ``[P C] [R]``, and its keys are those of ``[P C] [P R]``.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +41,11 @@ def pair_attention(
     Returns:
         Shape ``(1, heads, tokens, value width)``.
     """
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:  # as PyTorch's own attention does
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    if softcap is None and _flash_serves(query, key, value):
+        return _all_pairs_at_once(query, key, value, shape, scale, dropout)
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -51,6 +60,94 @@ def pair_attention(
         out.append(_causal(q[first], k[first], v[first], scale, softcap, dropout))
         out.append(_causal(q[second], k_r, v_r, scale, softcap, dropout))
     return torch.cat(out, 2)
+
+
+def _flash_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's flash kernel takes these tensors."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _all_pairs_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shape: tuple[tuple[int, int, int], ...],
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """`pair_attention` as one call of variable length, grouped query heads included."""
+    calls = _calls(shape, query.device)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, width)
+    # A prompt's key stands in two calls, so its gradient is a sum of two numbers: the same in either order.
+    k, v = k.index_select(0, calls.keys), v.index_select(0, calls.keys)
+    out = _flash(q, k, v, calls, dropout, scale)
+    return out.transpose(0, 1)[None]
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, calls: _Calls, dropout: float, scale: float | None) -> Tensor:
+    """PyTorch's flash kernel, causal, aligned to the end; shapes ``(tokens, heads, width)``.
+
+    (The operator below `torch.nn.attention.varlen`, whose signature differs between PyTorch 2.11 and 2.13.)
+    """
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        calls.query_ends,
+        calls.key_ends,
+        calls.longest_query,
+        calls.longest_key,
+        dropout,
+        True,  # causal
+        False,  # no mask for debugging
+        scale=scale,
+    )[0]
+    return out
+
+
+class _Calls(NamedTuple):
+    """The two calls of every pair, [P C] and then R over [P R], as one of variable length.
+
+    Args:
+        keys: Places in the flat line of all calls' keys, shape ``(keys,)``.
+        query_ends: Where each call's queries end, a zero before them, shape ``(2 * pairs + 1,)``, int32.
+        key_ends: The same of its keys.
+        longest_query: Most queries of a call.
+        longest_key: Most keys of a call.
+    """
+
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest_query: int
+    longest_key: int
+
+
+@lru_cache(maxsize=2)  # every layer of a batch asks for the same
+def _calls(shape: tuple[tuple[int, int, int], ...], device: torch.device) -> _Calls:
+    lengths = torch.tensor(shape)
+    prompt, chosen, rejected = lengths.unbind(1)
+    starts = lengths.sum(1).cumsum(0) - lengths.sum(1)
+    queries = torch.stack([prompt + chosen, rejected], 1).flatten()
+    keys = torch.stack([prompt + chosen, prompt + rejected], 1).flatten()
+    places = []
+    for start, (p, c, r) in zip(starts.tolist(), shape, strict=True):
+        places += [*range(start, start + p + c), *range(start, start + p)]
+        places += range(start + p + c, start + p + c + r)
+    with torch.inference_mode(False):  # what validation makes must serve training too
+        ends = [F.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (queries, keys)]
+        tensors = [tensor.to(device, non_blocking=True) for tensor in (torch.tensor(places), *ends)]
+    return _Calls(tensors[0], tensors[1], tensors[2], int(queries.max()), int(keys.max()))
 
 
 def _causal(

@@ -1,6 +1,9 @@
+import itertools
+
 import pytest
 import torch
 
+from lit_dpo import attention
 from lit_dpo.attention import pair_attention
 from tests.oracles import dense_attention, sees
 
@@ -48,6 +51,59 @@ def test_equals_dense_attention_in_value_and_gradient(shape, options, key_heads)
     for ours, dense in zip(fast, slow, strict=True):
         assert ours.shape == dense.shape
         assert (ours - dense).abs().max() <= 1e-12
+
+
+def flash_kernel(query, key, value, calls, dropout, scale):
+    """What the flash kernel promises, in plain torch: call by call, grouped heads, causal, aligned to the last key."""
+    assert dropout == 0.0
+    assert len(query) == calls.query_ends[-1]
+    assert len(key) == len(value) == calls.key_ends[-1]
+    group, out = query.shape[1] // key.shape[1], torch.zeros_like(query)
+    query_ends, key_ends = calls.query_ends.tolist(), calls.key_ends.tolist()
+    assert calls.longest_query == max(b - a for a, b in itertools.pairwise(query_ends))
+    assert calls.longest_key == max(b - a for a, b in itertools.pairwise(key_ends))
+    for (q0, q1), (k0, k1) in zip(itertools.pairwise(query_ends), itertools.pairwise(key_ends), strict=True):
+        for place in range(q0, q1):
+            last = k1 - (q1 - place)  # the last query sees the last key
+            for head in range(query.shape[1]):
+                keys, values = key[k0 : last + 1, head // group], value[k0 : last + 1, head // group]
+                weights = (keys @ query[place, head] * (scale or query.shape[2] ** -0.5)).softmax(0)
+                out[place, head] = weights @ values
+    return out
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_one_call_for_all_pairs_equals_dense_attention(monkeypatch, shape, scale, key_heads):
+    monkeypatch.setattr(attention, "_flash_serves", lambda *tensors: True)
+    monkeypatch.setattr(attention, "_flash", flash_kernel)
+    inputs = made(shape, key_heads=key_heads)
+    fast = value_and_grads(lambda q, k, v: pair_attention(q, k, v, shape, scale), inputs)
+    slow = value_and_grads(lambda q, k, v: dense_attention(q, k, v, sees(shape), scale), inputs)
+    for ours, dense in zip(fast, slow, strict=True):
+        assert ours.shape == dense.shape
+        assert (ours - dense).abs().max() <= 1e-12
+
+
+def test_the_flash_kernel_is_asked_with_its_own_names():
+    """Nothing runs it without a GPU, but PyTorch checks an operator's arguments before it looks for a kernel."""
+    calls = attention._calls(((2, 1, 1),), torch.device("cpu"))
+    tensors = [torch.zeros(n, 1, 8, dtype=torch.bfloat16) for n in (4, 6, 6)]
+    with pytest.raises(NotImplementedError, match="CPU"):
+        attention._flash(*tensors, calls, 0.0, None)
+    assert not attention._flash_serves(*tensors)
+
+
+def test_autocast_reaches_attention_that_is_not_pytorchs(monkeypatch):
+    """transformers' rotary embedding turns queries and keys back to float32 under autocast, but not values."""
+    seen = []
+    monkeypatch.setattr(attention, "_flash_serves", lambda *tensors: seen.append([t.dtype for t in tensors]))
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = pair_attention(query, key, value.bfloat16(), ((2, 1, 1),))
+    assert seen == [[torch.bfloat16] * 3]
+    assert out.dtype == torch.bfloat16
 
 
 def test_values_may_have_another_width():

@@ -86,6 +86,15 @@ def test_cost_of_intermediate_layers(data, tmp_path):
     assert [record["run"][-1] for record in lines(tmp_path / "intermediate_cost.jsonl")] == ["0", "1", "3"]
 
 
+def test_overhead_of_a_step(data, tmp_path):
+    said = run("overhead.py", data, tmp_path, "--rounds", "1")
+    bare, ours = lines(tmp_path / "overhead.jsonl")
+    assert (bare["run"], ours["run"]) == ("bare_loop", "lit_dpo")
+    assert bare["losses"] == pytest.approx(ours["losses"], abs=1e-6)
+    assert bare["pairs_digest"] == ours["pairs_digest"]
+    assert "over the plain loop" in said
+
+
 @pytest.mark.slow
 def test_memory(tmp_path):
     pytest.importorskip("matplotlib")

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from lit_dpo import attention
 from tests import interrupted, runs
+from tests.oracles import dense_attention, sees
 
 pytestmark = [*runs.QUIET, pytest.mark.gpu]
 
@@ -31,6 +33,28 @@ def test_a_run_on_a_gpu_resumes_bit_for_bit(tmp_path, deterministic, strategy, l
     assert found
     assert found == expected[-len(found) :]
     assert runs.same(held(again), weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+@pytest.mark.parametrize("width", [64, 128])
+def test_one_flash_call_for_all_pairs_equals_dense_attention(dtype, key_heads, width):
+    shape = ((17, 9, 30), (1, 1, 1), (5, 40, 41))
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, shape))
+    inputs = [torch.randn(1, h, tokens, width, generator=generator) for h in (4, key_heads, key_heads)]
+    weights = torch.randn(1, 4, tokens, width, generator=generator)
+    exact = [x.clone().requires_grad_() for x in inputs]
+    expected = dense_attention(*exact, sees(shape))
+    half = [x.to("cuda", dtype).requires_grad_() for x in inputs]
+    assert attention._flash_serves(*half)
+    got = attention.pair_attention(*half, shape)
+    assert got.dtype == dtype
+    assert torch.allclose(got.float().cpu(), expected, atol=3e-2)
+    expected_grads = torch.autograd.grad((weights * expected).sum(), exact)
+    grads = torch.autograd.grad((weights.to("cuda", dtype) * got).sum(), half)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert (ours.float().cpu() - theirs).norm() <= 2e-2 * theirs.norm()
 
 
 def held(module):
