@@ -110,6 +110,21 @@ def test_memory(tmp_path):
 
 
 @pytest.mark.slow
+def test_scaling(tmp_path):
+    pytest.importorskip("matplotlib")
+    sizes = "--hidden 32 --divide 16 --rounds 2"
+    command = [sys.executable, str(FOLDER / "scaling.py"), *sizes.split(), "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    points = lines(tmp_path / "scaling.jsonl")
+    assert len(points) == 20
+    assert all(len(point["wall_s"]) == 2 and 0 < point["share_of_products"] < 1 for point in points)
+    for axis in ("length", "vocab", "layers_scored", "pairs"):
+        counted = [point["operations"] for point in points if point["axis"] == axis]
+        assert counted == sorted(counted)
+    assert list(tmp_path.glob("scaling_*.png"))
+
+
+@pytest.mark.slow
 def test_gpu_script_on_a_cpu(tmp_path):
     sizes = "--device cpu --shape tiny --divide 16 --steps 6 --seconds 2 --pairs 2 --threads 1"
     command = [sys.executable, str(FOLDER / "gpu.py"), *sizes.split(), "--parts", "exactness", "llama-3.2-1b"]
