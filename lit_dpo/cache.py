@@ -1,27 +1,20 @@
-"""Reference log-probs on disk: which rows, who scored them, and how to notice damage.
+"""Reference log-probs as a table: which rows, and who scored them.
 
-One pair of files for each scorer, ``<key>.safetensors`` and ``<key>.json``; the key is the hash of an identity that
-names weights, configuration and numerics. Inside, an entry belongs to a row by its *content*, so row order, subsets and
-partitions do not matter, and a changed row misses.
+An entry belongs to a row by its *content*, so row order, subsets and partitions do not matter, and a changed row
+misses. `lit_dpo.store` keeps one table for each scorer, named by weights, configuration and numerics.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from lit_dpo.pairs import PairBatch
 
-FORMAT = 1
 _BLOCK = 1 << 20
 
 
@@ -88,6 +81,15 @@ class LogpsTable:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LogpsTable:
+        """The table that `tensors` has written."""
+        return cls(tensors["keys"], {name: values for name, values in tensors.items() if name != "keys"})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything in it, to be stored."""
+        return {"keys": self.keys, **self.columns}
+
     def to(self, device: torch.device) -> LogpsTable:
         """The same table on another device."""
         return LogpsTable(self.keys.to(device), {name: v.to(device) for name, v in self.columns.items()})
@@ -120,57 +122,3 @@ class LogpsTable:
                     there = there & ~values.isnan().any(1)
                     columns[name] = torch.where(there[:, None], values, columns[name])
         return LogpsTable(keys, columns)
-
-
-class LogpsStore:
-    """Tables on disk, written whole or not at all and checked when read.
-
-    Args:
-        folder: Where; made when first written, readable by its owner alone.
-        identity: Everything that decides the values besides a row's content.
-    """
-
-    def __init__(self, folder: str | Path, identity: Mapping[str, object]) -> None:
-        self.identity = json.loads(json.dumps({"format": FORMAT, **identity}, sort_keys=True))
-        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
-        self.folder = Path(folder)
-        self.data, self.header = self.folder / f"{key}.safetensors", self.folder / f"{key}.json"
-
-    def read(self) -> tuple[LogpsTable | None, str | None]:
-        """The table, or none; and what is wrong with the files, if anything."""
-        if not self.header.exists():
-            return None, None
-        try:
-            content = self.data.read_bytes()
-            header = self.header.read_bytes()
-            if header != self._header(content):
-                return None, "its checksum or identity does not match"
-            tensors = load(content)
-            return LogpsTable(tensors.pop("keys"), tensors), None
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            return None, str(error)
-
-    def write(self, table: LogpsTable) -> None:
-        """Replace the files."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        content = save({"keys": table.keys.cpu(), **{k: v.cpu().contiguous() for k, v in table.columns.items()}})
-        _replace(self.data, content)
-        _replace(self.header, self._header(content))
-
-    def _header(self, content: bytes) -> bytes:
-        record = {"identity": self.identity, "sha256": hashlib.sha256(content).hexdigest()}
-        return json.dumps(record, sort_keys=True, indent=1).encode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

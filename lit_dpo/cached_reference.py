@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.cache import LogpsStore, LogpsTable, content_keys, fingerprint
+from lit_dpo.cache import LogpsTable, content_keys, fingerprint
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.reference import Filling, Reference, Start, adapters_off
 from lit_dpo.scoring import Layout, own_tensors, score
+from lit_dpo.store import TensorStore, cache_folder
 
 
 class CachedReference(Reference):
@@ -43,7 +43,7 @@ class CachedReference(Reference):
     """
 
     def __init__(self, folder: str | None = None, audit_rows: int = 4) -> None:
-        self.folder = Path(folder or os.environ.get("LIT_DPO_CACHE") or "~/.cache/lit_dpo").expanduser()
+        self.folder = Path(folder).expanduser() if folder else cache_folder()
         self.audit_rows = audit_rows
         self.scored, self.reused, self.seconds = 0, 0, 0.0
         self._who: dict[str, Any] = {}
@@ -86,9 +86,10 @@ class CachedReference(Reference):
             "layout": start.layout,
             "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
         }
-        store = LogpsStore(self.folder, identity)
+        store = TensorStore(self.folder, identity)
         found = store.read() if start.trainer.is_global_zero else (None, None)
-        table, problem = start.trainer.strategy.broadcast(found)
+        tensors, problem = start.trainer.strategy.broadcast(found)
+        table = None if tensors is None else LogpsTable.from_tensors(tensors)
         if problem:
             rank_zero_info(f"Reference cache {store.data} is damaged ({problem}): scoring anew.")
         columns = ["last", *(f"layer.{k}" for k in start.layers)]
@@ -111,7 +112,7 @@ class CachedReference(Reference):
             self.reused += int(known.sum())
         self._table = table
         if self.scored and start.trainer.is_global_zero and table is not None:
-            store.write(table)
+            store.write(table.tensors())
         self.seconds = time.perf_counter() - began
         found_out = f"{self.scored} rows scored, {self.reused} reused, {self.seconds:.1f} s"
         rank_zero_info(f"Reference: {found_out}; kept in {store.data}")

@@ -16,6 +16,7 @@ FLOORS = {
     "logps": 1,
     "attention": 1,
     "cache": 1,
+    "store": 1,
     "shards": 1,
     "checkpoints": 1,
     "messages": 6,

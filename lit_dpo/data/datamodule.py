@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from lit_dpo.data.collate import PairDataset, PairSampler
 from lit_dpo.data.encode import PairEncoder, Truncation
-from lit_dpo.data.load import OnBadRow, load_pairs
+from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, load_pairs
 from lit_dpo.data.partition import OneShot, Partition
+from lit_dpo.data.tokens import TokenCache
 from lit_dpo.pairs import PairBatch
 from lit_dpo.resume import ResumableLoader
 
@@ -48,6 +50,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Processes that make batches; pairs are in memory as token ids, so 0 is rarely slower.
         seed: Of the order of pairs and of the held-out share.
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
+        cache_tokens: Keep the token ids of large sources in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, for later runs
+            and for the other processes of a node. Any change of row, tokenizer, template or limit is noticed.
 
     Raises:
         ValueError: An option is out of its range.
@@ -70,6 +74,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        cache_tokens: bool = True,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
@@ -82,7 +87,7 @@ class PreferenceDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.max_length, self.truncation, self.columns, self.on_bad_row = max_length, truncation, columns, on_bad_row
         self.partition = partition or OneShot()
-        self.num_workers, self.seed, self.tokenizer = num_workers, seed, tokenizer
+        self.num_workers, self.seed, self.tokenizer, self.cache_tokens = num_workers, seed, tokenizer, cache_tokens
         self.parts: list[Tensor] | None = None
         self.part: int | None = None
         self._sets: dict[str, PairDataset] = {}
@@ -92,6 +97,17 @@ class PreferenceDataModule(LightningDataModule):
     def stepwise(self) -> bool:
         """Whether the partition may have more than one part."""
         return not isinstance(self.partition, OneShot)
+
+    def prepare_data(self) -> None:
+        """Download and encode on one process of each node, so that the others only read; errors wait for `setup`."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return
+        name = self._held_out_source(str(self.trainer.state.fn))
+        names = ["train", "validation"] if name is None else [name]
+        with suppress(ValueError, OSError):
+            for name in names:
+                if self.sources[name] and name not in self._sets:
+                    self._read(name)
 
     def setup(self, stage: str) -> None:
         """Read and encode what the stage needs, once; every row is trained on, held out, or reported.
@@ -131,12 +147,23 @@ class PreferenceDataModule(LightningDataModule):
     _validation_rows: Tensor | None = None
 
     def _load(self, name: str) -> PairDataset:
+        rows, report, reused = self._read(name)
+        rank_zero_info(f"{name}: {report}")
+        if reused:
+            rank_zero_info(f"{name}: token ids of {reused} rows were kept from an earlier load")
+        return PairDataset(rows)
+
+    def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
+        """The encoded rows of an option, the account of them, and how many were found in the token cache."""
         source = self.sources[name]
         specs = [source] if isinstance(source, str) else list(source or [])
         encoder = PairEncoder(self._tokenizer(), self.max_length, self.truncation)
-        rows, report = load_pairs(specs, encoder, self.columns, self.on_bad_row)
-        rank_zero_info(f"{name}: {report}")
-        return PairDataset(rows)
+        if not self.cache_tokens:
+            return *load_pairs(specs, encoder, self.columns, self.on_bad_row), 0
+        tokens = TokenCache(encoder, specs)
+        rows, report = load_pairs(specs, tokens, self.columns, self.on_bad_row)
+        tokens.keep()
+        return rows, report, tokens.reused
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)

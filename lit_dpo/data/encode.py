@@ -5,9 +5,11 @@ the model sees in training what it sees in use. Where a token reaches over the b
 only its own whole tokens and both completions begin one token earlier ("healed").
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 Truncation = Literal["keep_start", "keep_end"]
 
+_VERSION = 1  # of the rules below: raised by whoever changes what ids a pair gets
 _PROBE: Message = {"role": "assistant", "content": "\ufdd0"}  # a noncharacter: no template and no reply begins with it
 
 
@@ -40,6 +43,27 @@ class Encoded:
     rejected: list[int]
     truncated: bool = False
     healed: bool = False
+    control_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What to tokenize of a pair, each text from its start, and what to put around the ids.
+
+    Args:
+        prompt: The prompt alone.
+        chosen: Prompt and chosen completion.
+        rejected: Prompt and rejected completion.
+        rendered: By the chat template, which brings its own special tokens; else they stay ordinary text.
+        ends: Ids behind chosen and behind rejected.
+        control_text: See `Encoded`.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    rendered: bool
+    ends: tuple[list[int], list[int]]
     control_text: bool = False
 
 
@@ -88,34 +112,84 @@ class PairEncoder:
         self._find_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)").search
         # Whether this tokenizer can keep text that spells a special token ordinary; slow ones may not.
         ids = set(special.values())
-        self._splits_special = not any(ids & set(self._ids(token, split=True)) for token in self._special)
+        alone = self._ids(list(self._special), split=True)
+        self._splits_special = not any(ids & set(token) for token in alone)
 
     def __call__(self, pair: Pair) -> Encoded:
         """Encode one pair; the result always has tokens to train on, and completions that differ."""
-        if isinstance(pair.prompt, str):
-            prompt, chosen, rejected, control_text = self._encode_text(pair)
-        else:
-            prompt, chosen, rejected = self._encode_messages(pair)
-            control_text = False
+        (result,) = self.many([pair])
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
+        """Encode pairs, their texts together, so that the tokenizer may use all processors; refusals in their place."""
+        texts: list[_Texts | RowError] = []
+        for pair in pairs:
+            try:
+                texts.append(self._texts(pair))
+            except RowError as error:
+                texts.append(error)
+        ids = {}
+        for rendered in (False, True):
+            items = [item for item in texts if isinstance(item, _Texts) and item.rendered == rendered]
+            flat = [text for item in items for text in (item.prompt, item.chosen, item.rejected)]
+            ids[rendered] = iter(self._ids(flat, split=not rendered))
+        results: list[Encoded | RowError] = []
+        for pair, item in zip(pairs, texts, strict=True):
+            try:
+                if isinstance(item, _Texts):
+                    results.append(self._encoded(pair, item, [next(ids[item.rendered]) for _ in range(3)]))
+                else:
+                    results.append(item)
+            except RowError as error:
+                results.append(error)
+        return results
+
+    def identity(self) -> dict[str, object] | None:
+        """Everything that decides a pair's ids besides the pair, as plain values; None where it cannot be told."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        template = str(self.tokenizer.chat_template)
+        if backend is None or "strftime_now" in template:  # the template writes the day into its prompts
+            return None
+        return {
+            "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+            "class": type(self.tokenizer).__name__,
+            "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            "template": template,
+            "versions": [_VERSION, version("tokenizers"), version("transformers")],
+            "options": [self.max_length, self.truncation, self.append_eos],
+        }
+
+    def _encoded(self, pair: Pair, texts: _Texts, ids: list[list[int]]) -> Encoded:
+        """Find the boundary and cut to the limit."""
+        prompt, chosen, rejected = (self._one_bos(i) if texts.rendered else self._start + i for i in ids)
+        chosen, rejected = chosen + texts.ends[0], rejected + texts.ends[1]
         boundary = _shared(prompt, chosen, rejected)
         if boundary == 0:
             remedy = "lengthen the prompt, or use a tokenizer with a BOS"
             raise RowError(pair.row, "prompt", "no token belongs to the prompt alone", remedy)
-        encoded = Encoded(
-            chosen[:boundary], chosen[boundary:], rejected[boundary:], False, boundary < len(prompt), control_text
-        )
-        for column, ids in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
-            if not ids:
+        healed = boundary < len(prompt)
+        encoded = Encoded(chosen[:boundary], chosen[boundary:], rejected[boundary:], False, healed, texts.control_text)
+        for column, completion in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
+            if not completion:
                 raise RowError(pair.row, column, "the completion has no tokens", "remove the row")
         if chosen == rejected:
             remedy = "they differ only in what the tokenizer or template drops: remove the row"
             raise RowError(pair.row, "rejected", "chosen and rejected are identical", remedy)
         return self._fit(encoded, pair)
 
-    def _ids(self, text: str, split: bool) -> list[int]:
-        """Ids of a text alone; with `split`, spelled-out special tokens stay ordinary text."""
-        ids: list[int] = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=split, verbose=False
+    def _ids(self, texts: list[str], split: bool) -> list[list[int]]:
+        """Ids of texts alone; with `split`, spelled-out special tokens stay ordinary text."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=split,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
         ).input_ids
         return ids
 
@@ -129,8 +203,10 @@ class PairEncoder:
             )
         return [int(eos)]
 
-    def _encode_text(self, pair: Pair) -> tuple[list[int], list[int], list[int], bool]:
-        """Ids of the prompt and of both whole texts, each from the start, and whether control text was met."""
+    def _texts(self, pair: Pair) -> _Texts:
+        return self._plain_texts(pair) if isinstance(pair.prompt, str) else self._rendered_texts(pair)
+
+    def _plain_texts(self, pair: Pair) -> _Texts:
         end, eos, texts = self._end(), self.tokenizer.eos_token, []
         for column, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
             assert isinstance(text, str)
@@ -145,11 +221,9 @@ class PairEncoder:
         if control_text and not self._splits_special:
             self._refuse_special(pair)
         prompt, chosen, rejected = texts
-        ids = [self._start + self._ids(text, split=True) for text in (prompt, prompt + chosen, prompt + rejected)]
-        return ids[0], ids[1] + end, ids[2] + end, control_text
+        return _Texts(prompt, prompt + chosen, prompt + rejected, False, (end, end), control_text)
 
-    def _encode_messages(self, pair: Pair) -> tuple[list[int], list[int], list[int]]:
-        """Ids of the prompt and of both whole conversations, each from the start."""
+    def _rendered_texts(self, pair: Pair) -> _Texts:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
         assert not isinstance(prompt, str)
         assert not isinstance(chosen, str)
@@ -164,7 +238,8 @@ class PairEncoder:
         before = self._render(prompt, pair, generation_prompt=True)
         if not (left.startswith(before) and right.startswith(before)):
             before = left[: _shared(self._render([*prompt, _PROBE], pair), left, right)]
-        return self._prompt_ids(before), self._finished_ids(left), self._finished_ids(right)
+        (left, left_end), (right, right_end) = self._finished(left), self._finished(right)
+        return _Texts(before, left, right, True, (left_end, right_end))
 
     def _render(self, messages: list[Message], pair: Pair, generation_prompt: bool = False) -> str:
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]
@@ -175,19 +250,17 @@ class PairEncoder:
             raise RowError(pair.row, None, "the chat template refuses the conversation", remedy) from error
         return str(text)
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def _one_bos(self, ids: list[int]) -> list[int]:
         """Ids of a rendered text, which brings its own BOS; exactly one, even if the template doubles it."""
-        ids, bos = self._ids(text, split=False), self.tokenizer.bos_token_id
+        bos = self.tokenizer.bos_token_id
         while bos is not None and ids[:2] == [bos, bos]:
-            del ids[0]
+            ids = ids[1:]
         return ids
 
-    def _finished_ids(self, text: str) -> list[int]:
-        """Ids of a rendered conversation, ended by the template's own last special token or else the EOS."""
+    def _finished(self, text: str) -> tuple[str, list[int]]:
+        """A rendered conversation and the ids behind it: ended by the template's own special token, or by the EOS."""
         stripped = text.rstrip()
-        if stripped.endswith(self._special):
-            return self._prompt_ids(stripped)
-        return self._prompt_ids(text) + self._end()
+        return (stripped, []) if stripped.endswith(self._special) else (text, self._end())
 
     def _refuse_special(self, pair: Pair) -> None:
         for column, content in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.layouts import LayoutError, Pair, RowError, parse_row
@@ -12,6 +12,14 @@ from lit_dpo.data.read import read_rows, source_name
 
 OnBadRow = Literal["error", "skip"]
 _EXAMPLES = 3
+_CHUNK = 1024  # rows encoded together
+
+
+class Encoder(Protocol):
+    """What `load_pairs` needs of a `PairEncoder`."""
+
+    def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
+        """Token ids of each pair, or why it was refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class LoadReport:
 
 def load_pairs(
     specs: Sequence[str],
-    encoder: Callable[[Pair], Encoded],
+    encoder: Encoder,
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
 ) -> tuple[list[EncodedRow], LoadReport]:
@@ -84,7 +92,7 @@ def load_pairs(
 
     Args:
         specs: Data sets, as `read_rows` takes them.
-        encoder: Usually a `PairEncoder`.
+        encoder: A `PairEncoder`, or a `TokenCache` around one.
         columns: Our column name -> the files', for names that are not known.
         on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
 
@@ -99,31 +107,40 @@ def load_pairs(
     report = LoadReport()
     seen: set[bytes] = set()
 
-    def refuse(error: RowError) -> None:
-        if on_bad_row == "error":
-            raise error
-        report.read += 1
-        report.skip(error)
+    def settle(source: str, chunk: list[Pair | RowError]) -> None:
+        """Encode a chunk, and account for each of its rows in their order."""
+        encoded = iter(encoder.many([item for item in chunk if isinstance(item, Pair)]))
+        for item in chunk:
+            report.read += 1
+            result = next(encoded) if isinstance(item, Pair) else item
+            if isinstance(item, Pair) and isinstance(result, Encoded):
+                report.kept += 1
+                rows.append(EncodedRow(result, source, item.row))
+                _note(result, report, seen)
+            elif isinstance(result, RowError):
+                if on_bad_row == "error":
+                    raise result
+                report.skip(result)
+        chunk.clear()
 
     for spec in specs:
         source = source_name(spec)
         unknown: LayoutError | None = None
         known = False
-        for where, row in read_rows(spec, refuse):
+        chunk: list[Pair | RowError] = []
+        for where, row in read_rows(spec, chunk.append):
             try:
-                encoded = encoder(parse_row(row, source, where, columns))
+                chunk.append(parse_row(row, source, where, columns))
+                known = True
             except LayoutError as error:
                 unknown = unknown or error
-                refuse(error)
+                chunk.append(error)
             except RowError as error:
                 known = True
-                refuse(error)
-            else:
-                known = True
-                report.read += 1
-                report.kept += 1
-                rows.append(EncodedRow(encoded, source, where))
-                _note(encoded, report, seen)
+                chunk.append(error)
+            if len(chunk) >= _CHUNK:
+                settle(source, chunk)
+        settle(source, chunk)
         if unknown and not known:
             raise unknown
     if not rows:

@@ -24,9 +24,8 @@ def test_rows_keep_their_order_source_and_place(tmp_path):
     words = write(tmp_path / "words.jsonl", {"q": "New Yo", "chosen": "rk", "rejected": "ghurt"})
     rows, report = load_pairs([sums], ENCODE)
     assert [(row.source, row.row) for row in rows] == [("sums", f"{sums}:1"), ("sums", f"{sums}:2")]
-    assert rows[0].encoded == Encoded(
-        ENCODE._ids("2+2=", True), [*ENCODE._ids("4", True), 2], [*ENCODE._ids("5", True), 2]
-    )
+    prompt, four, five = ENCODE._ids(["2+2=", "4", "5"], True)
+    assert rows[0].encoded == Encoded(prompt, [*four, 2], [*five, 2])
     assert str(report) == "2 rows read, 2 kept, 0 skipped"
     rows, report = load_pairs([words], ENCODE, columns={"prompt": "q"})
     assert str(report) == "1 rows read, 1 kept, 0 skipped, 1 healed at the prompt's end"

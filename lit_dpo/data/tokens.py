@@ -1,0 +1,97 @@
+"""Token ids on disk, so that large data sets are tokenized once: not in every run, and not by every process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.data.encode import Encoded, PairEncoder
+from lit_dpo.data.layouts import Pair, RowError
+from lit_dpo.store import TensorStore, cache_folder
+
+WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
+
+
+class TokenCache:
+    """A `PairEncoder` that remembers: rows found by their content, only others encoded.
+
+    A row's ids are kept under a hash of its prompt and completions, in a file named by everything else that decides
+    them (tokenizer, template, versions, limits). So a changed row, tokenizer or option is never served old ids, and a
+    row that was added costs its own encoding alone. Rows that are refused are not kept.
+
+    Args:
+        encoder: Encodes what is not kept.
+        specs: Names of the data sets; each list of them has a file of its own.
+        folder: Where the files lie; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, in ``tokens``.
+
+    Attributes:
+        reused: Rows found so far.
+    """
+
+    def __init__(self, encoder: PairEncoder, specs: Sequence[str], folder: str | Path | None = None) -> None:
+        self.encoder, self.reused = encoder, 0
+        identity = encoder.identity()
+        place = Path(folder) if folder else cache_folder() / "tokens"
+        self._store = None if identity is None else TensorStore(place, {**identity, "specs": list(specs)})
+        self._kept: dict[bytes, int] = {}
+        self._seen: dict[bytes, Encoded] = {}
+        self._changed = False
+        self._read()
+
+    def _read(self) -> None:
+        tensors, problem = (None, None) if self._store is None else self._store.read()
+        if problem and self._store is not None:
+            rank_zero_info(f"Token cache {self._store.data} is damaged ({problem}): tokenizing anew.")
+        if tensors is None:
+            return
+        keys = tensors["keys"].numpy().tobytes()
+        self._kept = {keys[i : i + 16]: i // 16 for i in range(0, len(keys), 16)}
+        self._tokens, self._lengths, self._flags = (tensors[name] for name in ("tokens", "lengths", "flags"))
+        self._ends = self._lengths.sum(1).cumsum(0)
+
+    def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
+        """As `PairEncoder.many`."""
+        keys = [_key(pair) for pair in pairs]
+        unknown = [pair for key, pair in zip(keys, pairs, strict=True) if key not in self._kept]
+        fresh = iter(self.encoder.many(unknown))
+        results: list[Encoded | RowError] = []
+        for key in keys:
+            found = self._kept.get(key)
+            result = next(fresh) if found is None else self._encoded(found)
+            results.append(result)
+            if isinstance(result, Encoded):
+                self._seen[key] = result
+                self._changed |= found is None
+            self.reused += found is not None
+        return results
+
+    def keep(self) -> None:
+        """Write the rows seen, if any was not in the file; a folder that cannot be written costs a line."""
+        rows = self._seen
+        if self._store is None or not self._changed or len(rows) < WORTH_KEEPING:
+            return
+        parts = [part for row in rows.values() for part in (row.prompt, row.chosen, row.rejected)]
+        flags = [(row.truncated, row.healed, row.control_text) for row in rows.values()]
+        tensors = {
+            "keys": torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 16),
+            "tokens": torch.tensor([i for part in parts for i in part], dtype=torch.int32),
+            "lengths": torch.tensor([len(part) for part in parts]).view(-1, 3),
+            "flags": torch.tensor(flags),
+        }
+        try:
+            self._store.write(tensors)
+        except OSError as error:
+            rank_zero_info(f"Token ids were not kept in {self._store.folder} ({error}).")
+
+    def _encoded(self, row: int) -> Encoded:
+        end, lengths = int(self._ends[row]), self._lengths[row].tolist()
+        prompt, chosen, rejected = (part.tolist() for part in self._tokens[end - sum(lengths) : end].split(lengths))
+        return Encoded(prompt, chosen, rejected, *self._flags[row].tolist())
+
+
+def _key(pair: Pair) -> bytes:
+    return hashlib.blake2b(repr((pair.prompt, pair.chosen, pair.rejected)).encode(), digest_size=16).digest()

@@ -1,0 +1,206 @@
+"""Token ids kept on disk: the same as fresh ones, found only where nothing that decides them has changed."""
+
+import json
+import logging
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from lit_dpo import PreferenceDataModule
+from lit_dpo.data import tokens
+from lit_dpo.data.encode import Encoded, PairEncoder
+from lit_dpo.data.layouts import Pair, RowError
+from lit_dpo.data.load import load_pairs
+from lit_dpo.data.tokens import TokenCache
+
+from . import tokenizers as tk
+from .test_encode import chat_pair, text_pair
+
+REPLIES = [[{"role": "assistant", "content": text}] for text in "45"]
+ROWS = [
+    {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+    {"prompt": "New Yo", "chosen": "rk", "rejected": "ghurt"},  # healed
+    {"prompt": "2+2=", "chosen": "4" * 90, "rejected": "5"},  # truncated
+    {"prompt": "2+2=", "chosen": "4", "rejected": "<|bos|>"},  # control text
+    {"prompt": "2+2=", "chosen": "4", "rejected": None},  # refused by its layout
+    {"prompt": "Yo", "chosen": "rk", "rejected": "ghurt"},  # refused by the encoder
+    {"prompt": "2+2=", "chosen": "4", "rejected": "5"},  # a duplicate
+    {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": REPLIES[0], "rejected": REPLIES[1]},
+]
+LIMIT = 80
+KEPT = 5  # rows of different content that are not refused, the duplicate counted once
+FOUND = 6  # with the duplicate
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", 1)
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(path, encoder=None):
+    cache = TokenCache(encoder or PairEncoder(tk.build(), LIMIT), [path])
+    found = load_pairs([path], cache, on_bad_row="skip")
+    cache.keep()
+    return found, cache.reused
+
+
+def test_kept_ids_are_the_fresh_ones_and_nothing_is_tokenized_again(path, monkeypatch):
+    plain = load_pairs([path], PairEncoder(tk.build(), LIMIT), on_bad_row="skip")
+    assert plain[1].kept == FOUND
+    assert plain[1].truncated == plain[1].healed == plain[1].control_text == 1
+    assert load(path) == (plain, 0)
+    asked = []
+    encode = PairEncoder.many
+    monkeypatch.setattr(PairEncoder, "many", lambda self, pairs: asked.extend(pairs) or encode(self, pairs))
+    assert load(path) == (plain, FOUND)
+    assert [pair.row for pair in asked] == [f"{path}:6"]  # a refused row is asked about again
+
+
+@pytest.mark.parametrize(
+    ("change", "reused"),
+    [
+        ({}, FOUND),
+        ({"max_length": LIMIT + 1}, 0),
+        ({"truncation": "keep_end"}, 0),
+        ({"append_eos": False}, 0),
+        ({"template": tk.THINK_STRIP}, 0),
+        ({"eos": "<|endoftext|>"}, 0),
+        ({"adds_bos": True}, 0),
+        ({"merge": ("2", "+")}, 0),
+        ({"version": 2}, 0),
+        ({"rows": ROWS[::-1]}, FOUND),
+        ({"rows": ROWS[:1]}, 1),
+        ({"rows": [*ROWS, ROWS[0] | {"chosen": "44"}]}, FOUND),
+        ({"rows": [ROWS[0] | {"chosen": "44"}, *ROWS[1:]]}, FOUND - 1),
+        ({"rows": [{"prompt": "2", "chosen": "+2=4", "rejected": "+2=5"}, *ROWS[1:]]}, FOUND - 1),
+        ({"rows": [{"prompt": "2+2=", "chosen": "5", "rejected": "4"}, *ROWS[1:]]}, FOUND - 1),
+    ],
+    ids=str,
+)
+def test_ids_are_found_only_where_nothing_that_decides_them_has_changed(path, tmp_path, monkeypatch, change, reused):
+    load(path)
+    if "rows" in change:
+        write(tmp_path / "rows.jsonl", change["rows"])
+    if "version" in change:
+        monkeypatch.setattr("lit_dpo.data.encode._VERSION", change["version"])
+    tokenizer = tk.build(**{name: change[name] for name in ("template", "eos", "adds_bos") if name in change})
+    if "merge" in change:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["model"]["merges"].append(list(change["merge"]))
+        state["model"]["vocab"]["".join(change["merge"])] = len(state["model"]["vocab"])
+        tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+    options = {name: change[name] for name in ("truncation", "append_eos") if name in change}
+    encoder = PairEncoder(tokenizer, change.get("max_length", LIMIT), **options)
+    plain = load_pairs([path], encoder, on_bad_row="skip")
+    assert load(path, encoder) == (plain, reused)
+    assert load(path, encoder) == (plain, plain[1].kept)
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "flipped", "header"])
+def test_a_damaged_file_is_noticed_and_written_anew(path, folder, caplog, damage):
+    plain, _ = load(path)
+    (data,), (header,) = folder.glob("*.safetensors"), folder.glob("*.json")
+    content = bytearray(data.read_bytes())
+    if damage == "header":
+        header.write_text(header.read_text().replace('"max', '"mix').replace("sha256", "sha255"))
+    elif damage == "cut":
+        data.write_bytes(content[:-5])
+    else:
+        content[-3] = 0 if damage == "zeroed" else content[-3] ^ 4
+        content[-9] ^= 1
+        data.write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        assert load(path) == (plain, 0)
+    assert caplog.text.count("is damaged") == 1
+    assert load(path) == (plain, FOUND)
+
+
+def test_small_sets_leave_nothing_behind(path, folder, monkeypatch):
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", KEPT + 1)
+    load(path)
+    assert not folder.exists()
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", KEPT)
+    load(path)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_one_line(path, folder, caplog):
+    folder.parent.write_text("a file where the folder should be")
+    with caplog.at_level(logging.INFO):
+        found, _ = load(path)
+    assert found[1].kept == FOUND
+    assert caplog.text.count("were not kept") == 1
+
+
+def test_nothing_is_kept_of_a_template_that_writes_the_date(path, folder):
+    encoder = PairEncoder(tk.build(template="{{ strftime_now('%d %b %Y') }}" + tk.CHATML), LIMIT)
+    assert encoder.identity() is None
+    load(path, encoder)
+    assert not folder.exists()
+
+
+def test_pairs_encoded_together_are_those_encoded_one_by_one():
+    """Text and messages in turn, refused ones between them."""
+    encoder = PairEncoder(tk.build(), 40)
+    pairs = [
+        text_pair(),
+        chat_pair(),
+        text_pair("Yo", "rk", "ghurt"),
+        text_pair("New Yo", "rk", "ghurt"),
+        chat_pair("<|im_end|>"),
+        chat_pair("5", "4"),
+        text_pair(chosen="<|im_end|>"),
+    ]
+
+    def one(pair: Pair):
+        try:
+            return encoder(pair)
+        except RowError as error:
+            return str(error)
+
+    together = [result if isinstance(result, Encoded) else str(result) for result in encoder.many(pairs)]
+    assert together == [one(pair) for pair in pairs]
+    assert [isinstance(result, str) for result in together] == [False, False, True, False, True, False, True]
+    assert encoder.many([]) == []
+
+
+def test_the_first_process_of_a_node_encodes_for_the_others(path, tmp_path, monkeypatch):
+    good = write(tmp_path / "good.jsonl", [ROWS[0] | {"prompt": f"{i}+2="} for i in range(9)])
+
+    def data(train):
+        module = PreferenceDataModule(train, tokenizer=tk.build(), max_length=LIMIT)
+        module.trainer = SimpleNamespace(world_size=2, state=SimpleNamespace(fn="fit"))
+        return module
+
+    data(good).prepare_data()
+    encode = PairEncoder.many
+    monkeypatch.setattr(PairEncoder, "many", lambda self, pairs: [] if not pairs else pytest.fail("tokenized again"))
+    other = data(good)
+    other.setup("fit")
+    assert len(other._sets["train"]) == 9
+    monkeypatch.setattr(PairEncoder, "many", encode)
+    bad = data(path)
+    bad.prepare_data()  # every process says what is wrong, in `setup`
+    with pytest.raises(RowError, match=r"rows.jsonl:5"):
+        bad.setup("fit")
+
+
+def test_the_cache_can_be_left_out(path, tmp_path, folder):
+    good = write(tmp_path / "good.jsonl", [ROWS[0] | {"prompt": f"{i}+2="} for i in range(9)])
+    module = PreferenceDataModule(good, tokenizer=tk.build(), max_length=LIMIT, cache_tokens=False)
+    module.setup("fit")
+    assert not folder.exists()
+    shutil.rmtree(tmp_path)
