@@ -146,7 +146,7 @@ def main() -> None:
     add = parser.add_argument
     add("--hidden", type=int, default=512)
     add("--layers", type=int, default=6)
-    add("--rounds", type=int, default=5)
+    add("--rounds", type=int, default=3)
     add("--divide", type=int, default=1, help="lengths by this, for a quick look")
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)

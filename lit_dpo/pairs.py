@@ -63,19 +63,29 @@ class PairBatch:
         """
         if not pairs or not all(segment for pair in pairs for segment in pair):
             raise ValueError("A batch needs at least one pair, and each prompt and completion at least one token.")
-        ids: list[int] = []
-        positions: list[int] = []
-        for prompt, chosen, rejected in pairs:
-            ids += [*prompt, *chosen, *rejected]
-            positions += range(len(prompt) + len(chosen))
-            positions += range(len(prompt), len(prompt) + len(rejected))
-        return cls(
-            input_ids=torch.tensor(ids),
-            position_ids=torch.tensor(positions),
-            lengths=torch.tensor([[len(p), len(c), len(r)] for p, c, r in pairs]),
-            row_ids=torch.arange(len(pairs)) if row_ids is None else torch.tensor(row_ids),
-            weights=None if weights is None else torch.tensor(weights),
+        return cls.from_tokens(
+            torch.tensor([i for pair in pairs for segment in pair for i in segment]),
+            torch.tensor([[len(segment) for segment in pair] for pair in pairs]),
+            torch.arange(len(pairs)) if row_ids is None else torch.tensor(row_ids),
+            None if weights is None else torch.tensor(weights),
         )
+
+    @classmethod
+    def from_tokens(
+        cls, input_ids: Tensor, lengths: Tensor, row_ids: Tensor, weights: Tensor | None = None
+    ) -> PairBatch:
+        """A batch from its line of tokens, which lies in the host's memory; see the class for shapes.
+
+        >>> batch = PairBatch.from_tokens(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([[2, 2, 1]]), torch.tensor([7]))
+        >>> batch.position_ids
+        tensor([0, 1, 2, 3, 2])
+        """
+        total = lengths.sum(1)
+        place = torch.arange(len(input_ids)) - (total.cumsum(0) - total).repeat_interleave(total)
+        chosen = lengths[:, 1].repeat_interleave(total)
+        rejected_start = (lengths[:, 0] + lengths[:, 1]).repeat_interleave(total)
+        position_ids = place - torch.where(place >= rejected_start, chosen, 0)
+        return cls(input_ids.long(), position_ids, lengths, row_ids, weights)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PairBatch:
         """The same batch on another device; asynchronous from pinned memory."""

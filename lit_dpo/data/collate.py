@@ -60,7 +60,13 @@ class PairDataset(Dataset[PairBatch]):
             yield self[BatchPlan(chunk.tolist())]
 
     def __getitem__(self, plan: BatchPlan) -> PairBatch:
-        return PairBatch.from_lists([self.pair(row) for row in plan.rows], plan.rows, plan.weights)
+        rows = torch.tensor(plan.rows)
+        lengths = self.lengths[rows]
+        spans = zip(self.starts[rows].tolist(), lengths.sum(1).tolist(), strict=True)
+        tokens = torch.cat([self.tokens[start : start + size] for start, size in spans])
+        return PairBatch.from_tokens(
+            tokens, lengths, rows, None if plan.weights is None else torch.tensor(plan.weights)
+        )
 
 
 class PairSampler(DistributedSampler[BatchPlan]):
