@@ -91,7 +91,7 @@ class StepClock:
             "timed_steps": len(between),
             "train_wall_s": sum(wall for wall, _ in between),
             "train_cpu_s": sum(cpu for _, cpu in between),
-            "step_wall_s": [round(wall, 4) for wall, _ in between],
+            "step_wall_s": [round(wall, 6) for wall, _ in between],
             "peak_bytes": memory_bytes(self.device),
             "peak_was_reset": self.peak_was_reset,
         }

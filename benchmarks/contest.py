@@ -233,6 +233,8 @@ def contest(
         UnequalError: Token ids or first losses differ between contestants.
     """
     names = list(_available(names))
+    if odd := [name for name in names if settings.batch % RUNS[name].micro_batches]:
+        raise SystemExit(f"`--batch {settings.batch}` cannot be cut into the micro-batches of {', '.join(odd)}.")
     about = facts(options.device, options.threads, options.seed, options.data)
     about |= {"data": source_name(options.data), "shape": asdict(shape_of(options))}
     about["settings"] = {name: value for name, value in asdict(settings).items() if name != "folder"}

@@ -95,7 +95,7 @@ def train_bare(run: Run, settings: Settings, steps: int) -> Record:
         references = [score(model, batch.to(settings.device), loss.layers) for batch in batches]
     after = now(settings.device)
     optimizer = torch.optim.AdamW(model.parameters(), **adamw(settings))
-    for batch, reference in zip(batches[:steps], references, strict=False):
+    for batch, reference in zip(data.train_dataloader(), references[:steps], strict=False):
         value = loss(score(model, batch.to(settings.device), loss.layers), reference).mean()
         value.backward()
         optimizer.step()

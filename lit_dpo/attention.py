@@ -10,12 +10,15 @@ it stands, cut into ``[P C] [R]``, and its keys are those of ``[P C] [P R]``.
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+NUMERICS = 2  # of the arithmetic below: raised by whoever changes what it rounds to
 
 
 def pair_attention(
@@ -42,10 +45,73 @@ def pair_attention(
         Shape ``(1, heads, tokens, value width)``.
     """
     kind = query.device.type
-    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:  # as PyTorch's own attention does
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and query.dtype != torch.float64:  # as PyTorch's own attention does
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     if softcap is None and _flash_serves(query, key, value):
         return _all_pairs_at_once(query, key, value, shape, scale, dropout)
+    return _pair_by_pair(query, key, value, shape, scale, dropout, softcap)
+
+
+def flash_here(device: torch.device) -> bool:
+    """Whether half precision on this device goes to the flash kernel, other reasons aside."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None  # ROCm's kernel aligns causal attention to the start
+        and torch.backends.cuda.is_flash_attention_available()
+        and torch.backends.cuda.flash_sdp_enabled()  # the user's switch
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def _flash_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's flash kernel takes these tensors and gives what attention is."""
+    width = query.shape[-1]
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+        and flash_here(query.device)
+        and _flash_agrees(query.device, query.dtype, query.shape[1], key.shape[1], width)
+    )
+
+
+@lru_cache(maxsize=64)
+def _flash_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int) -> bool:
+    """Compare one small call of the kernel, and its gradient, with the calls pair by pair; warn if they differ."""
+    shape, generator = ((5, 3, 70), (1, 1, 1), (40, 30, 2)), torch.Generator().manual_seed(0)
+    tokens = sum(map(sum, shape))
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        made = [torch.randn(1, n, tokens, width, generator=generator) for n in (heads, key_heads, key_heads)]
+        query, key, value = (tensor.to(device, dtype).requires_grad_() for tensor in made)
+        weights = torch.randn(1, heads, tokens, width, generator=generator).to(device, dtype)
+        found = []
+        for way in (_all_pairs_at_once, _pair_by_pair):
+            try:
+                out = way(query, key, value, shape, None, 0.0)
+            except RuntimeError as error:
+                warnings.warn(f"Attention runs pair by pair, as the flash kernel refuses: {error}", stacklevel=2)
+                return False
+            found.append([out.detach(), *torch.autograd.grad((weights * out).sum(), [query, key, value])])
+        gaps = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*found, strict=True)]
+    if max(gaps) < 0.02:
+        return True
+    warnings.warn(f"Attention runs pair by pair, as the flash kernel differs from it by {max(gaps):.1%}.", stacklevel=2)
+    return False
+
+
+def _pair_by_pair(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shape: tuple[tuple[int, int, int], ...],
+    scale: float | None,
+    dropout: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """`pair_attention` as two calls a pair."""
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
@@ -62,21 +128,6 @@ def pair_attention(
     return torch.cat(out, 2)
 
 
-def _flash_serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether PyTorch's flash kernel takes these tensors."""
-    width = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.dtype == key.dtype == value.dtype
-        and width == value.shape[-1]
-        and width % 8 == 0
-        and width <= 256
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
-
-
 def _all_pairs_at_once(
     query: Tensor,
     key: Tensor,
@@ -88,6 +139,7 @@ def _all_pairs_at_once(
     """`pair_attention` as one call of variable length, grouped query heads included."""
     calls = _calls(shape, query.device)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, width)
+    q = q if q.stride(-1) == 1 else q.contiguous()
     # A prompt's key stands in two calls, so its gradient is a sum of two numbers: the same in either order.
     k, v = k.index_select(0, calls.keys), v.index_select(0, calls.keys)
     out = _flash(q, k, v, calls, dropout, scale)
@@ -100,16 +152,16 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, calls: _Calls, dropout: fl
     (The operator below `torch.nn.attention.varlen`, whose signature differs between PyTorch 2.11 and 2.13.)
     """
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        query,
-        key,
-        value,
-        calls.query_ends,
-        calls.key_ends,
-        calls.longest_query,
-        calls.longest_key,
-        dropout,
-        True,  # causal
-        False,  # no mask for debugging
+        query=query,
+        key=key,
+        value=value,
+        cum_seq_q=calls.query_ends,
+        cum_seq_k=calls.key_ends,
+        max_q=calls.longest_query,
+        max_k=calls.longest_key,
+        dropout_p=dropout,
+        is_causal=True,
+        return_debug_mask=False,
         scale=scale,
     )[0]
     return out

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_dpo.attention import NUMERICS, flash_here
 from lit_dpo.cache import LogpsTable, content_keys, fingerprint
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
@@ -83,6 +84,7 @@ class CachedReference(Reference):
             **self._who,
             "precision": str(start.trainer.precision),
             "device": start.trainer.strategy.root_device.type,
+            "attention": [NUMERICS, "flash" if flash_here(start.trainer.strategy.root_device) else "pairs"],
             "layout": start.layout,
             "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
         }

@@ -372,7 +372,8 @@ class PreferenceModule(LightningModule):
                 "set the module's `dtype: bfloat16` and leave the Trainer at `32-true`, or use `bf16-mixed`."
             )
         assert self.policy is not None
-        self._settled, reason = choose_layout(self.policy, self.layout)
+        with self.trainer.precision_plugin.forward_context():  # as in training
+            self._settled, reason = choose_layout(self.policy, self.layout)
         if reason is not None:
             rank_zero_info(f"Scoring pairs as padded rows: {reason}.")
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")

@@ -21,15 +21,22 @@ FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """``$LIT_DPO_CACHE``, or ``~/.cache/lit_dpo``."""
-    return Path(os.environ.get("LIT_DPO_CACHE") or "~/.cache/lit_dpo").expanduser()
+    """``$LIT_DPO_CACHE``, or ``~/.cache/lit_dpo``.
+
+    Raises:
+        OSError: The user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("LIT_DPO_CACHE") or "~/.cache/lit_dpo").expanduser()
+    except RuntimeError as error:
+        raise OSError("there is no home folder for the cache: set the environment variable LIT_DPO_CACHE") from error
 
 
 class TensorStore:
     """One set of named tensors.
 
     Args:
-        folder: Where; made when first written, readable by its owner alone.
+        folder: Where; made when first written, with the folders above it, readable by its owner alone.
         identity: Everything that decides the values.
 
     Attributes:
@@ -44,9 +51,9 @@ class TensorStore:
 
     def read(self) -> tuple[dict[str, Tensor] | None, str | None]:
         """The tensors, or none; and what is wrong with the files, if anything."""
-        if not self.header.exists():
-            return None, None
         try:
+            if not self.header.exists():
+                return None, None
             content = self.data.read_bytes()
             if self.header.read_bytes() != self._header(content):
                 return None, "its checksum or identity does not match"
@@ -56,7 +63,9 @@ class TensorStore:
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the files."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        for folder in reversed(missing):  # `parents=True` would give the mode to the last one alone
+            folder.mkdir(mode=0o700, exist_ok=True)
         content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         _replace(self.data, content)
         _replace(self.header, self._header(content))

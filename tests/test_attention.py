@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,42 @@ def test_the_flash_kernel_is_asked_with_its_own_names():
     with pytest.raises(NotImplementedError, match="CPU"):
         attention._flash(*tensors, calls, 0.0, None)
     assert not attention._flash_serves(*tensors)
+
+
+def aligned_to_the_start(query, key, value, calls, dropout, scale):
+    """A kernel whose first query sees the first key, as ROCm's."""
+    out = torch.zeros_like(query)
+    ends = [itertools.pairwise(ends.tolist()) for ends in (calls.query_ends, calls.key_ends)]
+    for (q0, q1), (k0, _) in zip(*ends, strict=True):
+        for place in range(q0, q1):
+            keys, values = key[k0 : k0 + place - q0 + 1], value[k0 : k0 + place - q0 + 1]
+            weights = torch.einsum("khw,hw->hk", keys, query[place]).softmax(1)
+            out[place] = torch.einsum("hk,khw->hw", weights, values)
+    return out
+
+
+def refuses(*args):
+    raise RuntimeError("no kernel image")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [(flash_kernel, None), (aligned_to_the_start, "differs from it by"), (refuses, "refuses: no kernel image")],
+)
+def test_the_kernel_is_compared_before_it_is_used(monkeypatch, kernel, said):
+    monkeypatch.setattr(attention, "_flash", kernel)
+    check = attention._flash_agrees.__wrapped__
+    with warnings.catch_warnings(record=True) as caught, torch.inference_mode():
+        warnings.simplefilter("always")
+        agrees = check(torch.device("cpu"), torch.float32, 2, 2, 8)
+    assert agrees == (said is None)
+    assert len(caught) == (said is not None), [str(warning.message) for warning in caught]
+    assert all(said in str(warning.message) for warning in caught)
+
+
+def test_attention_runs_on_the_meta_device():
+    tensors = [torch.zeros(1, 2, 4, 8, device="meta") for _ in range(3)]
+    assert pair_attention(*tensors, ((2, 1, 1),)).shape == (1, 2, 4, 8)
 
 
 def test_autocast_reaches_attention_that_is_not_pytorchs(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_dpo import attention
+from lit_dpo import PairBatch, attention, score
 from tests import interrupted, runs
 from tests.oracles import dense_attention, sees
 
@@ -42,7 +42,8 @@ def test_one_flash_call_for_all_pairs_equals_dense_attention(dtype, key_heads, w
     shape = ((17, 9, 30), (1, 1, 1), (5, 40, 41))
     generator = torch.Generator().manual_seed(0)
     tokens = sum(map(sum, shape))
-    inputs = [torch.randn(1, h, tokens, width, generator=generator) for h in (4, key_heads, key_heads)]
+    made = [torch.randn(1, tokens, h, width, generator=generator) for h in (4, key_heads, key_heads)]
+    inputs = [x.transpose(1, 2) for x in made]  # as a transformers model lays them out
     weights = torch.randn(1, 4, tokens, width, generator=generator)
     exact = [x.clone().requires_grad_() for x in inputs]
     expected = dense_attention(*exact, sees(shape))
@@ -55,6 +56,26 @@ def test_one_flash_call_for_all_pairs_equals_dense_attention(dtype, key_heads, w
     grads = torch.autograd.grad((weights.to("cuda", dtype) * got).sum(), half)
     for ours, theirs in zip(grads, expected_grads, strict=True):
         assert (ours.float().cpu() - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scoring_takes_the_flash_kernel_and_obeys_its_switch(monkeypatch, autocast):
+    called = []
+    real = attention._flash
+    monkeypatch.setattr(attention, "_flash", lambda *args: called.append(1) or real(*args))
+    module = runs.module()
+    module.configure_model()
+    policy = module.policy.to("cuda", torch.float32 if autocast else torch.bfloat16)
+    batch = PairBatch.from_lists([([1, 2, 3], [4, 5], [6]), ([7], [8], [9, 10, 11])]).to("cuda")
+    found = {}
+    for flash in (True, False):
+        torch.backends.cuda.enable_flash_sdp(flash)
+        called.clear()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            found[flash] = score(policy, batch, layout="flat").chosen
+        assert bool(called) == flash
+    torch.backends.cuda.enable_flash_sdp(True)
+    assert torch.allclose(found[True], found[False], atol=0.3)
 
 
 def held(module):

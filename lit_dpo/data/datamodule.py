@@ -99,14 +99,13 @@ class PreferenceDataModule(LightningDataModule):
         return not isinstance(self.partition, OneShot)
 
     def prepare_data(self) -> None:
-        """Download and encode on one process of each node, so that the others only read; errors wait for `setup`."""
-        if self.trainer is None or self.trainer.world_size == 1:
+        """Fill the token cache on one process of each node, so that the others only read; errors wait for `setup`."""
+        if self.trainer is None or self.trainer.world_size == 1 or not self.cache_tokens:
             return
-        name = self._held_out_source(str(self.trainer.state.fn))
-        names = ["train", "validation"] if name is None else [name]
+        held_out = self._held_out_source(self.trainer.state.fn or "fit")
         with suppress(ValueError, OSError):
-            for name in names:
-                if self.sources[name] and name not in self._sets:
+            for name in ["train", "validation"] if held_out is None else [held_out]:
+                if self.sources[name] and name not in self._sets and self._encoder().identity() is not None:
                     self._read(name)
 
     def setup(self, stage: str) -> None:
@@ -150,20 +149,24 @@ class PreferenceDataModule(LightningDataModule):
         rows, report, reused = self._read(name)
         rank_zero_info(f"{name}: {report}")
         if reused:
-            rank_zero_info(f"{name}: token ids of {reused} rows were kept from an earlier load")
+            rank_zero_info(f"{name}: token ids of {reused} rows found in the token cache")
         return PairDataset(rows)
 
     def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
-        source = self.sources[name]
-        specs = [source] if isinstance(source, str) else list(source or [])
-        encoder = PairEncoder(self._tokenizer(), self.max_length, self.truncation)
         if not self.cache_tokens:
-            return *load_pairs(specs, encoder, self.columns, self.on_bad_row), 0
-        tokens = TokenCache(encoder, specs)
-        rows, report = load_pairs(specs, tokens, self.columns, self.on_bad_row)
+            return *load_pairs(self._specs(name), self._encoder(), self.columns, self.on_bad_row), 0
+        tokens = TokenCache(self._encoder(), self._specs(name))
+        rows, report = load_pairs(self._specs(name), tokens, self.columns, self.on_bad_row)
         tokens.keep()
         return rows, report, tokens.reused
+
+    def _specs(self, name: str) -> list[str]:
+        source = self.sources[name]
+        return [source] if isinstance(source, str) else list(source or [])
+
+    def _encoder(self) -> PairEncoder:
+        return PairEncoder(self._tokenizer(), self.max_length, self.truncation)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)

@@ -47,7 +47,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class _Texts:
+class _Prepared:
     """What to tokenize of a pair, each text from its start, and what to put around the ids.
 
     Args:
@@ -108,6 +108,7 @@ class PairEncoder:
         self._start = _added_at_start(tokenizer)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         special |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = special
         self._special = tuple(sorted(special, key=len, reverse=True))
         self._find_special = re.compile("|".join(map(re.escape, self._special)) or r"(?!)").search
         # Whether this tokenizer can keep text that spells a special token ordinary; slow ones may not.
@@ -124,21 +125,21 @@ class PairEncoder:
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
         """Encode pairs, their texts together, so that the tokenizer may use all processors; refusals in their place."""
-        texts: list[_Texts | RowError] = []
+        prepared: list[_Prepared | RowError] = []
         for pair in pairs:
             try:
-                texts.append(self._texts(pair))
+                prepared.append(self._prepare(pair))
             except RowError as error:
-                texts.append(error)
+                prepared.append(error)
         ids = {}
         for rendered in (False, True):
-            items = [item for item in texts if isinstance(item, _Texts) and item.rendered == rendered]
+            items = [item for item in prepared if isinstance(item, _Prepared) and item.rendered == rendered]
             flat = [text for item in items for text in (item.prompt, item.chosen, item.rejected)]
             ids[rendered] = iter(self._ids(flat, split=not rendered))
         results: list[Encoded | RowError] = []
-        for pair, item in zip(pairs, texts, strict=True):
+        for pair, item in zip(pairs, prepared, strict=True):
             try:
-                if isinstance(item, _Texts):
+                if isinstance(item, _Prepared):
                     results.append(self._encoded(pair, item, [next(ids[item.rendered]) for _ in range(3)]))
                 else:
                     results.append(item)
@@ -155,22 +156,22 @@ class PairEncoder:
         return {
             "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
             "class": type(self.tokenizer).__name__,
-            "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            "special": [self._special_ids, self._start, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id],
             "template": template,
             "versions": [_VERSION, version("tokenizers"), version("transformers")],
             "options": [self.max_length, self.truncation, self.append_eos],
         }
 
-    def _encoded(self, pair: Pair, texts: _Texts, ids: list[list[int]]) -> Encoded:
+    def _encoded(self, pair: Pair, whole: _Prepared, ids: list[list[int]]) -> Encoded:
         """Find the boundary and cut to the limit."""
-        prompt, chosen, rejected = (self._one_bos(i) if texts.rendered else self._start + i for i in ids)
-        chosen, rejected = chosen + texts.ends[0], rejected + texts.ends[1]
+        prompt, chosen, rejected = (self._one_bos(i) if whole.rendered else self._start + i for i in ids)
+        chosen, rejected = chosen + whole.ends[0], rejected + whole.ends[1]
         boundary = _shared(prompt, chosen, rejected)
         if boundary == 0:
             remedy = "lengthen the prompt, or use a tokenizer with a BOS"
             raise RowError(pair.row, "prompt", "no token belongs to the prompt alone", remedy)
         healed = boundary < len(prompt)
-        encoded = Encoded(chosen[:boundary], chosen[boundary:], rejected[boundary:], False, healed, texts.control_text)
+        encoded = Encoded(chosen[:boundary], chosen[boundary:], rejected[boundary:], False, healed, whole.control_text)
         for column, completion in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
             if not completion:
                 raise RowError(pair.row, column, "the completion has no tokens", "remove the row")
@@ -203,10 +204,10 @@ class PairEncoder:
             )
         return [int(eos)]
 
-    def _texts(self, pair: Pair) -> _Texts:
-        return self._plain_texts(pair) if isinstance(pair.prompt, str) else self._rendered_texts(pair)
+    def _prepare(self, pair: Pair) -> _Prepared:
+        return self._prepare_text(pair) if isinstance(pair.prompt, str) else self._prepare_messages(pair)
 
-    def _plain_texts(self, pair: Pair) -> _Texts:
+    def _prepare_text(self, pair: Pair) -> _Prepared:
         end, eos, texts = self._end(), self.tokenizer.eos_token, []
         for column, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
             assert isinstance(text, str)
@@ -221,9 +222,9 @@ class PairEncoder:
         if control_text and not self._splits_special:
             self._refuse_special(pair)
         prompt, chosen, rejected = texts
-        return _Texts(prompt, prompt + chosen, prompt + rejected, False, (end, end), control_text)
+        return _Prepared(prompt, prompt + chosen, prompt + rejected, False, (end, end), control_text)
 
-    def _rendered_texts(self, pair: Pair) -> _Texts:
+    def _prepare_messages(self, pair: Pair) -> _Prepared:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
         assert not isinstance(prompt, str)
         assert not isinstance(chosen, str)
@@ -239,7 +240,7 @@ class PairEncoder:
         if not (left.startswith(before) and right.startswith(before)):
             before = left[: _shared(self._render([*prompt, _PROBE], pair), left, right)]
         (left, left_end), (right, right_end) = self._finished(left), self._finished(right)
-        return _Texts(before, left, right, True, (left_end, right_end))
+        return _Prepared(before, left, right, True, (left_end, right_end))
 
     def _render(self, messages: list[Message], pair: Pair, generation_prompt: bool = False) -> str:
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -109,8 +109,12 @@ def load_pairs(
 
     def settle(source: str, chunk: list[Pair | RowError]) -> None:
         """Encode a chunk, and account for each of its rows in their order."""
-        encoded = iter(encoder.many([item for item in chunk if isinstance(item, Pair)]))
-        for item in chunk:
+        items, chunk[:] = list(chunk), []
+        if on_bad_row == "error":  # nothing behind the first bad row matters
+            bad = next((i for i, item in enumerate(items) if not isinstance(item, Pair)), len(items))
+            items = items[: bad + 1]
+        encoded = iter(encoder.many([item for item in items if isinstance(item, Pair)]))
+        for item in items:
             report.read += 1
             result = next(encoded) if isinstance(item, Pair) else item
             if isinstance(item, Pair) and isinstance(result, Encoded):
@@ -121,26 +125,27 @@ def load_pairs(
                 if on_bad_row == "error":
                     raise result
                 report.skip(result)
-        chunk.clear()
 
     for spec in specs:
         source = source_name(spec)
         unknown: LayoutError | None = None
         known = False
         chunk: list[Pair | RowError] = []
-        for where, row in read_rows(spec, chunk.append):
-            try:
-                chunk.append(parse_row(row, source, where, columns))
-                known = True
-            except LayoutError as error:
-                unknown = unknown or error
-                chunk.append(error)
-            except RowError as error:
-                known = True
-                chunk.append(error)
-            if len(chunk) >= _CHUNK:
-                settle(source, chunk)
-        settle(source, chunk)
+        try:
+            for where, row in read_rows(spec, chunk.append):
+                try:
+                    chunk.append(parse_row(row, source, where, columns))
+                    known = True
+                except LayoutError as error:
+                    unknown = unknown or error
+                    chunk.append(error)
+                except RowError as error:
+                    known = True
+                    chunk.append(error)
+                if len(chunk) >= _CHUNK:
+                    settle(source, chunk)
+        finally:  # an error of the reader does not go before those of earlier rows
+            settle(source, chunk)
         if unknown and not known:
             raise unknown
     if not rows:

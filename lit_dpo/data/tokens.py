@@ -13,6 +13,7 @@ from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.layouts import Pair, RowError
 from lit_dpo.store import TensorStore, cache_folder
 
+_LAYOUT = 1  # of the tensors in a file
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
 
 
@@ -34,13 +35,24 @@ class TokenCache:
 
     def __init__(self, encoder: PairEncoder, specs: Sequence[str], folder: str | Path | None = None) -> None:
         self.encoder, self.reused = encoder, 0
-        identity = encoder.identity()
-        place = Path(folder) if folder else cache_folder() / "tokens"
-        self._store = None if identity is None else TensorStore(place, {**identity, "specs": list(specs)})
+        self._store = self._open(encoder, specs, folder)
         self._kept: dict[bytes, int] = {}
         self._seen: dict[bytes, Encoded] = {}
         self._changed = False
         self._read()
+
+    @staticmethod
+    def _open(encoder: PairEncoder, specs: Sequence[str], folder: str | Path | None) -> TensorStore | None:
+        identity = encoder.identity()
+        if identity is None:
+            return None
+        try:
+            place = Path(folder) if folder else cache_folder() / "tokens"
+        except OSError as error:
+            rank_zero_info(f"Token ids are not kept: {error}.")
+            return None
+        paths = [str(Path(spec).resolve()) if Path(spec).exists() else spec for spec in specs]
+        return TensorStore(place, {**identity, "layout": _LAYOUT, "specs": paths})
 
     def _read(self) -> None:
         tensors, problem = (None, None) if self._store is None else self._store.read()

@@ -56,6 +56,19 @@ def test_everything_worth_knowing_is_counted(tmp_path):
         load_pairs([path], ENCODE)
 
 
+def test_the_first_bad_row_is_the_one_that_is_raised(tmp_path):
+    """Rows are encoded many at a time; what is wrong behind a bad row must not be said before it."""
+    null, chat = GOOD | {"chosen": None}, {"role": "user", "content": "hi"}
+    chats = {"prompt": [chat], "chosen": [chat | {"role": "assistant"}], "rejected": [{**chat, "content": "x"}]}
+    path = write(tmp_path / "a.jsonl", GOOD, null, chats)
+    with pytest.raises(RowError, match=r"a.jsonl:2, column `chosen`"):
+        load_pairs([path], PairEncoder(tk.build(template=None), 20))
+    damaged = tmp_path / "b.csv"
+    damaged.write_bytes(b"prompt,chosen,rejected\n2+2=,4,5\n2+2=,,5\n2+2=,\xff\xfe,5\n")
+    with pytest.raises(RowError, match=r"b.csv:3, column `chosen`: null"):
+        load_pairs([str(damaged)], ENCODE)
+
+
 def test_unknown_columns_of_a_whole_file_are_raised_even_when_skipping(tmp_path):
     good = write(tmp_path / "good.jsonl", GOOD)
     unknown = write(tmp_path / "unknown.jsonl", {"q": "a", "good": "b", "bad": "c"})

@@ -2,10 +2,11 @@
 
 import json
 import logging
-import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data import tokens
@@ -79,6 +80,7 @@ def test_kept_ids_are_the_fresh_ones_and_nothing_is_tokenized_again(path, monkey
         ({"template": tk.THINK_STRIP}, 0),
         ({"eos": "<|endoftext|>"}, 0),
         ({"adds_bos": True}, 0),
+        ({"extra": "New"}, 0),
         ({"merge": ("2", "+")}, 0),
         ({"version": 2}, 0),
         ({"rows": ROWS[::-1]}, FOUND),
@@ -97,6 +99,8 @@ def test_ids_are_found_only_where_nothing_that_decides_them_has_changed(path, tm
     if "version" in change:
         monkeypatch.setattr("lit_dpo.data.encode._VERSION", change["version"])
     tokenizer = tk.build(**{name: change[name] for name in ("template", "eos", "adds_bos") if name in change})
+    if "extra" in change:
+        tokenizer.add_special_tokens({"extra_special_tokens": [change["extra"]]})
     if "merge" in change:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["model"]["merges"].append(list(change["merge"]))
@@ -177,30 +181,64 @@ def test_pairs_encoded_together_are_those_encoded_one_by_one():
     assert encoder.many([]) == []
 
 
-def test_the_first_process_of_a_node_encodes_for_the_others(path, tmp_path, monkeypatch):
-    good = write(tmp_path / "good.jsonl", [ROWS[0] | {"prompt": f"{i}+2="} for i in range(9)])
+@pytest.mark.parametrize("stage", TrainerFn)
+def test_the_first_process_of_a_node_encodes_for_the_others(path, tmp_path, monkeypatch, stage):
+    names = ("train", "validation", "test", "predict")
+    files = {
+        name: write(tmp_path / f"{name}.jsonl", [ROWS[0] | {"prompt": f"{name}{i}+2="} for i in range(9)])
+        for name in names
+    }
 
-    def data(train):
-        module = PreferenceDataModule(train, tokenizer=tk.build(), max_length=LIMIT)
-        module.trainer = SimpleNamespace(world_size=2, state=SimpleNamespace(fn="fit"))
+    def data(**files):
+        module = PreferenceDataModule(**files, tokenizer=tk.build(), max_length=LIMIT)
+        module.trainer = SimpleNamespace(world_size=2, state=SimpleNamespace(fn=stage))
         return module
 
-    data(good).prepare_data()
+    first = data(**files)
+    first.prepare_data()
+    assert not first._sets
     encode = PairEncoder.many
     monkeypatch.setattr(PairEncoder, "many", lambda self, pairs: [] if not pairs else pytest.fail("tokenized again"))
-    other = data(good)
-    other.setup("fit")
-    assert len(other._sets["train"]) == 9
+    other = data(**files)
+    other.setup(stage.value)
+    read = {"fit": {"train", "validation"}, "validate": {"validation"}}.get(stage.value, {stage.value})
+    assert other._sets.keys() == read
     monkeypatch.setattr(PairEncoder, "many", encode)
-    bad = data(path)
+    bad = data(**dict.fromkeys(names, path))
     bad.prepare_data()  # every process says what is wrong, in `setup`
     with pytest.raises(RowError, match=r"rows.jsonl:5"):
-        bad.setup("fit")
+        bad.setup(stage.value)
 
 
-def test_the_cache_can_be_left_out(path, tmp_path, folder):
+def test_nothing_is_encoded_ahead_where_nothing_can_be_kept(path, monkeypatch):
+    monkeypatch.setattr(PairEncoder, "many", lambda self, pairs: pytest.fail("encoded for nothing") if pairs else [])
+    for options in ({"cache_tokens": False}, {"tokenizer": tk.build(template="{{ strftime_now('%Y') }}")}):
+        module = PreferenceDataModule(path, **{"tokenizer": tk.build(), **options})
+        module.trainer = SimpleNamespace(world_size=2, state=SimpleNamespace(fn=TrainerFn.FITTING))
+        module.prepare_data()
+
+
+def test_the_cache_can_be_left_out(tmp_path, folder):
     good = write(tmp_path / "good.jsonl", [ROWS[0] | {"prompt": f"{i}+2="} for i in range(9)])
     module = PreferenceDataModule(good, tokenizer=tk.build(), max_length=LIMIT, cache_tokens=False)
     module.setup("fit")
     assert not folder.exists()
-    shutil.rmtree(tmp_path)
+
+
+def test_a_user_without_a_home_trains_without_a_cache(path, monkeypatch, caplog):
+    def homeless(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LIT_DPO_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with caplog.at_level(logging.INFO):
+        cache = TokenCache(PairEncoder(tk.build(), LIMIT), [])
+    assert cache.many([text_pair()])[0] == PairEncoder(tk.build(), LIMIT)(text_pair())
+    cache.keep()
+    assert "set the environment variable LIT_DPO_CACHE" in caplog.text
+
+
+def test_one_file_whatever_its_path_is_called(path, folder, monkeypatch):
+    load(path)
+    monkeypatch.chdir(Path(path).parent)
+    assert load(Path(path).name)[1] == FOUND
