@@ -91,10 +91,10 @@ def _flash_agrees(device: torch.device, dtype: torch.dtype, heads: int, key_head
         for way in (_all_pairs_at_once, _pair_by_pair):
             try:
                 out = way(query, key, value, shape, None, 0.0)
+                found.append([out.detach(), *torch.autograd.grad((weights * out).sum(), [query, key, value])])
             except RuntimeError as error:
                 warnings.warn(f"Attention runs pair by pair, as the flash kernel refuses: {error}", stacklevel=2)
                 return False
-            found.append([out.detach(), *torch.autograd.grad((weights * out).sum(), [query, key, value])])
         gaps = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(*found, strict=True)]
     if max(gaps) < 0.02:
         return True
