@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, pair_metrics
 from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
 from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.parts import score_in_parts
 from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Reference, Start
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
@@ -55,6 +57,9 @@ class PreferenceModule(LightningModule):
             the usual learning rates a bfloat16 weight does not move.
         layout: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        max_tokens: Tokens whose activations may be alive at a time. A batch of more is computed in parts, most of them
+            again in the backward pass: the same gradient, and the longest batch of an epoch no longer decides what
+            memory it takes. Not for sharded models.
         init_seed: Seed of the random weights of a description, and of adapters.
 
     Raises:
@@ -75,9 +80,12 @@ class PreferenceModule(LightningModule):
         dtype: Dtype = "float32",
         layout: Layout = "auto",
         gradient_checkpointing: bool = False,
+        max_tokens: int | None = None,
         init_seed: int = 0,
     ) -> None:
         super().__init__()
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}.")
         if tokenizer is None and not isinstance(model, str):
             raise ValueError("A `model` described by its config has no tokenizer of its own: set `tokenizer`.")
         # From a checkpoint these come as plain values.
@@ -87,6 +95,7 @@ class PreferenceModule(LightningModule):
         self.tokenizer_source = tokenizer or str(model)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.layout, self.gradient_checkpointing, self.init_seed = layout, gradient_checkpointing, init_seed
+        self.max_tokens = max_tokens
         self.reference = self._default_reference() if reference is None else reference
         self.policy: nn.Module | None = None
         self.means = nn.ModuleDict({f"{stage}_means": PairMeans() for stage in ("train", "val", "test")})
@@ -122,6 +131,12 @@ class PreferenceModule(LightningModule):
         """Load policy and reference, once, and settle how many decoder blocks the loss can name."""
         if self.policy is not None:
             return
+        sharded = self.device_mesh is not None or (self._trainer and isinstance(self.trainer.strategy, FSDPStrategy))
+        if sharded and self.max_tokens is not None:
+            raise ValueError(
+                "`max_tokens` is not for sharded models: use `gradient_checkpointing`, or a smaller `batch_size` with "
+                "`accumulate_grad_batches`, which makes the same optimizer steps."
+            )
         policy = self._assemble(self._load()) if self.device_mesh is None else self._assemble_on_shards()
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
 
@@ -183,7 +198,8 @@ class PreferenceModule(LightningModule):
         reference = None
         if self.reference is not None:
             reference = self.reference.score(self.policy, batch, self.loss.layers, layout)
-        policy = score(self.policy, batch, self.loss.layers, detach_head=self.loss.detach_head, layout=layout)
+        run = score if self.max_tokens is None else partial(score_in_parts, max_tokens=self.max_tokens)
+        policy = run(self.policy, batch, self.loss.layers, detach_head=self.loss.detach_head, layout=layout)
         return policy, reference or policy.detach().zeros()
 
     def _step(self, batch: PairBatch, stage: str) -> Tensor:

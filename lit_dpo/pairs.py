@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -100,6 +101,38 @@ class PairBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
 
+    def split(self, max_tokens: int) -> list[PairBatch]:
+        """The same pairs in batches of at most so many tokens each, in their order; a longer pair stands alone.
+
+        >>> batch = PairBatch.from_lists([([1], [2], [3]), ([4], [5], [6, 7]), ([8], [9], [0])])
+        >>> [part.shape for part in batch.split(7)]
+        [((1, 1, 1), (1, 1, 2)), ((1, 1, 1),)]
+        """
+        sizes = [sum(pair) for pair in self.shape]
+        counts: list[int] = []  # of pairs
+        held = 0
+        for size in sizes:
+            if counts and held + size <= max_tokens:
+                counts[-1] += 1
+                held += size
+            else:
+                counts.append(1)
+                held = size
+        if len(counts) == 1:
+            return [self]
+        shapes = [self.shape[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
+        tokens = [sum(map(sum, shape)) for shape in shapes]
+        weights = [None] * len(counts) if self.weights is None else self.weights.split(counts)
+        columns = (
+            self.input_ids.split(tokens),
+            self.position_ids.split(tokens),
+            self.lengths.split(counts),
+            self.row_ids.split(counts),
+            weights,
+            shapes,
+        )
+        return [PairBatch(*values) for values in zip(*columns, strict=True)]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest single sequence, prompt and one completion together."""
@@ -187,6 +220,17 @@ class PairLogps:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     layers: Mapping[int, PairLogps] = field(default_factory=dict)
+
+    @classmethod
+    def cat(cls, parts: Sequence[PairLogps]) -> PairLogps:
+        """The log-probs of several batches as those of one, in their order."""
+        return cls(
+            torch.cat([part.chosen for part in parts]),
+            torch.cat([part.rejected for part in parts]),
+            torch.cat([part.chosen_tokens for part in parts]),
+            torch.cat([part.rejected_tokens for part in parts]),
+            {layer: cls.cat([part.layers[layer] for part in parts]) for layer in parts[0].layers},
+        )
 
     @property
     def margin(self) -> Tensor:

@@ -28,6 +28,7 @@ FLOORS = {
     "schedules": 2,
     "scoring": 3,
     "models": 3,
+    "parts": 4,
     "reference": 4,
     "strategies": 4,
     "hparams": 4,
