@@ -113,6 +113,7 @@ def load_model(
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
     _disable_dropout(model)
+    _keep_softcap(model)
     return model
 
 
@@ -134,6 +135,7 @@ def empty_model(
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     _disable_dropout(model)
+    _keep_softcap(model)
     return model
 
 
@@ -270,6 +272,13 @@ def _not_found(what: str, source: str, error: Exception) -> str:
         else "no such folder, and not to be had from the hub"
     )
     return f"`{what}` {source!r}: {hint} ({reason}). Give a folder saved by `save_pretrained`, or a hub name."
+
+
+def _keep_softcap(model: PreTrainedModel) -> None:
+    """Leave `sdpa` where a model caps its attention scores: transformers 5.17 drops Gemma 2's cap there, silently."""
+    config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
 
 
 def _disable_dropout(model: nn.Module) -> None:

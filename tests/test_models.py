@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_dpo.models import LoRA, export, load_model, load_tokenizer, quickstart_tokenizer, train_tokenizer
+from lit_dpo.models import LoRA, empty_model, export, load_model, load_tokenizer, quickstart_tokenizer, train_tokenizer
 from lit_dpo.scoring import choose_layout
 from tests.models import DESCRIPTIONS, VOCABULARY, tiny_model
 
@@ -161,6 +161,13 @@ def test_a_tokenizer_is_loaded_from_a_folder(tokenizer, tmp_path):
     assert loaded.chat_template == tokenizer.chat_template
 
 
+def test_a_cap_on_attention_scores_is_kept(tokenizer):
+    """transformers 5.17 would take `sdpa` for Gemma 2, which has no cap."""
+    capped, free = (tiny_model("gemma2", attn_logit_softcapping=cap) for cap in (0.1, 1e6))
+    assert (capped(IDS).logits - free(IDS).logits).abs().max() > 0.01
+    assert empty_model({"model_type": "gemma2", "vocab_size": 9}).config._attn_implementation == "eager"
+
+
 # Export
 
 
@@ -173,6 +180,9 @@ def test_export_loads_bit_for_bit(model_type, tokenizer, tmp_path):
     folder = export(model, tokenizer, tmp_path / "deep" / "out")
     assert folder == tmp_path / "deep" / "out"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.set_attn_implementation(
+        "eager" if model_type == "gemma2" else "sdpa"
+    )  # transformers 5.17 takes sdpa for both
     assert torch.equal(loaded(IDS).logits, before)
     assert same_weights(loaded, model)
     assert loaded.generation_config.max_new_tokens == 7
