@@ -55,6 +55,14 @@ RUNS = {
         "trl", "sorted", "the same, its CUDA-only completion head forced", cached=True, completion_head=True
     ),
     "trl_best_micro": Run("trl", "sorted", "trl_best in 4 micro-batches a step", cached=True, micro_batches=4),
+    "trl_best_micro_head": Run(
+        "trl",
+        "sorted",
+        "trl_best_head in 4 micro-batches a step",
+        cached=True,
+        completion_head=True,
+        micro_batches=4,
+    ),
     "lit_dpo": Run("lit_dpo", "shuffled", "flat, prompt shared, references cached", cached=True),
     "lit_dpo_micro": Run("lit_dpo", "shuffled", "lit_dpo in 4 micro-batches a step", cached=True, micro_batches=4),
     "lit_dpo_live": Run("lit_dpo", "shuffled", "flat, prompt shared, reference model in each step"),

@@ -57,9 +57,9 @@ class PreferenceModule(LightningModule):
             the usual learning rates a bfloat16 weight does not move.
         layout: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-        max_tokens: Tokens whose activations may be alive at a time. A batch of more is computed in parts, most of them
-            again in the backward pass: the same gradient, and the longest batch of an epoch no longer decides what
-            memory it takes. Not for sharded models.
+        max_tokens: Tokens of the flat line to compute at once. A batch of more is computed in parts, most of them again
+            in the backward pass: the same gradient, and the longest batch of an epoch no longer decides what memory
+            it takes. Not for sharded models.
         init_seed: Seed of the random weights of a description, and of adapters.
 
     Raises:
@@ -197,7 +197,10 @@ class PreferenceModule(LightningModule):
         layout = self._settled or self.layout
         reference = None
         if self.reference is not None:
-            reference = self.reference.score(self.policy, batch, self.loss.layers, layout)
+            parts = [batch] if self.max_tokens is None else batch.split(self.max_tokens)
+            reference = PairLogps.cat(
+                [self.reference.score(self.policy, part, self.loss.layers, layout) for part in parts]
+            )
         run = score if self.max_tokens is None else partial(score_in_parts, max_tokens=self.max_tokens)
         policy = run(self.policy, batch, self.loss.layers, detach_head=self.loss.detach_head, layout=layout)
         return policy, reference or policy.detach().zeros()
@@ -388,8 +391,11 @@ class PreferenceModule(LightningModule):
                 "set the module's `dtype: bfloat16` and leave the Trainer at `32-true`, or use `bf16-mixed`."
             )
         assert self.policy is not None
-        with self.trainer.precision_plugin.forward_context():  # as in training
-            self._settled, reason = choose_layout(self.policy, self.layout)
+        self._settled, reason = choose_layout(self.policy, self.layout)
+        if self.trainer.precision != "32-true":  # the first audit was the strict one, this is of the run's own kernels
+            with self.trainer.precision_plugin.forward_context():
+                self._settled, again = choose_layout(self.policy, self._settled)
+            reason = reason or again
         if reason is not None:
             rank_zero_info(f"Scoring pairs as padded rows: {reason}.")
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")

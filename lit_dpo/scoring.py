@@ -325,9 +325,10 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of the flat line under transformers' signature; other calls go to the usual one."""
+    if pair_shape is None and softcap is not None:
+        raise RuntimeError("This model caps its attention scores: call `lit_dpo.scoring.own_attention(model)` first.")
     if pair_shape is None:
-        more = kwargs if softcap is None else {**kwargs, "softcap": softcap}
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **more)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None
     extra = [name for name, v in kwargs.items() if isinstance(v, Tensor) and name != "position_ids"]
     if extra or kwargs.get("is_causal") is False:

@@ -36,7 +36,7 @@ class TensorStore:
     """One set of named tensors.
 
     Args:
-        folder: Where; made when first written, with the folders above it, readable by its owner alone.
+        folder: Where; made when first written, readable by its owner alone.
         identity: Everything that decides the values.
 
     Attributes:
@@ -63,9 +63,7 @@ class TensorStore:
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the files."""
-        missing = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
-        for folder in reversed(missing):  # `parents=True` would give the mode to the last one alone
-            folder.mkdir(mode=0o700, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         _replace(self.data, content)
         _replace(self.header, self._header(content))

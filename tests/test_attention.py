@@ -3,6 +3,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from lit_dpo import attention
 from lit_dpo.attention import pair_attention
@@ -112,12 +113,32 @@ def refuses(*args):
     raise RuntimeError("no kernel image")
 
 
+class Gradientless(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+def right_but_for_its_gradient(*args):
+    return Gradientless.apply(flash_kernel(*args))
+
+
 @pytest.mark.parametrize(
     ("kernel", "said"),
-    [(flash_kernel, None), (aligned_to_the_start, "differs from it by"), (refuses, "refuses: no kernel image")],
+    [
+        (flash_kernel, None),
+        (aligned_to_the_start, "differs: by "),
+        (right_but_for_its_gradient, "differs: by 0.0%, nan%"),
+        (refuses, "refuses: no kernel image"),
+    ],
 )
 def test_the_kernel_is_compared_before_it_is_used(monkeypatch, kernel, said):
     monkeypatch.setattr(attention, "_flash", kernel)
+    monkeypatch.setattr(attention, "_DISTRUSTED", set())
     check = attention._flash_agrees.__wrapped__
     with warnings.catch_warnings(record=True) as caught, torch.inference_mode():
         warnings.simplefilter("always")
@@ -125,6 +146,19 @@ def test_the_kernel_is_compared_before_it_is_used(monkeypatch, kernel, said):
     assert agrees == (said is None)
     assert len(caught) == (said is not None), [str(warning.message) for warning in caught]
     assert all(said in str(warning.message) for warning in caught)
+
+
+def test_the_comparison_leaves_a_checkpoint_around_it_alone(monkeypatch):
+    """The first call of all may stand in a checkpointed block, which counts the tensors that are kept."""
+    monkeypatch.setattr(attention, "_flash", flash_kernel)
+    monkeypatch.setattr(attention, "flash_here", lambda device: True)
+    attention._flash_agrees.cache_clear()
+    made = [torch.randn(1, 2, 4, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    out = checkpoint(lambda *tensors: pair_attention(*tensors, ((2, 1, 1),)), *made, use_reentrant=False)
+    out.sum().backward()
+    assert attention._flash_agrees.cache_info().misses == 1
+    attention._flash_agrees.cache_clear()
+    assert made[0].grad.isfinite().all()
 
 
 def test_attention_runs_on_the_meta_device():

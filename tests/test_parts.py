@@ -1,6 +1,7 @@
 """A batch in parts is the batch: log-probs, gradients and runs, in less memory."""
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lit_dpo import DPOLoss, IntermediateLoss, LoRA, PairBatch, score
+from lit_dpo import parts as parts_module
 from lit_dpo.parts import score_in_parts
 from tests import runs
 from tests.models import tiny_model
@@ -84,6 +86,50 @@ def test_only_one_part_is_kept_for_the_backward_pass():
 
     parts = kept(lambda *args: score_in_parts(*args, max_tokens=60))
     assert parts < 0.2 * kept(score)  # an eighth, and each part's inputs
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_dropout_draws_the_same_masks_again(device):
+    model = LoRA(rank=2, dropout=0.5).attach(tiny_model("llama")).train().to(device)
+    drawn = []
+    for name, module in model.named_modules():
+        if "layers.0.self_attn.q_proj.lora_dropout.default" in name:
+            module.register_forward_hook(lambda module, args, out: drawn.append(out == 0))
+    score_in_parts(model, BATCH.to(device), max_tokens=14).chosen.sum().backward()
+    parts = len(BATCH.split(14))
+    assert parts > 2
+    assert len(drawn) == 2 * parts - 1
+    for first, second in zip(drawn[: parts - 1], reversed(drawn[parts:]), strict=True):
+        assert torch.equal(first, second)
+    assert not torch.equal(drawn[0], torch.zeros_like(drawn[0]))
+
+
+def test_the_checkpoint_is_shown_the_device(monkeypatch):
+    """It looks for tensors among its arguments, not inside of batches, to know whose random state to keep."""
+    shown = []
+    monkeypatch.setattr(parts_module, "checkpoint", lambda run, *args, **kw: shown.append(args[0]) or run(*args))
+    score_in_parts(tiny_model("llama"), BATCH, max_tokens=14)
+    assert shown
+    assert all(isinstance(tensor, torch.Tensor) for tensor in shown)
+
+
+def test_gradients_of_parts_add_up_in_float32_under_autocast():
+    pairs = [([i, i + 1, i + 2], [i + 3, i + 4], [i + 5]) for i in range(1, 41)]
+    batch = PairBatch.from_lists(pairs)
+    exact = tiny_model("llama", initializer_range=0.05).train()
+
+    def gradient(run, mixed):
+        exact.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            logps = run(exact, batch)
+        (logps.chosen - 0.5 * logps.rejected).sum().backward()
+        return torch.cat([p.grad.flatten() for p in exact.parameters()])
+
+    truth = gradient(score, False)
+    in_parts = partial(score_in_parts, max_tokens=12)
+    whole, parts = (float((gradient(run, True) - truth).norm() / truth.norm()) for run in (score, in_parts))
+    assert parts < 1.3 * whole
 
 
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2, dropout=0.5)], ids=["full", "lora with dropout"])

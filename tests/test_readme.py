@@ -36,6 +36,16 @@ def test_there_is_something_to_run():
     assert blocks("python", "a\n```python\nx = 1\n```\n```bash\ny\n```\n") == ["x = 1\n"]
 
 
+def test_every_ratio_stands_in_the_results():
+    measured = "".join(path.read_text() for path in (ROOT / "benchmarks" / "results").glob("throughput_*.md"))
+    values = [float(number) for number in re.findall(r"([\d.]+)x", measured)]
+    shown = re.findall(r"(\d+\.\d+)x", TEXT)
+    assert len(shown) >= 4
+    for number in shown:
+        digits = len(number.partition(".")[2])
+        assert number in {f"{value:.{digits}f}" for value in values}
+
+
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: next(line for line in code.splitlines() if line)[:40])
 def test_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -495,6 +495,13 @@ def test_own_attention_is_given_back(model_type):
     assert model.config._attn_implementation == name
 
 
+def test_a_cap_on_scores_is_not_lost_in_a_plain_pass():
+    model = tiny_model("gemma2")
+    score(model, BATCH, layout="flat")
+    with pytest.raises(RuntimeError, match=r"call `lit_dpo\.scoring\.own_attention"):
+        model(torch.randint(VOCABULARY, (2, 7)))
+
+
 def test_a_second_model_of_the_same_config_is_scored_too():
     model = tiny_model("llama", "float64")
     score(model, BATCH)

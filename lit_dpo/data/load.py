@@ -144,8 +144,10 @@ def load_pairs(
                     chunk.append(error)
                 if len(chunk) >= _CHUNK:
                     settle(source, chunk)
-        finally:  # an error of the reader does not go before those of earlier rows
-            settle(source, chunk)
+        except (ValueError, OSError):
+            settle(source, chunk)  # an error of the reader does not go before those of earlier rows
+            raise
+        settle(source, chunk)
         if unknown and not known:
             raise unknown
     if not rows:

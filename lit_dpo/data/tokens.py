@@ -27,7 +27,7 @@ class TokenCache:
     Args:
         encoder: Encodes what is not kept.
         specs: Names of the data sets; each list of them has a file of its own.
-        folder: Where the files lie; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, in ``tokens``.
+        folder: Where the files lie; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
 
     Attributes:
         reused: Rows found so far.
@@ -47,12 +47,12 @@ class TokenCache:
         if identity is None:
             return None
         try:
-            place = Path(folder) if folder else cache_folder() / "tokens"
+            place = Path(folder) if folder else cache_folder()
         except OSError as error:
             rank_zero_info(f"Token ids are not kept: {error}.")
             return None
         paths = [str(Path(spec).resolve()) if Path(spec).exists() else spec for spec in specs]
-        return TensorStore(place, {**identity, "layout": _LAYOUT, "specs": paths})
+        return TensorStore(place, {**identity, "tokens": _LAYOUT, "specs": paths})
 
     def _read(self) -> None:
         tensors, problem = (None, None) if self._store is None else self._store.read()

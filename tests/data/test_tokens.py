@@ -38,7 +38,7 @@ FOUND = 6  # with the duplicate
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tokens, "WORTH_KEEPING", 1)
-    return tmp_path / "cache" / "tokens"
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_small_sets_leave_nothing_behind(path, folder, monkeypatch):
 
 
 def test_a_folder_that_cannot_be_written_costs_one_line(path, folder, caplog):
-    folder.parent.write_text("a file where the folder should be")
+    folder.write_text("a file where the folder should be")
     with caplog.at_level(logging.INFO):
         found, _ = load(path)
     assert found[1].kept == FOUND
