@@ -115,21 +115,23 @@ def test_the_checkpoint_is_shown_the_device(monkeypatch):
 
 
 def test_gradients_of_parts_add_up_in_float32_under_autocast():
-    pairs = [([i, i + 1, i + 2], [i + 3, i + 4], [i + 5]) for i in range(1, 41)]
-    batch = PairBatch.from_lists(pairs)
-    exact = tiny_model("llama", initializer_range=0.05).train()
+    """With one bfloat16 copy of the weights for all parts, their gradients would be summed in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda size: torch.randint(3, 50, (size,), generator=generator).tolist()  # noqa: E731
+    batch = PairBatch.from_lists([(draw(6), draw(4), draw(5)) for _ in range(64)])
+    model = tiny_model("llama", initializer_range=0.05).train()
 
     def gradient(run, mixed):
-        exact.zero_grad()
+        model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            logps = run(exact, batch)
+            logps = run(model, batch)
         (logps.chosen - 0.5 * logps.rejected).sum().backward()
-        return torch.cat([p.grad.flatten() for p in exact.parameters()])
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     truth = gradient(score, False)
-    in_parts = partial(score_in_parts, max_tokens=12)
+    in_parts = partial(score_in_parts, max_tokens=15)
     whole, parts = (float((gradient(run, True) - truth).norm() / truth.norm()) for run in (score, in_parts))
-    assert parts < 1.3 * whole
+    assert parts < 1.1 * whole  # else 1.5 times
 
 
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2, dropout=0.5)], ids=["full", "lora with dropout"])
