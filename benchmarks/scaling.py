@@ -136,7 +136,8 @@ def plot(points: Sequence[Record], path: Path) -> None:
         counted = [point["operations"] / rate for point in line]
         panel.plot(places, counted, linestyle="--", label="counted, at the rate of large products")
         panel.set(xlabel=LABELS[axis], ylabel="seconds, forward and backward", ylim=0)
-    panels[0].legend()
+        panel.locator_params(axis="x", nbins=5)
+    panels[1].legend(loc="lower right")
     save_figure(figure, path)
 
 
