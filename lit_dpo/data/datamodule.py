@@ -103,9 +103,12 @@ class PreferenceDataModule(LightningDataModule):
         if self.trainer is None or self.trainer.world_size == 1 or not self.cache_tokens:
             return
         held_out = self._held_out_source(self.trainer.state.fn or "fit")
+        names = ["train", "validation"] if held_out is None else [held_out]
         with suppress(ValueError, OSError):
-            for name in ["train", "validation"] if held_out is None else [held_out]:
-                if self.sources[name] and name not in self._sets and self._encoder().identity() is not None:
+            if self._encoder().identity() is None:
+                return  # nothing can be kept, so that everyone would encode again
+            for name in names:
+                if self.sources[name] and name not in self._sets:
                     self._read(name)
 
     def setup(self, stage: str) -> None:

@@ -22,32 +22,32 @@ class TokenCache:
 
     A row's ids are kept under a hash of its prompt and completions, in a file named by everything else that decides
     them (tokenizer, template, versions, limits). So a changed row, tokenizer or option is never served old ids, and a
-    row that was added costs its own encoding alone. Rows that are refused are not kept.
+    row that was added costs its own encoding alone. Rows that are refused are not kept. The files lie in
+    ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
 
     Args:
         encoder: Encodes what is not kept.
         specs: Names of the data sets; each list of them has a file of its own.
-        folder: Where the files lie; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
 
     Attributes:
         reused: Rows found so far.
     """
 
-    def __init__(self, encoder: PairEncoder, specs: Sequence[str], folder: str | Path | None = None) -> None:
+    def __init__(self, encoder: PairEncoder, specs: Sequence[str]) -> None:
         self.encoder, self.reused = encoder, 0
-        self._store = self._open(encoder, specs, folder)
+        self._store = self._open(encoder, specs)
         self._kept: dict[bytes, int] = {}
         self._seen: dict[bytes, Encoded] = {}
         self._changed = False
         self._read()
 
     @staticmethod
-    def _open(encoder: PairEncoder, specs: Sequence[str], folder: str | Path | None) -> TensorStore | None:
+    def _open(encoder: PairEncoder, specs: Sequence[str]) -> TensorStore | None:
         identity = encoder.identity()
         if identity is None:
             return None
         try:
-            place = Path(folder) if folder else cache_folder()
+            place = cache_folder()
         except OSError as error:
             rank_zero_info(f"Token ids are not kept: {error}.")
             return None
