@@ -19,7 +19,6 @@ FLOORS = {
     "store": 1,
     "shards": 1,
     "checkpoints": 1,
-    "messages": 6,
     "resume": 2,
     "gradients": 2,
     "runs": 2,

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-import lit_dpo.cli
+import lit_dpo.cli.app
 from lit_dpo import DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, LoRA, SFTLoss, WeightedLoss
 from lit_dpo.cli import main
 from tests import runs
@@ -54,7 +54,7 @@ def built():
 @pytest.fixture
 def quick(monkeypatch, built):
     """Build the parser once for many commands: it takes half a second, most of what a mistake costs."""
-    original = lit_dpo.cli.PreferenceCLI.setup_parser
+    original = lit_dpo.cli.app.PreferenceCLI.setup_parser
     names = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
 
     def setup_parser(cli, *args):
@@ -63,7 +63,7 @@ def quick(monkeypatch, built):
             built.update({name: getattr(cli, name) for name in names})
         vars(cli).update(built)
 
-    monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "setup_parser", setup_parser)
+    monkeypatch.setattr(lit_dpo.cli.app.PreferenceCLI, "setup_parser", setup_parser)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def parsed(monkeypatch, quick):
 
     def parsed(*args):
         found = []
-        monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "_run_subcommand", lambda cli, name: found.append(cli))
+        monkeypatch.setattr(lit_dpo.cli.app.PreferenceCLI, "_run_subcommand", lambda cli, name: found.append(cli))
         main(list(args))
         return found[0]
 
@@ -285,13 +285,13 @@ def trained(tmp_path_factory):
 def test_validate_and_test_measure_a_checkpoint(trained, tmp_path, capsys, stage, monkeypatch):
     run, checkpoint = trained
     found = []
-    original = lit_dpo.cli.PreferenceCLI._run_subcommand
+    original = lit_dpo.cli.app.PreferenceCLI._run_subcommand
 
     def keep(cli, name):
         original(cli, name)
         found.append(cli.trainer.callback_metrics)
 
-    monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "_run_subcommand", keep)
+    monkeypatch.setattr(lit_dpo.cli.app.PreferenceCLI, "_run_subcommand", keep)
     main(command(stage, tmp_path / "run", "dpo", "--ckpt_path", checkpoint))
     prefix = {"validate": "val", "test": "test"}[stage]
     in_training = metrics(run)
@@ -361,7 +361,7 @@ def test_ctrl_c_prints_the_command_to_go_on_with(tmp_path, capsys, monkeypatch):
 
     args = command("fit", tmp_path / "stopped", "dpo", "--trainer.max_steps", 4, "--trainer.log_every_n_steps", 1)
     main(command("fit", tmp_path / "whole", "dpo", "--trainer.max_steps", 4, "--trainer.log_every_n_steps", 1))
-    monkeypatch.setattr(lit_dpo.cli.RunSummary, "on_train_batch_start", on_train_batch_start)
+    monkeypatch.setattr(lit_dpo.cli.app.RunSummary, "on_train_batch_start", on_train_batch_start)
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 130
@@ -574,7 +574,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(tmp_path, capsys, monkeypatch)
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(lit_dpo.cli.RunSummary, "on_fit_end", full)
+    monkeypatch.setattr(lit_dpo.cli.app.RunSummary, "on_fit_end", full)
     assert "No space left" in fails(capsys, command("fit", tmp_path, "dpo"))
     assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
     assert metrics(tmp_path / "version_0")["train/loss"]
@@ -584,7 +584,7 @@ def test_an_error_of_our_own_keeps_its_traceback(tmp_path, monkeypatch):
     def bug(*args):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(lit_dpo.cli.PreferenceCLI, "_run_subcommand", bug)
+    monkeypatch.setattr(lit_dpo.cli.app.PreferenceCLI, "_run_subcommand", bug)
     with pytest.raises(KeyError, match="a bug"):
         main(command("fit", tmp_path))
 
@@ -595,11 +595,9 @@ def test_a_traceback_on_demand(tmp_path, monkeypatch):
         main(command("fit", tmp_path, "dpo", "--data.batch_size", 0))
 
 
-@pytest.mark.parametrize("module", ["lit_dpo", "lit_dpo.cli"])
-@pytest.mark.filterwarnings("ignore:'lit_dpo.cli' found in sys.modules")
-def test_the_module_is_the_command(tmp_path, monkeypatch, capsys, module):
+def test_the_package_is_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lit-dpo", "export", "none.ckpt", "out"])
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_module("lit_dpo", run_name="__main__")
     assert capsys.readouterr().err.startswith("lit-dpo: error: No checkpoint `none.ckpt`")

@@ -7,18 +7,13 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jsonargparse
 import torch
-from jsonargparse import (
-    _typehints,  # see _switching_forgets_options
-    set_parsing_settings,
-)
-from jsonargparse._util import import_object
+from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -29,9 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, RunSummary, Stopped
 from lit_dpo.checkpoints import make_durable
+from lit_dpo.cli.messages import PLUGGABLE, one_sentence, subclass_names, users_fault
+from lit_dpo.cli.parser import Parser, switching_forgets_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_checkpoint
-from lit_dpo.messages import PLUGGABLE, nearest, one_sentence, subclass_names, users_fault
 from lit_dpo.module import PreferenceModule
 from lit_dpo.runs import (
     check_checkpoint,
@@ -48,19 +44,6 @@ from lit_dpo.runs import (
 from lit_dpo.stepwise import fit_stepwise
 
 _EXPORT = "export"
-
-
-class Parser(LightningArgumentParser):
-    """An argument parser whose errors name what was probably meant."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one sentence, with the nearest valid names, and exit with status 2."""
-        text = one_sentence(message)
-        near = nearest(text, self)
-        if near:
-            text = f"{text.rstrip('.')}. Did you mean {' or '.join(near)}?"
-        sys.stderr.write(f"lit-dpo: error: {text}\n")
-        raise SystemExit(2)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -97,7 +80,7 @@ class PreferenceCLI(LightningCLI):
     def __init__(self, args: Sequence[str], allow_changes: bool = False) -> None:
         self._allow_changes = allow_changes
         self._continued: Path | None = None  # the folder of the run that is resumed
-        with _switching_forgets_options():
+        with switching_forgets_options():
             super().__init__(
                 PreferenceModule,
                 PreferenceDataModule,
@@ -318,37 +301,5 @@ def _resuming(args: Sequence[str], checkpoint: str) -> list[str]:
     return [*rest, "--ckpt_path", checkpoint]
 
 
-@contextmanager
-def _switching_forgets_options() -> Iterator[None]:
-    """Let a class named anew start from its own defaults.
-
-    jsonargparse keeps options of the previous class that the new one happens to have too: `--model.loss DPOPLoss` over
-    a config for DPO would silently train with DPO's beta. It offers no switch for that, hence the replaced function.
-    """
-    name = "discard_init_args_on_class_path_change"
-    original = getattr(_typehints, name)
-
-    def forget(parser: Any, previous: Any, value: Any) -> None:
-        if previous and "init_args" in previous and not _same_class(previous["class_path"], value["class_path"]):
-            previous["init_args"] = type(previous["init_args"])()
-
-    setattr(_typehints, name, forget)
-    try:
-        yield
-    finally:
-        setattr(_typehints, name, original)
-
-
-def _same_class(first: str | None, second: str | None) -> bool:
-    """Whether two import paths lead to one class, as `lit_dpo.DPOLoss` and `lit_dpo.losses.DPOLoss` do."""
-    if first is None or second is None or first == second:
-        return first == second
-    return bool(import_object(first) is import_object(second))
-
-
 def _has(callbacks: list[Any], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
-
-
-if __name__ == "__main__":
-    main()
