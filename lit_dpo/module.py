@@ -359,6 +359,8 @@ class PreferenceModule(LightningModule):
         state = checkpoint.get(STATE)
         if state is None or self._trainer is None or self.trainer.state.fn != "fit":
             return
+        if type(getattr(self.trainer, "datamodule", None)).__qualname__ not in checkpoint:
+            rank_zero_info("The checkpoint keeps nothing of its rows, so whether they have changed cannot be noticed.")
         layout = self._step_layout()
         if layout is not None and state["step_layout"] is not None:
             rescale(checkpoint["loops"], state["step_layout"], layout)

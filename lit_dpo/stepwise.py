@@ -62,7 +62,7 @@ def fit_stepwise(
     for number, part in enumerate(parts):
         root = folder / f"partition_{number}"
         start, exported = exported, root / "export"
-        if resume and _is_done(root, part):
+        if resume and _is_done(root, part, datamodule):
             rank_zero_info(f"Partition {number + 1} of {len(parts)} is done")
             continue
         rank_zero_info(f"Partition {number + 1} of {len(parts)}: {len(part)} pairs")
@@ -71,30 +71,33 @@ def fit_stepwise(
         datamodule.use_part(number)
         trainer = make_trainer(root)
         if exported.exists():  # trained and exported, but stopped before that was noted
-            _note_done(trainer, root, part)
+            _note_done(trainer, root, part, datamodule)
             continue
         trainer.callbacks.append(ExportModel(str(exported.absolute())))  # type: ignore[attr-defined]
         trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
-        _note_done(trainer, root, part)
+        _note_done(trainer, root, part, datamodule)
     if module.policy is None:
         module.restart_from(str(exported))
     rank_zero_info(f"Exported the policy of the last partition to {exported}")
     return exported
 
 
-def _is_done(root: Path, part: Tensor) -> bool:
-    """Whether a partition is done; raises ValueError if it was one of other rows."""
+def _is_done(root: Path, part: Tensor, datamodule: PreferenceDataModule) -> bool:
+    """Whether a partition is done; raises ValueError if it was one of other rows, or the data have changed since."""
     mark = root / "DONE"
     if not mark.exists():
         return False
-    if json.loads(mark.read_text(encoding="utf-8"))["rows"] != part.tolist():
+    done = json.loads(mark.read_text(encoding="utf-8"))
+    if "data" in done:
+        datamodule.refuse_changes(done["data"], f"`{root}`")
+    if done["rows"] != part.tolist() and not datamodule.allow_changes:
         raise ValueError(f"`{root}` was trained on other rows than this partition has now: start in a new folder.")
     return True
 
 
-def _note_done(trainer: Trainer, root: Path, part: Tensor) -> None:
+def _note_done(trainer: Trainer, root: Path, part: Tensor, datamodule: PreferenceDataModule) -> None:
     if trainer.is_global_zero:
-        write_json(root / "DONE", {"rows": part.tolist()})
+        write_json(root / "DONE", {"rows": part.tolist(), "data": datamodule.state_dict()})
     trainer.strategy.barrier("partition done")
 
 

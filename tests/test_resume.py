@@ -163,9 +163,14 @@ def test_done_partitions_of_other_rows_are_refused(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     interrupted.train(folder, options)
-    options["file"] = runs.pairs_file(tmp_path, 20, "other.jsonl")
-    with pytest.raises(ValueError, match="partition_0` was trained on other rows"):
+    original, options["file"] = options["file"], runs.pairs_file(tmp_path, 20, "other.jsonl")
+    with pytest.raises(ValueError, match=r"differ from those of `.*partition_0` \(5 removed\)"):
         interrupted.train(folder, options, resume=True)
+    mark = folder / "steps" / "partition_0" / "DONE"
+    rows = json.loads(mark.read_text())["rows"]
+    mark.write_text(json.dumps({"rows": rows[1:]}))  # as version 0.1.0 wrote it, with other rows
+    with pytest.raises(ValueError, match="partition_0` was trained on other rows"):
+        interrupted.train(folder, {**options, "file": original}, resume=True)
 
 
 # -- processes that are killed ----------------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ class PreferenceCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         folder: Path | None = None
         try:
+            self.datamodule.allow_changes = self._allow_changes
             make_durable(self.trainer)
             if subcommand == "fit" and self.datamodule.stepwise:
                 if self._get(self.config, "ckpt_path") is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.utils.data import Dataset, DistributedSampler
 from lit_dpo.data.load import EncodedRow
 from lit_dpo.pairs import PairBatch
 
+DIGEST = 16  # bytes of a row's hash
 _WINDOW = 16  # optimizer steps sorted by length together: long enough to group, short enough to stay shuffled
 
 
@@ -44,6 +46,8 @@ class PairDataset(Dataset[PairBatch]):
         self.starts = total.cumsum(0) - total
         self.sources = [row.source for row in rows]
         self.origins = [row.row for row in rows]
+        self.prompts = [row.encoded.prompt_key for row in rows]  # equal where the uncut prompts are
+        self._digests: list[bytes] = []
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -53,6 +57,23 @@ class PairDataset(Dataset[PairBatch]):
         start, lengths = int(self.starts[row]), self.lengths[row].tolist()
         prompt, chosen, rejected = self.tokens[start : start + sum(lengths)].split(lengths)
         return prompt.tolist(), chosen.tolist(), rejected.tolist()
+
+    def digest(self, row: int, swapped: bool = False) -> bytes:
+        """A hash of a row's token ids and their boundaries; `swapped`, with its completions in each other's place."""
+        start, (prompt, chosen, rejected) = int(self.starts[row]), self.lengths[row].tolist()
+        tokens, middle = self.tokens[start : start + prompt + chosen + rejected].numpy(), prompt + chosen
+        parts = [tokens[:prompt], tokens[prompt:middle], tokens[middle:]]
+        if swapped:
+            parts = [parts[0], parts[2], parts[1]]
+        found = hashlib.blake2b(str([len(part) for part in parts]).encode(), digest_size=DIGEST)
+        for part in parts:
+            found.update(part.tobytes())
+        return found.digest()
+
+    def digests(self) -> list[bytes]:
+        """The hash of every row, in order, computed at the first call."""
+        self._digests = self._digests or [self.digest(row) for row in range(len(self))]
+        return self._digests
 
     def plain_batches(self, rows: Tensor, size: int = 256) -> Iterator[PairBatch]:
         """These rows in their order, in batches of any size; for looking at them, not for training."""
@@ -74,8 +95,9 @@ class PairSampler(DistributedSampler[BatchPlan]):
 
     Which pairs share an optimizer step depends on seed, epoch and the pairs per step alone, not on how these are cut
     into micro-batches or shared among processes. An incomplete last step is filled with pairs of weight zero, so that
-    all processes make equally many equal batches, and its real pairs are weighted so that the step is still the plain
-    mean over them. Pairs of similar length share a step; the order of steps is random.
+    all processes make equally many equal batches. Its real pairs, as those of a step that `limit` cuts, are weighted
+    so that the step is still the plain mean over them. Pairs of similar length share a step; the order of steps is
+    random.
 
     (A subclass of `DistributedSampler`, because Lightning replaces any other sampler by its own.)
 
@@ -86,6 +108,7 @@ class PairSampler(DistributedSampler[BatchPlan]):
         shuffle: Random order, new in each epoch; otherwise long pairs come first.
         seed: Of the order.
         accumulate: Batches per optimizer step.
+        limit: Batches of an epoch that will be asked for; ``None`` means all.
         num_replicas: Number of processes.
         rank: Number of this process.
 
@@ -101,11 +124,12 @@ class PairSampler(DistributedSampler[BatchPlan]):
         shuffle: bool = False,
         seed: int = 0,
         accumulate: int = 1,
+        limit: int | None = None,
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle, seed)
-        self.rows, self.batch_size, self.accumulate = rows, batch_size, accumulate
+        self.rows, self.batch_size, self.accumulate, self.limit = rows, batch_size, accumulate, limit
         self.sizes = dataset.lengths.sum(1)
         self.start = 0
 
@@ -117,7 +141,8 @@ class PairSampler(DistributedSampler[BatchPlan]):
     def __iter__(self) -> Iterator[BatchPlan]:
         left_out, self.start = self.start, 0
         steps, rest = divmod(left_out, self.accumulate)
-        plans = (plan for step in self.steps()[steps:] for plan in self._share(step))
+        numbered = itertools.islice(enumerate(self.steps()), steps, None)
+        plans = (plan for number, step in numbered for plan in self._share(step, number))
         yield from itertools.islice(plans, rest, None)
 
     def steps(self) -> list[list[int]]:
@@ -140,16 +165,19 @@ class PairSampler(DistributedSampler[BatchPlan]):
     def _chunks(rows: Tensor, size: int) -> list[list[int]]:
         return [chunk.tolist() for chunk in rows.split(size)] if len(rows) else []
 
-    def _share(self, step: list[int]) -> Iterator[BatchPlan]:
-        """This process's batches of one optimizer step: equally many pairs and nearly equally many tokens in each."""
+    def _share(self, step: list[int], number: int) -> Iterator[BatchPlan]:
+        """This process's batches of the n-th optimizer step: equally many pairs and nearly as many tokens in each."""
         batches = -(-len(step) // (self.batch_size * self.num_replicas))
         slots = batches * self.num_replicas
         size = -(-len(step) // slots)
-        weight = size * self.accumulate * self.num_replicas / len(step)
+        # Long pairs come first, so dealing to and fro, like cards, balances the tokens.
+        starts = range(0, slots * size, slots)
+        dealt = [[n + (slots - 1 - slot if n // slots % 2 else slot) for n in starts] for slot in range(slots)]
+        used = slots if self.limit is None else min(slots, (self.limit - number * self.accumulate) * self.num_replicas)
+        real = sum(place < len(step) for places in dealt[: max(0, used)] for place in places)
+        weight = size * self.accumulate * self.num_replicas / max(1, real)
         rows = step + [step[-1]] * (slots * size - len(step))  # fillers at the end
         weights = [weight] * len(step) + [0.0] * (len(rows) - len(step))
-        for slot in range(self.rank, slots, self.num_replicas):
-            # Long pairs come first, so dealing to and fro, like cards, balances the tokens.
-            places = [turn * slots + (slots - 1 - slot if turn % 2 else slot) for turn in range(size)]
+        for places in dealt[self.rank :: self.num_replicas]:
             mine = [weights[place] for place in places]
             yield BatchPlan([rows[place] for place in places], None if set(mine) == {1.0} else mine)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,11 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lit_dpo.data.changes import record, refuse_changes
 from lit_dpo.data.collate import PairDataset, PairSampler
-from lit_dpo.data.encode import PairEncoder, Truncation
+from lit_dpo.data.encode import PairEncoder, Truncation, read_template
 from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, load_pairs
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.tokens import TokenCache
+from lit_dpo.data.validation import held_out, overlap
 from lit_dpo.pairs import PairBatch
 from lit_dpo.resume import ResumableLoader
 
@@ -38,12 +40,16 @@ class PreferenceDataModule(LightningDataModule):
         validation: Sources of the validation pairs; without any, `validation_fraction` of the training pairs.
         test: Sources for ``test``, and for ``predict`` unless `predict` is given; without any, the validation pairs.
         predict: Sources for ``predict``.
-        validation_fraction: Share of training pairs to hold out, in (0, 1); pairs of one prompt stay together.
+        validation_fraction: Share of training pairs to hold out, in [0, 1); pairs of one prompt stay together. With 0
+            all are trained on, and there is no validation unless `validation` names sources.
         batch_size: Pairs a batch on each process.
         eval_batch_size: The same for validation, test and predict; ``None`` means twice `batch_size`.
         max_length: Most tokens of prompt and one completion together.
         truncation: ``keep_start`` cuts completions' ends and refuses longer prompts; ``keep_end`` cuts prompts' starts
             first.
+        append_eos: End completions with the EOS token; without it the model learns nothing about where to end.
+        chat_template: A chat template in the place of the tokenizer's own: the path of a ``.jinja`` file, or its text.
+            Checkpoints and exports keep it.
         columns: Own names for the columns, as ``{prompt: question, chosen: good, rejected: bad}``.
         on_bad_row: ``error`` stops at the first malformed row, ``skip`` counts and reports them.
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
@@ -52,6 +58,9 @@ class PreferenceDataModule(LightningDataModule):
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
         cache_tokens: Keep the token ids of large sources in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, for later runs
             and for the other processes of a node. Any change of row, tokenizer, template or limit is noticed.
+
+    Attributes:
+        allow_changes: Resume from a checkpoint of other training data than these.
 
     Raises:
         ValueError: An option is out of its range.
@@ -68,6 +77,8 @@ class PreferenceDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         max_length: int = 1024,
         truncation: Truncation = "keep_start",
+        append_eos: bool = True,
+        chat_template: str | None = None,
         columns: dict[str, str] | None = None,
         on_bad_row: OnBadRow = "error",
         partition: Partition | None = None,
@@ -80,14 +91,16 @@ class PreferenceDataModule(LightningDataModule):
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
-        if not 0 < validation_fraction < 1:
-            raise ValueError(f"`validation_fraction` must be between 0 and 1, got {validation_fraction}.")
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"`validation_fraction` must be at least 0 and less than 1, got {validation_fraction}.")
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.validation_fraction = validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.max_length, self.truncation, self.columns, self.on_bad_row = max_length, truncation, columns, on_bad_row
+        self.append_eos, self.chat_template = append_eos, chat_template and read_template(chat_template)
         self.partition = partition or OneShot()
         self.num_workers, self.seed, self.tokenizer, self.cache_tokens = num_workers, seed, tokenizer, cache_tokens
+        self.allow_changes = False  # no option: a configuration file must not say so
         self.parts: list[Tensor] | None = None
         self.part: int | None = None
         self._sets: dict[str, PairDataset] = {}
@@ -97,6 +110,11 @@ class PreferenceDataModule(LightningDataModule):
     def stepwise(self) -> bool:
         """Whether the partition may have more than one part."""
         return not isinstance(self.partition, OneShot)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are pairs to validate on besides those trained on."""
+        return bool(self.sources["validation"]) or self.validation_fraction > 0
 
     def prepare_data(self) -> None:
         """Fill the token cache on one process of each node, so that the others only read; errors wait for `setup`."""
@@ -118,8 +136,15 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: There is no tokenizer, or no row to train on, or a row is malformed.
             FileNotFoundError: A file is missing.
         """
+        module = getattr(self.trainer, "lightning_module", None)
+        if self.chat_template and hasattr(module, "tokenizer"):
+            module.tokenizer.chat_template = self.chat_template  # for what is sampled and exported
         name = self._held_out_source(stage)
         if name is None:
+            if stage != "fit" and not self.has_validation:
+                raise ValueError(
+                    f"There are no pairs to {stage} on: name sources for it, or set a `validation_fraction` above 0."
+                )
             self._setup_fit()
         elif name not in self._sets:
             self._sets[name] = self._load(name)
@@ -139,11 +164,16 @@ class PreferenceDataModule(LightningDataModule):
             if "validation" not in self._sets:
                 self._sets["validation"] = self._load("validation")
             self._train_rows = everything
+            if shared := overlap(train, self._sets["validation"]):
+                rank_zero_info(f"validation: {shared}")
+        elif self.has_validation:
+            chosen = held_out(train, self.validation_fraction, self.seed)
+            self._sets["validation"], self._validation_rows = train, everything[chosen]
+            self._train_rows = everything[~chosen]
+            rank_zero_info(f"validation: {int(chosen.sum())} pairs held out of {len(train)}")
         else:
-            held_out = _held_out(train, self.validation_fraction, self.seed)
-            self._sets["validation"], self._validation_rows = train, everything[held_out]
-            self._train_rows = everything[~held_out]
-            rank_zero_info(f"validation: {int(held_out.sum())} pairs held out of {len(train)}")
+            self._train_rows = everything
+            rank_zero_info(f"validation: none, as `validation_fraction` is 0; all {len(train)} pairs are trained on")
         self._sets["train"] = train
 
     _validation_rows: Tensor | None = None
@@ -169,13 +199,37 @@ class PreferenceDataModule(LightningDataModule):
         return [source] if isinstance(source, str) else list(source or [])
 
     def _encoder(self) -> PairEncoder:
-        return PairEncoder(self._tokenizer(), self.max_length, self.truncation)
+        return PairEncoder(self._tokenizer(), self.max_length, self.truncation, self.append_eos, self.chat_template)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("No tokenizer: train with a `PreferenceModule`, or give the data module a `tokenizer`.")
         return tokenizer
+
+    # -- the same data when a run resumes -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: a hash of every row, and of which are trained on."""
+        train = self._sets.get("train")
+        return {} if train is None else dict(record(train, self._own_validation, self.training_rows(), self.seed))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with training from a checkpoint of other rows, unless `allow_changes`.
+
+        Raises:
+            ValueError: Rows were added, removed, moved or changed, or other ones are held out; shows which.
+        """
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self.refuse_changes(state_dict, "the checkpoint", self.state_dict()["order"])
+
+    def refuse_changes(self, saved: Mapping[str, object], where: str, order: str | None = None) -> None:
+        """Compare the data with an earlier `state_dict`; see `lit_dpo.data.changes.refuse_changes`."""
+        refuse_changes(saved, self._sets["train"], self._own_validation, order, where, self.allow_changes)
+
+    @property
+    def _own_validation(self) -> PairDataset | None:
+        return self._sets["validation"] if self.sources["validation"] else None
 
     # -- partitions ---------------------------------------------------------------------------------------------------
 
@@ -218,19 +272,28 @@ class PreferenceDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[PairBatch]:
         """Training pairs of the current part, shuffled, pairs of similar length together."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        return self._loader("train", self.training_rows(), self.batch_size, shuffle=True, accumulate=accumulate)
+        loader = self._loader("train", self.training_rows(), self.batch_size, shuffle=True, accumulate=accumulate)
+        loader.sampler.limit = self._limit(len(loader))  # type: ignore[attr-defined]
+        return loader
 
-    def val_dataloader(self) -> DataLoader[PairBatch]:
-        """Validation pairs, long ones first."""
+    def _limit(self, batches: int) -> int:
+        """How many of an epoch's batches the Trainer's `limit_train_batches` lets through."""
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+        """Validation pairs, long ones first; nothing if there are none."""
+        if "validation" not in self._sets:
+            return []
         return self._loader("validation", self._validation_rows, self.eval_batch_size)
 
-    def test_dataloader(self) -> DataLoader[PairBatch]:
+    def test_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
         """Test pairs, or the validation pairs if there are none."""
         if "test" not in self._sets:
             return self.val_dataloader()
         return self._loader("test", None, self.eval_batch_size)
 
-    def predict_dataloader(self) -> DataLoader[PairBatch]:
+    def predict_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
         """Predict pairs, else test pairs, else validation pairs."""
         if "predict" not in self._sets:
             return self.test_dataloader()
@@ -248,7 +311,7 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "fit":
             rows["train"] = self.training_rows()
         if stage == "validate" or (stage == "fit" and self.trainer and self.trainer.limit_val_batches != 0):
-            rows["validation"] = self._validation_rows
+            rows |= {"validation": self._validation_rows} if "validation" in self._sets else {}
         elif stage != "fit":
             names = ("predict", "test", "validation") if stage == "predict" else ("test", "validation")
             name = next(name for name in names if name in self._sets)
@@ -295,9 +358,7 @@ class PreferenceDataModule(LightningDataModule):
         """How optimizer steps are cut into batches: pairs a step, batches a step, batches an epoch."""
         trainer = self.trainer
         assert trainer is not None
-        accumulate, batches = trainer.accumulate_grad_batches, len(self.train_dataloader())
-        limit = trainer.limit_train_batches
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        accumulate, batches = trainer.accumulate_grad_batches, self._limit(len(self.train_dataloader()))
         pairs = self.batch_size * trainer.world_size * accumulate
         return {"pairs_per_step": pairs, "accumulate": accumulate, "batches": max(1, batches)}
 
@@ -313,18 +374,3 @@ def _leave_signals(worker: int) -> None:
     """Let the main process alone decide what a signal means: workers end when it does."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-
-
-def _held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:
-    """Mask over rows: a share of them, drawn by prompt so that no prompt stands on both sides."""
-    prompts = [tuple(dataset.pair(row)[0]) for row in range(len(dataset))]
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    if len(numbers) < 2:
-        raise ValueError(
-            "All pairs share one prompt, so none can be held out for validation: give `validation` a source of its own."
-        )
-    order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))
-    count = min(max(1, round(fraction * len(numbers))), len(numbers) - 1)
-    chosen = torch.zeros(len(numbers), dtype=torch.bool)
-    chosen[order[:count]] = True
-    return chosen[torch.tensor([numbers[prompt] for prompt in prompts])]

@@ -7,9 +7,11 @@ only its own whole tokens and both completions begin one token earlier ("healed"
 
 import hashlib
 import re
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
@@ -36,6 +38,7 @@ class Encoded:
         truncated: Something was cut to fit the limit.
         healed: A token of the prompt's own ids reached over the boundary and went to the completions.
         control_text: The text spells a special token, which was encoded as ordinary characters.
+        prompt_key: A hash of the prompt before anything was cut or healed: equal for equal prompts, 16 bytes.
     """
 
     prompt: list[int]
@@ -44,6 +47,7 @@ class Encoded:
     truncated: bool = False
     healed: bool = False
     control_text: bool = False
+    prompt_key: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,7 @@ class PairEncoder:
         truncation: `keep_start` cuts the ends of completions and refuses prompts that fill the limit;
             `keep_end` cuts the start of the prompt first, then the ends of completions.
         append_eos: Whether completions end with the EOS; off if the model is to learn nothing about ending.
+        chat_template: The template in the place of the tokenizer's own, as text.
 
     Raises:
         ValueError: A wrong argument, or the tokenizer lacks the EOS or chat template that the data need.
@@ -94,6 +99,7 @@ class PairEncoder:
         max_length: int,
         truncation: Truncation = "keep_start",
         append_eos: bool = True,
+        chat_template: str | None = None,
     ) -> None:
         if max_length < 2:
             raise ValueError(
@@ -105,6 +111,7 @@ class PairEncoder:
         self.max_length = max_length
         self.truncation = truncation
         self.append_eos = append_eos
+        self.chat_template = chat_template or tokenizer.chat_template
         self._start = _added_at_start(tokenizer)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         special |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -150,7 +157,7 @@ class PairEncoder:
     def identity(self) -> dict[str, object] | None:
         """Everything that decides a pair's ids besides the pair, as plain values; None where it cannot be told."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        template = str(self.tokenizer.chat_template)
+        template = str(self.chat_template)
         if backend is None or "strftime_now" in template:  # the template writes the day into its prompts
             return None
         return {
@@ -165,13 +172,15 @@ class PairEncoder:
     def _encoded(self, pair: Pair, whole: _Prepared, ids: list[list[int]]) -> Encoded:
         """Find the boundary and cut to the limit."""
         prompt, chosen, rejected = (self._one_bos(i) if whole.rendered else self._start + i for i in ids)
+        key = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).digest()
         chosen, rejected = chosen + whole.ends[0], rejected + whole.ends[1]
         boundary = _shared(prompt, chosen, rejected)
         if boundary == 0:
             remedy = "lengthen the prompt, or use a tokenizer with a BOS"
             raise RowError(pair.row, "prompt", "no token belongs to the prompt alone", remedy)
         healed = boundary < len(prompt)
-        encoded = Encoded(chosen[:boundary], chosen[boundary:], rejected[boundary:], False, healed, whole.control_text)
+        left, right = chosen[boundary:], rejected[boundary:]
+        encoded = Encoded(chosen[:boundary], left, right, False, healed, whole.control_text, key)
         for column, completion in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
             if not completion:
                 raise RowError(pair.row, column, "the completion has no tokens", "remove the row")
@@ -200,7 +209,8 @@ class PairEncoder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ValueError(
-                "The tokenizer has no EOS token to end completions; set `tokenizer.eos_token` or `append_eos: false`."
+                "The tokenizer has no EOS token to end completions with: name another `tokenizer`, or set the data's "
+                "`append_eos: false`."
             )
         return [int(eos)]
 
@@ -229,10 +239,10 @@ class PairEncoder:
         assert not isinstance(prompt, str)
         assert not isinstance(chosen, str)
         assert not isinstance(rejected, str)
-        if not self.tokenizer.chat_template:
+        if not self.chat_template:
             raise ValueError(
-                "The tokenizer has no chat template for data in messages; use an instruct model's tokenizer, "
-                "set `tokenizer.chat_template`, or give the data as text."
+                "The tokenizer has no chat template for data in messages: use an instruct model's tokenizer, set the "
+                "data's `chat_template`, or give the data as text."
             )
         self._refuse_special(pair)
         left, right = self._render(prompt + chosen, pair), self._render(prompt + rejected, pair)
@@ -245,7 +255,9 @@ class PairEncoder:
     def _render(self, messages: list[Message], pair: Pair, generation_prompt: bool = False) -> str:
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=generation_prompt, tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                turns, chat_template=self.chat_template, add_generation_prompt=generation_prompt, tokenize=False
+            )
         except (TemplateError, TypeError, ValueError) as error:
             remedy = f'it says "{error}": change the turns, or set `on_bad_row: skip`'
             raise RowError(pair.row, None, "the chat template refuses the conversation", remedy) from error
@@ -290,7 +302,21 @@ class PairEncoder:
         if chosen == rejected:
             remedy = f"they first differ after {room} tokens: raise `max_length` or set `on_bad_row: skip`"
             raise RowError(pair.row, "rejected", "chosen and rejected are identical after truncation", remedy)
-        return Encoded(prompt, chosen, rejected, True, encoded.healed, encoded.control_text)
+        return replace(encoded, prompt=prompt, chosen=chosen, rejected=rejected, truncated=True)
+
+
+def read_template(given: str) -> str:
+    """The text of a chat template, given as that text or as a path to its file.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if "{" in given:  # no template is without
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise ValueError(f"`chat_template`: there is no file `{given}`. Give a .jinja file, or the template itself.")
+    return path.read_text(encoding="utf-8")
 
 
 def _shared(first: Sequence[object], *others: Sequence[object]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.layouts import Pair, RowError
 from lit_dpo.store import TensorStore, cache_folder
 
-_LAYOUT = 1  # of the tensors in a file
+_LAYOUT = 2  # of the tensors in a file
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
 
 
@@ -63,6 +63,7 @@ class TokenCache:
         keys = tensors["keys"].numpy().tobytes()
         self._kept = {keys[i : i + 16]: i // 16 for i in range(0, len(keys), 16)}
         self._tokens, self._lengths, self._flags = (tensors[name] for name in ("tokens", "lengths", "flags"))
+        self._prompts = tensors["prompts"].numpy().tobytes()
         self._ends = self._lengths.sum(1).cumsum(0)
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
@@ -89,10 +90,11 @@ class TokenCache:
         parts = [part for row in rows.values() for part in (row.prompt, row.chosen, row.rejected)]
         flags = [(row.truncated, row.healed, row.control_text) for row in rows.values()]
         tensors = {
-            "keys": torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(-1, 16),
+            "keys": _bytes(rows),
             "tokens": torch.tensor([i for part in parts for i in part], dtype=torch.int32),
             "lengths": torch.tensor([len(part) for part in parts]).view(-1, 3),
             "flags": torch.tensor(flags),
+            "prompts": _bytes(row.prompt_key for row in rows.values()),
         }
         try:
             self._store.write(tensors)
@@ -102,7 +104,13 @@ class TokenCache:
     def _encoded(self, row: int) -> Encoded:
         end, lengths = int(self._ends[row]), self._lengths[row].tolist()
         prompt, chosen, rejected = (part.tolist() for part in self._tokens[end - sum(lengths) : end].split(lengths))
-        return Encoded(prompt, chosen, rejected, *self._flags[row].tolist())
+        key = self._prompts[16 * row : 16 * row + 16]
+        return Encoded(prompt, chosen, rejected, *self._flags[row].tolist(), prompt_key=key)
+
+
+def _bytes(hashes: Iterable[bytes]) -> torch.Tensor:
+    """Hashes of 16 bytes, shape ``(n, 16)`` uint8."""
+    return torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.uint8).view(-1, 16)
 
 
 def _key(pair: Pair) -> bytes:

@@ -207,8 +207,9 @@ def test_every_epoch_of_a_trainer_has_its_own_order(tmp_path):
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"eval_batch_size": -1}, "`eval_batch_size` must be at least 1, got -1"),
-        ({"validation_fraction": 0.0}, r"`validation_fraction` must be between 0 and 1, got 0\.0"),
-        ({"validation_fraction": 1.0}, "`validation_fraction` must be between 0 and 1"),
+        ({"validation_fraction": -0.1}, r"`validation_fraction` must be at least 0 and less than 1, got -0\.1"),
+        ({"validation_fraction": 1.0}, "`validation_fraction` must be at least 0 and less than 1"),
+        ({"chat_template": "no/such.jinja"}, r"`chat_template`: there is no file `no/such.jinja`\. Give a .jinja file"),
     ],
 )
 def test_options_out_of_range(options, message):

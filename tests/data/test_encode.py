@@ -79,7 +79,9 @@ def test_special_tokens_are_refused_where_they_cannot_stay_text():
 
 
 def test_no_eos():
-    with pytest.raises(ValueError, match=r"no EOS token .*; set `tokenizer.eos_token` or"):
+    with pytest.raises(
+        ValueError, match=r"no EOS token .*: name another `tokenizer`, or set the data's `append_eos: false`"
+    ):
         encoder(eos=None)(text_pair())
     assert decoded(encoder(eos=None, append_eos=False), text_pair()) == ("2+2=", "4", "5")
     assert decoded(encoder(eos=None), chat_pair())[1] == "4<|im_end|>"  # the template ends the turn
