@@ -83,7 +83,15 @@ class LogpsTable:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LogpsTable:
-        """The table that `tensors` has written."""
+        """The table that `tensors` has written.
+
+        Raises:
+            ValueError: Their shapes or types are not those of a table.
+        """
+        keys = tensors.get("keys")
+        sound = keys is not None and keys.dtype == torch.int64 and keys.dim() == 2 and keys.shape[1] == 2
+        if keys is None or not sound or any(t.shape != keys.shape for t in tensors.values()):
+            raise ValueError("it holds no table of log-probs")
         return cls(tensors["keys"], {name: values for name, values in tensors.items() if name != "keys"})
 
     def tensors(self) -> dict[str, Tensor]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +25,9 @@ from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.reference import Filling, Reference, Start, adapters_off
 from lit_dpo.scoring import Layout, own_tensors, score
-from lit_dpo.store import TensorStore, cache_folder
+from lit_dpo.store import Journal, TensorStore, cache_folder
+
+_SECONDS, _SHARE = 2.0, 0.05  # between two blocks of the journal: at most so long, and so much of what is scored
 
 
 class CachedReference(Reference):
@@ -31,7 +37,7 @@ class CachedReference(Reference):
     rewards are zero there by construction. The values are stored and reused by later runs and epochs, whatever their
     loss, beta, learning rate, seed or LoRA rank; they are missed as soon as weights, configuration, token ids, dtype,
     precision, layout or device differ. Damaged files are noticed and rebuilt; a few reused rows are scored again and
-    compared.
+    compared. What is scored is kept as it comes: a pass that was killed goes on where it stood, to the same values.
 
     Args:
         folder: Where the values are kept; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
@@ -73,6 +79,7 @@ class CachedReference(Reference):
 
         Raises:
             ValueError: The data module cannot say which rows there will be.
+            OSError: Rows are to be scored, and the folder cannot be written to.
         """
         sets = getattr(getattr(start.trainer, "datamodule", None), "reference_sets", None)
         if sets is None:
@@ -89,35 +96,47 @@ class CachedReference(Reference):
             "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
         }
         store = TensorStore(self.folder, identity)
-        found = store.read() if start.trainer.is_global_zero else (None, None)
-        tensors, problem = start.trainer.strategy.broadcast(found)
+        first = start.trainer.is_global_zero
+        tensors, problem, journals = _stored(store) if first else (None, None, {})
+        tensors, problem = start.trainer.strategy.broadcast((tensors, problem))
         table = None if tensors is None else LogpsTable.from_tensors(tensors)
         if problem:
             rank_zero_info(f"Reference cache {store.data} is damaged ({problem}): scoring anew.")
         columns = ["last", *(f"layer.{k}" for k in start.layers)]
-        self.scored = self.reused = 0
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         visits = [
             (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
             for dataset, rows, loader in sets(start.trainer.state.fn)
         ]
+        keep = True  # what others have stored meanwhile
         for rows, keys, loader in visits:
             if table is not None and not self._agrees(model, start, table, loader, rows[table.known(keys, columns)]):
                 rank_zero_info(f"Reference cache {store.data} differs from the model's own log-probs: scoring anew.")
-                table = None
-        for rows, keys, loader in visits:
-            known = torch.zeros(len(rows), dtype=torch.bool) if table is None else table.known(keys, columns)
-            if not known.all():
-                fresh = _score_rows(model, start, loader(rows[~known]), columns)
-                table = fresh if table is None else table.merged(fresh)
-            self.scored += int((~known).sum())
-            self.reused += int(known.sum())
+                table, keep = None, False
+        self.scored, self.reused = 0, 0
+        missing = torch.cat([keys[~_known(table, keys, columns)] for _, keys, _ in visits]).unique(dim=0)
+        with _Pass(start.trainer, store, len(missing)) as under_way:
+            for rows, keys, loader in visits:
+                known = _known(table, keys, columns)
+                if not known.all():
+                    # Of equal rows the first: so what a pass that goes on has left to score is the end of the whole.
+                    places = _first_of_each(keys[~known])[1].sort().values
+                    fresh = _score_rows(model, start, loader(rows[~known][places]), columns, under_way)
+                    table = fresh if table is None else table.merged(fresh)
+                self.scored += int((~known).sum())
+                self.reused += int(known.sum())
         self._table = table
-        if self.scored and start.trainer.is_global_zero and table is not None:
-            store.write(table.tensors())
+        kept = ""
+        if first and table is not None and (self.scored or journals):
+            try:
+                store.write(table.tensors(), _merge if keep else None)
+                Journal.clear(journals)
+                under_way.remove()
+                kept = f"; kept in {store.data}"
+            except OSError as error:
+                kept = f"; they could not be kept in {store.folder} ({error})"
         self.seconds = time.perf_counter() - began
-        found_out = f"{self.scored} rows scored, {self.reused} reused, {self.seconds:.1f} s"
-        rank_zero_info(f"Reference: {found_out}; kept in {store.data}")
+        rank_zero_info(f"Reference: {self.scored} rows scored, {self.reused} reused, {self.seconds:.1f} s{kept}")
 
     def _starting_model(self, start: Start) -> nn.Module:
         """The model to score with: the policy, unless a checkpoint has been restored into it."""
@@ -157,23 +176,142 @@ class CachedReference(Reference):
         return replace(last, layers={int(k): logps(f"layer.{k}") for k in layers})
 
 
+class _Pass:
+    """Scoring under way: what there is of it is written to a journal, and a terminal shows how far it is.
+
+    Args:
+        trainer: Whose processes score.
+        store: Where the values will go.
+        rows: How many are to be scored; without any, nothing is opened.
+
+    Raises:
+        OSError: (on entering, on every process) The cache cannot be written to.
+    """
+
+    def __init__(self, trainer: Trainer, store: TensorStore, rows: int) -> None:
+        self.trainer, self.store, self.rows = trainer, store, rows
+        self._writer: Journal | None = None
+        self._full = False
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> _Pass:
+        problem = None
+        if self.rows and self.trainer.is_global_zero:
+            try:
+                self._writer = Journal(self.store)
+            except OSError as error:
+                problem = str(error)
+        if problem := self.trainer.strategy.broadcast(problem):
+            raise OSError(
+                f"The reference cache `{self.store.folder}` cannot be written to ({problem}): name another `folder` of "
+                "`CachedReference`, or set the environment variable LIT_DPO_CACHE."
+            )
+        console = Console(stderr=True)
+        quiet = self.trainer.progress_bar_callback is None or self.trainer.state.fn != "fit"  # else it has begun
+        if self._writer is not None and console.is_terminal and not quiet:
+            shown = (BarColumn(), MofNCompleteColumn(), TextColumn("rows, left:"), TimeRemainingColumn())
+            self._bar = Progress("Reference", *shown, console=console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self.rows)
+        return self
+
+    def show(self, rows: int) -> None:
+        """So many more rows are scored."""
+        if self._bar is not None:
+            self._bar.advance(self._task, rows)
+
+    def keep(self, block: LogpsTable) -> None:
+        """Write a block, on the first process; if that fails, this pass is not kept, but it goes on."""
+        if self._writer is None or self._full:
+            return
+        try:
+            self._writer.append(block.tensors())
+        except OSError as error:
+            self._full = True
+            rank_zero_info(f"Reference: what is scored from now on would not survive a kill ({error}).")
+
+    def remove(self) -> None:
+        """Remove the journal, as everything is in the store."""
+        if self._writer is not None:
+            self._writer.path.unlink(missing_ok=True)
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _stored(store: TensorStore) -> tuple[dict[str, Tensor] | None, str | None, dict[Path, int]]:
+    """What is stored and what journals hold, as one table; what is wrong with the store; and the journals' sizes."""
+    tensors, problem = store.read()
+    blocks, sizes = Journal.read_all(store)
+    table = None
+    try:
+        table = None if tensors is None else LogpsTable.from_tensors(tensors)
+    except ValueError as error:
+        problem = str(error)
+    with suppress(ValueError):  # of a forged journal
+        journals = _joined([LogpsTable.from_tensors(block) for block in blocks])
+        if journals:
+            rank_zero_info(f"Reference: {sum(map(len, journals))} rows of a pass that was cut short are there")
+        # Where two know a value, the store's counts.
+        table = reduce(LogpsTable.merged, [*journals, *([] if table is None else [table])]) if journals else table
+    return None if table is None else table.tensors(), problem, sizes
+
+
+def _joined(blocks: list[LogpsTable]) -> list[LogpsTable]:
+    """Blocks as few tables, one for each set of columns; of equal keys the first counts."""
+    joined = []
+    for names in dict.fromkeys(tuple(block.columns) for block in blocks):
+        same = [block for block in blocks if tuple(block.columns) == names]
+        unique, first = _first_of_each(torch.cat([block.keys for block in same]))
+        columns = {name: torch.cat([block.columns[name] for block in same])[first] for name in names}
+        joined.append(LogpsTable(unique, columns))
+    return joined
+
+
+def _merge(there: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """What another run has stored meanwhile, and our values, which count where both know one."""
+    try:
+        return LogpsTable.from_tensors(there).merged(LogpsTable.from_tensors(ours)).tensors()
+    except ValueError:
+        return ours
+
+
+def _known(table: LogpsTable | None, keys: Tensor, columns: Sequence[str]) -> Tensor:
+    return torch.zeros(len(keys), dtype=torch.bool) if table is None else table.known(keys, columns)
+
+
 @torch.no_grad()
-def _score_rows(model: Callable[[], nn.Module], start: Start, loader: Any, columns: list[str]) -> LogpsTable:
-    """Score every row of a loader, each process its share, and gather the results on all."""
+def _score_rows(
+    model: Callable[[], nn.Module], start: Start, loader: Any, columns: list[str], under_way: _Pass | None = None
+) -> LogpsTable:
+    """Score every row of a loader, each process its share, and gather the results on all: now and then, to be kept."""
     strategy, scorer = start.trainer.strategy, model()
-    keys, values = [], []
-    for batch in loader:
+    keys, values, blocks = [], [], []
+    began, due = time.perf_counter(), 1
+    for number, batch in enumerate(loader, 1):
         batch = strategy.batch_to_device(batch)
         with start.trainer.precision_plugin.forward_context(), adapters_off(scorer):
             logps = score(scorer, batch, start.layers, layout=start.layout)
         keys.append(content_keys(batch))
         parts = {"last": logps, **{f"layer.{k}": v for k, v in logps.layers.items()}}
         values.append(torch.stack([torch.stack([parts[c].chosen, parts[c].rejected], 1) for c in columns]))
-    all_keys = strategy.all_gather(torch.cat(keys)).reshape(-1, 2).cpu()
-    all_values = strategy.all_gather(torch.cat(values, 1).transpose(0, 1).contiguous())
-    all_values = all_values.reshape(-1, len(columns), 2).cpu()
-    unique, first = _first_of_each(all_keys)
-    return LogpsTable(unique, {name: all_values[first, i] for i, name in enumerate(columns)})
+        if under_way is not None:
+            under_way.show(len(batch) * start.trainer.world_size)
+        if number == due or number == len(loader):
+            all_keys = strategy.all_gather(torch.cat(keys)).reshape(-1, 2).cpu()
+            all_values = strategy.all_gather(torch.cat(values, 1).transpose(0, 1).contiguous())
+            all_values = all_values.reshape(-1, len(columns), 2).cpu()
+            unique, first = _first_of_each(all_keys)
+            blocks.append(LogpsTable(unique, {name: all_values[first, i] for i, name in enumerate(columns)}))
+            if under_way is not None:
+                under_way.keep(blocks[-1])
+            keys, values = [], []
+            passed = time.perf_counter() - began
+            due = number + strategy.broadcast(max(1, int(number * min(_SECONDS / passed, _SHARE))))
+    return _joined(blocks)[0]
 
 
 def _first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:

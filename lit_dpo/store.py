@@ -1,7 +1,8 @@
 """Named tensors on disk, written whole or not at all, and checked when read.
 
 Two files for each identity, ``<key>.safetensors`` and ``<key>.json``; the key is the hash of the identity, which names
-everything that decides the values.
+everything that decides the values. While values are being computed, those that are there already stand in a journal
+beside them, ``<key>.<random>.journal``.
 """
 
 from __future__ import annotations
@@ -9,15 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
+import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+if sys.platform != "win32":
+    import fcntl
+
 FORMAT = 1
+_HEAD = struct.Struct("<Q16s")  # of a block in a journal: its length, its sum
+_PATIENCE = 10.0  # seconds to wait for another process that reads or writes; then go on, as sums tell of a mixture
 
 
 def cache_folder() -> Path:
@@ -45,12 +56,16 @@ class TensorStore:
 
     def __init__(self, folder: str | Path, identity: Mapping[str, object]) -> None:
         self.identity = json.loads(json.dumps({"format": FORMAT, **identity}, sort_keys=True))
-        key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
+        self.key = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:32]
         self.folder = Path(folder)
-        self.data, self.header = self.folder / f"{key}.safetensors", self.folder / f"{key}.json"
+        self.data, self.header = self.folder / f"{self.key}.safetensors", self.folder / f"{self.key}.json"
 
     def read(self) -> tuple[dict[str, Tensor] | None, str | None]:
         """The tensors, or none; and what is wrong with the files, if anything."""
+        with _locked(self.folder, exclusive=False):
+            return self._read()
+
+    def _read(self) -> tuple[dict[str, Tensor] | None, str | None]:
         try:
             if not self.header.exists():
                 return None, None
@@ -61,16 +76,134 @@ class TensorStore:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             return None, str(error)
 
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the files."""
+    def write(
+        self,
+        tensors: Mapping[str, Tensor],
+        merge: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Replace the files.
+
+        Args:
+            tensors: What to write.
+            merge: Makes of what is there now (another run may have written it meanwhile) and `tensors` what to write.
+        """
+        self.make_folder()
+        with _locked(self.folder, exclusive=True):
+            there = self._read()[0] if merge else None
+            if merge and there is not None:
+                tensors = merge(there, tensors)
+            content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+            _replace(self.data, content)
+            _replace(self.header, self._header(content))
+
+    def make_folder(self) -> None:
+        """Make the folder, for its owner alone."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        _replace(self.data, content)
-        _replace(self.header, self._header(content))
 
     def _header(self, content: bytes) -> bytes:
         record = {"identity": self.identity, "sha256": hashlib.sha256(content).hexdigest()}
         return json.dumps(record, sort_keys=True, indent=1).encode()
+
+
+class Journal:
+    """What a `TensorStore` will hold, written block by block as it is computed, so that a kill loses little.
+
+    Every writer has a file of its own, which it keeps locked; so a process can tell the journals of others that still
+    write from those that were left behind. A block carries a sum over its content and the store's identity, and what
+    comes behind the first block that is torn or damaged is ignored.
+
+    Args:
+        store: What it belongs to.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+
+    def __init__(self, store: TensorStore) -> None:
+        store.make_folder()
+        self._store = store
+        handle, path = tempfile.mkstemp(prefix=f"{store.key}.", suffix=".journal", dir=store.folder)
+        self.path, self._file = Path(path), os.fdopen(handle, "wb")
+        _lock(self._file, exclusive=True)
+
+    def append(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write one more block, down to the disk."""
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        self._file.write(_HEAD.pack(len(content), _sum(self._store, content)) + content)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Leave the file as it is, for a later run."""
+        with suppress(OSError):  # of a full disk, when what is left in the buffer cannot be written
+            self._file.close()
+
+    @staticmethod
+    def read_all(store: TensorStore) -> tuple[list[dict[str, Tensor]], dict[Path, int]]:
+        """The blocks of all journals of a store, and the files they are from with their sizes."""
+        blocks, sizes = [], {}
+        for path in sorted(store.folder.glob(f"{store.key}.*.journal")):
+            with suppress(OSError):
+                if path.is_file():
+                    content = path.read_bytes()
+                    blocks += list(_blocks(store, content))
+                    sizes[path] = len(content)
+        return blocks, sizes
+
+    @staticmethod
+    def clear(read: Mapping[Path, int]) -> None:
+        """Remove journals that were read, unless someone still writes them or has written more since."""
+        for path, size in read.items():
+            with suppress(OSError), path.open("rb") as file:
+                if _lock(file, exclusive=True) and os.fstat(file.fileno()).st_size == size:
+                    path.unlink()
+
+
+def _blocks(store: TensorStore, content: bytes) -> Iterator[dict[str, Tensor]]:
+    place = 0
+    while place + _HEAD.size <= len(content):
+        length, expected = _HEAD.unpack_from(content, place)
+        place += _HEAD.size
+        block = content[place : place + length]
+        place += length
+        if len(block) != length or _sum(store, block) != expected:
+            return
+        try:
+            yield load(block)
+        except (ValueError, KeyError, SafetensorError):
+            return
+
+
+def _sum(store: TensorStore, content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16, key=store.key.encode()).digest()
+
+
+def _lock(file: BinaryIO | int, exclusive: bool) -> bool:
+    """Whether a lock was had at once."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
+    """Keep other processes from a folder's files for a moment; where that cannot be, go on all the same."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # it is not there, or this is Windows, which does not open folders
+        yield
+        return
+    try:
+        end = time.monotonic() + _PATIENCE
+        while not _lock(handle, exclusive) and time.monotonic() < end:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -137,7 +137,7 @@ class PreferenceDataModule(LightningDataModule):
             FileNotFoundError: A file is missing.
         """
         module = getattr(self.trainer, "lightning_module", None)
-        if self.chat_template and hasattr(module, "tokenizer"):
+        if self.chat_template and module is not None and hasattr(module, "tokenizer"):
             module.tokenizer.chat_template = self.chat_template  # for what is sampled and exported
         name = self._held_out_source(stage)
         if name is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,8 @@ class TokenCache:
 
     def _read(self) -> None:
         tensors, problem = (None, None) if self._store is None else self._store.read()
+        if tensors is not None and not _is_sound(tensors):
+            tensors, problem = None, "it holds no token ids"
         if problem and self._store is not None:
             rank_zero_info(f"Token cache {self._store.data} is damaged ({problem}): tokenizing anew.")
         if tensors is None:
@@ -104,8 +106,19 @@ class TokenCache:
     def _encoded(self, row: int) -> Encoded:
         end, lengths = int(self._ends[row]), self._lengths[row].tolist()
         prompt, chosen, rejected = (part.tolist() for part in self._tokens[end - sum(lengths) : end].split(lengths))
+        truncated, healed, control_text = self._flags[row].tolist()
         key = self._prompts[16 * row : 16 * row + 16]
-        return Encoded(prompt, chosen, rejected, *self._flags[row].tolist(), prompt_key=key)
+        return Encoded(prompt, chosen, rejected, truncated, healed, control_text, key)
+
+
+def _is_sound(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether tensors have the shapes that `TokenCache.keep` writes, whoever wrote them."""
+    if not {"keys", "tokens", "lengths", "flags", "prompts"} <= set(tensors):
+        return False
+    rows, lengths = len(tensors["keys"]), tensors["lengths"]
+    shapes = {"keys": (rows, 16), "prompts": (rows, 16), "lengths": (rows, 3), "flags": (rows, 3)}
+    fits = all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
+    return fits and bool((lengths >= 0).all()) and tuple(tensors["tokens"].shape) == (int(lengths.sum()),)
 
 
 def _bytes(hashes: Iterable[bytes]) -> torch.Tensor:

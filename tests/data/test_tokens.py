@@ -132,6 +132,23 @@ def test_a_damaged_file_is_noticed_and_written_anew(path, folder, caplog, damage
     assert load(path) == (plain, FOUND)
 
 
+@pytest.mark.parametrize("forged", [{}, {"lengths": -1}, {"tokens": 5}, {"prompts": None}])
+def test_a_forged_file_is_noticed_and_written_anew(path, folder, caplog, forged):
+    """With a right checksum: whoever can write there can make one."""
+    plain, _ = load(path)
+    store = TokenCache(PairEncoder(tk.build(), LIMIT), [path])._store
+    tensors = {name: tensor for name, tensor in store.read()[0].items() if forged.get(name, 1) is not None}
+    if "lengths" in forged:
+        tensors["lengths"] = tensors["lengths"] - 100
+    if "tokens" in forged:
+        tensors["tokens"] = tensors["tokens"][:5]
+    store.write(tensors if forged else {"a": tensors["keys"]})
+    with caplog.at_level(logging.INFO):
+        assert load(path) == (plain, 0)
+    assert caplog.text.count("is damaged (it holds no token ids)") == 1
+    assert load(path) == (plain, FOUND)
+
+
 def test_small_sets_leave_nothing_behind(path, folder, monkeypatch):
     monkeypatch.setattr(tokens, "WORTH_KEEPING", KEPT + 1)
     load(path)
