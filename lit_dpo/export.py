@@ -37,6 +37,8 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
     content = _read(Path(checkpoint))
     options = content["hyper_parameters"]
     tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+    if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
+        tokenizer.chat_template = template
     model: Any = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
     if options["adapter"] is not None:
         model = LoRA(**options["adapter"]).attach(model)

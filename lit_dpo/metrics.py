@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -87,3 +90,51 @@ class PairMeans(Metric):
         """The mean of every name, 0-dimensional float32."""
         means = (self.sums[1:] / self.sums[0]).float()
         return dict(zip(self.names, means, strict=True))
+
+
+def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:
+    """Names of everything that a fit measures.
+
+    Args:
+        loss: With its decoder blocks settled.
+        validates: Whether there is validation.
+    """
+    zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)
+    layers = {int(layer): PairLogps(zero, zero, one, one) for layer in loss.layers}
+    nothing = PairLogps(zero, zero, one, one, layers)
+    stages = ("train", "val") if validates else ("train",)
+    names = {f"{stage}/{name}" for stage in stages for name in pair_metrics(loss, zero, nothing, nothing)}
+    return names | {"train/tokens_per_second", "train/grad_norm"}
+
+
+def check_monitors(trainer: Trainer, loss: PreferenceLoss) -> None:
+    """Refuse callbacks that watch a metric which this fit does not measure, before anything is computed.
+
+    Without validation our own callbacks for it do nothing, which is said. Where a module or callback of the user's may
+    log metrics of its own, no name can be known to be wrong.
+
+    Raises:
+        ValueError: There is no such metric.
+    """
+    watching = [c for c in trainer.callbacks if isinstance(c, EarlyStopping | ModelCheckpoint) and c.monitor]  # type: ignore[attr-defined]
+    loggers = [trainer.lightning_module, loss, *trainer.callbacks]  # type: ignore[attr-defined]
+    if not watching or any(type(each).__module__.partition(".")[0] not in ("lit_dpo", "lightning") for each in loggers):
+        return
+    validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
+    names, everything = metric_names(loss, validates), metric_names(loss, True)
+    idle = []
+    for callback in watching:
+        monitor = callback.monitor
+        if monitor in names:
+            continue
+        name = type(callback).__name__
+        if monitor in everything and type(callback).__module__.startswith("lit_dpo."):
+            idle.append(f"`{name}`")
+            continue
+        why = "without validation there is none" if monitor in everything else "there is no such metric"
+        raise ValueError(f"`{name}` watches `{monitor}`, and {why}: name one of {', '.join(sorted(names))}.")
+    if idle:
+        rank_zero_info(
+            f"There is no validation, so {' and '.join(idle)} can do nothing: training goes on to its end, and the "
+            "policy to export is the last one."
+        )

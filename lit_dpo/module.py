@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
-from lit_dpo.metrics import PairMeans, pair_metrics
+from lit_dpo.metrics import PairMeans, check_monitors, pair_metrics
 from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.parts import score_in_parts
@@ -334,6 +334,7 @@ class PreferenceModule(LightningModule):
         checkpoint[STATE] = {
             "names": list(means.names),
             "sums": self.trainer.strategy.reduce(means.sums.clone(), reduce_op="sum").cpu(),
+            "chat_template": getattr(getattr(self.trainer, "datamodule", None), "chat_template", None),
             **self.facts(),
         }
 
@@ -379,6 +380,11 @@ class PreferenceModule(LightningModule):
         if self._settled is None:
             self._settle()
         stage = str(self.trainer.state.fn)
+        if self.loss.needs_reference and self.reference is None:
+            raise ValueError(
+                f"`{type(self.loss).__name__}` needs a reference, and the module's was taken away: leave "
+                "`module.reference` in its place, or use a loss that needs none, such as `SFTLoss`."
+            )
         if self.reference is not None and self._prepared_for != stage:
             assert self.policy is not None
             layers = tuple(int(layer) for layer in self.loss.layers)
@@ -403,7 +409,12 @@ class PreferenceModule(LightningModule):
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")
 
     def on_fit_start(self) -> None:
-        """Audit the scoring, settle the layout, and let the reference get ready."""
+        """Audit the scoring, settle the layout, and let the reference get ready.
+
+        Raises:
+            ValueError: A callback watches a metric that does not exist, or the loss needs a reference and has none.
+        """
+        check_monitors(self.trainer, self.loss)
         self._prepared_for = None  # the partition may have changed
         self._seen = []
         self._start()

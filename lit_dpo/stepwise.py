@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from lit_dpo.callbacks import ExportModel
 from lit_dpo.checkpoints import verify, write_json
 from lit_dpo.data import PreferenceDataModule
+from lit_dpo.losses import SFTLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
 from lit_dpo.reference import FrozenReference
@@ -126,9 +127,12 @@ def _split(
     margins = None
     if datamodule.partition.needs_margins:
         rank_zero_info("Scoring the training pairs with the starting model")
-        reference, module.reference = module.reference, None  # only the policy is asked
-        margins = _margins(make_trainer(folder / "scoring"), module, datamodule)
-        module.reference = reference
+        loss, reference = module.loss, module.reference
+        module.loss, module.reference = SFTLoss(), None  # only the policy is asked
+        try:
+            margins = _margins(make_trainer(folder / "scoring"), module, datamodule)
+        finally:
+            module.loss, module.reference = loss, reference
         module.restart_from(module.model)
     return datamodule.split(margins)
 

@@ -9,7 +9,7 @@ import hashlib
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -47,7 +47,7 @@ class Encoded:
     truncated: bool = False
     healed: bool = False
     control_text: bool = False
-    prompt_key: bytes = field(default=b"", compare=False)
+    prompt_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,3 +164,28 @@ def test_workers_bring_the_same_batches_in_the_same_order():
         assert torch.equal(alone.input_ids, helped.input_ids)
         assert alone.row_ids.tolist() == helped.row_ids.tolist()
         assert alone.shape == helped.shape
+
+
+@given(lengths, counts, counts, counts, st.integers(1, 30), st.integers(0, 5))
+def test_a_step_that_a_limit_cuts_is_the_plain_mean_over_what_is_left_of_it(
+    lengths, batch_size, accumulate, world, limit, start
+):
+    """And a pass that begins in its middle has the same weights."""
+    data, options = dataset(lengths), {"shuffle": True, "limit": limit}
+    parts = [part[:limit] for part in plans(data, None, batch_size, world, accumulate, **options)]
+    for step in steps_of(parts, accumulate):
+        # What the Trainer makes of it: a mean over each batch, a sum over batches divided by `accumulate`, a mean over
+        # processes. Every pair has to count the same, and all of them together 1.
+        shares = [
+            Fraction(weight) / (len(plan.rows) * accumulate * world)
+            for plan in step
+            for weight in plan.weights or [1.0] * len(plan.rows)
+        ]
+        count = sum(share != 0 for share in shares)
+        assert all(float(share) == pytest.approx(1 / count) for share in shares if share)
+    for rank, part in enumerate(parts):
+        sampler = PairSampler(
+            data, torch.arange(len(data)), batch_size, True, 0, accumulate, num_replicas=world, rank=rank, limit=limit
+        )
+        sampler.start = start
+        assert list(sampler)[: max(0, limit - start)] == part[start:]

@@ -60,6 +60,58 @@ def test_no_prompt_stands_on_both_sides(make, tmp_path, seed):
     assert (len(train), len(held_out)) == (4, 2)
 
 
+@pytest.mark.parametrize("source", ["fresh", "token cache"])
+@pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
+def test_a_prompt_that_is_cut_never_stands_on_both_sides(make, tmp_path, monkeypatch, truncation, source):
+    """The room for a prompt depends on its completions, so that one prompt is cut at several places."""
+    rows = [
+        {"prompt": f"Now I have a question. What is {n % 20}?", "chosen": " ok" * (n // 20), "rejected": "no"}
+        for n in range(20, 120)
+    ]
+    path = runs.write(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lit_dpo.data.tokens.WORTH_KEEPING", 1)
+    limit = 18 if truncation == "keep_end" else 40
+    for _ in range(1 + (source == "token cache")):
+        data = make(path, validation_fraction=0.3, max_length=limit, truncation=truncation)
+
+    def prompts(loader):
+        return {rows[int(origin.rpartition(":")[2]) - 1]["prompt"] for origin in places(data, loader, "train")}
+
+    cut = {tuple(data._sets["train"].pair(row)[0]) for row in range(len(rows))}
+    assert (len(cut) > len({row["prompt"] for row in rows})) == (truncation == "keep_end")
+    train, held_out = prompts(data.train_dataloader()), prompts(data.val_dataloader())
+    assert len(train) > len(held_out) > 0
+    assert not train & held_out
+
+
+def test_without_a_validation_fraction_all_pairs_are_trained_on(make, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        data = make(runs.pairs_file(tmp_path, 9, prompts=1), validation_fraction=0)
+    assert drawn(data.train_dataloader()) == list(range(9))
+    assert data.val_dataloader() == []
+    assert caplog.text.count("validation: none, as `validation_fraction` is 0; all 9 pairs are trained on") == 1
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(ValueError, match=rf"no pairs to {stage} on: name sources for it, or set"):
+            make(runs.pairs_file(tmp_path, 9), stage, validation_fraction=0)
+    tested = make(data.sources["train"], "test", validation_fraction=0, test=data.sources["train"])
+    assert drawn(tested.test_dataloader()) == list(range(9))
+
+
+def test_validation_pairs_that_are_trained_on_are_counted_and_said(make, tmp_path, caplog):
+    train, validation = runs.rows(12), runs.rows(6, start=9)  # three of them are the same
+    validation[4] = {**train[0], "chosen": " Another reply."}
+    files = [runs.write(tmp_path / f"{n}.jsonl", rows) for n, rows in (("train", train), ("validation", validation))]
+    with caplog.at_level("INFO"):
+        make(files[0], validation=files[1])
+    said = "validation: 3 of 6 pairs are also trained on; 4 of 6 pairs have the prompt of a training pair"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        make(files[0], validation=runs.pairs_file(tmp_path, 3, "new.jsonl", start=40))
+    assert "also trained on" not in caplog.text
+
+
 @pytest.mark.parametrize(("fraction", "held_out"), [(0.01, 1), (0.99, 3)])
 def test_neither_side_is_ever_empty(make, tmp_path, fraction, held_out):
     data = make(runs.pairs_file(tmp_path, 4), validation_fraction=fraction)

@@ -25,7 +25,7 @@ def test_rows_keep_their_order_source_and_place(tmp_path):
     rows, report = load_pairs([sums], ENCODE)
     assert [(row.source, row.row) for row in rows] == [("sums", f"{sums}:1"), ("sums", f"{sums}:2")]
     prompt, four, five = ENCODE._ids(["2+2=", "4", "5"], True)
-    assert rows[0].encoded == Encoded(prompt, [*four, 2], [*five, 2])
+    assert rows[0].encoded == Encoded(prompt, [*four, 2], [*five, 2], prompt_key=rows[0].encoded.prompt_key)
     assert str(report) == "2 rows read, 2 kept, 0 skipped"
     rows, report = load_pairs([words], ENCODE, columns={"prompt": "q"})
     assert str(report) == "1 rows read, 1 kept, 0 skipped, 1 healed at the prompt's end"
