@@ -120,7 +120,7 @@ def check_monitors(trainer: Trainer, loss: PreferenceLoss) -> None:
     loggers = [trainer.lightning_module, loss, *trainer.callbacks]  # type: ignore[attr-defined]
     if not watching or any(type(each).__module__.partition(".")[0] not in ("lit_dpo", "lightning") for each in loggers):
         return
-    validates = trainer.enable_validation and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
+    validates = trainer.enable_validation
     names, everything = metric_names(loss, validates), metric_names(loss, True)
     idle = []
     for callback in watching:

@@ -139,6 +139,8 @@ class PreferenceDataModule(LightningDataModule):
         module = getattr(self.trainer, "lightning_module", None)
         if self.chat_template and module is not None and hasattr(module, "tokenizer"):
             module.tokenizer.chat_template = self.chat_template  # for what is sampled and exported
+        if stage == "fit" and self.trainer is not None and not self.has_validation:
+            self._limit, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
         name = self._held_out_source(stage)
         if name is None:
             if stage != "fit" and not self.has_validation:
@@ -148,6 +150,11 @@ class PreferenceDataModule(LightningDataModule):
             self._setup_fit()
         elif name not in self._sets:
             self._sets[name] = self._load(name)
+
+    def teardown(self, stage: str) -> None:
+        """Give the Trainer back its `limit_val_batches`, which `setup` takes away where there is no validation."""
+        if stage == "fit" and self.trainer is not None and self._limit is not None:
+            self.trainer.limit_val_batches, self._limit = self._limit, None
 
     def _held_out_source(self, stage: str) -> str | None:
         """The option that a stage reads its pairs from; ``None`` means that it needs the training pairs."""
@@ -177,6 +184,7 @@ class PreferenceDataModule(LightningDataModule):
         self._sets["train"] = train
 
     _validation_rows: Tensor | None = None
+    _limit: float | None = None
 
     def _load(self, name: str) -> PairDataset:
         rows, report, reused = self._read(name)
@@ -273,10 +281,10 @@ class PreferenceDataModule(LightningDataModule):
         """Training pairs of the current part, shuffled, pairs of similar length together."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
         loader = self._loader("train", self.training_rows(), self.batch_size, shuffle=True, accumulate=accumulate)
-        loader.sampler.limit = self._limit(len(loader))  # type: ignore[attr-defined]
+        loader.sampler.limit = self._batches(len(loader))  # type: ignore[attr-defined]
         return loader
 
-    def _limit(self, batches: int) -> int:
+    def _batches(self, batches: int) -> int:
         """How many of an epoch's batches the Trainer's `limit_train_batches` lets through."""
         limit = self.trainer.limit_train_batches if self.trainer else 1.0
         return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -358,7 +366,7 @@ class PreferenceDataModule(LightningDataModule):
         """How optimizer steps are cut into batches: pairs a step, batches a step, batches an epoch."""
         trainer = self.trainer
         assert trainer is not None
-        accumulate, batches = trainer.accumulate_grad_batches, self._limit(len(self.train_dataloader()))
+        accumulate, batches = trainer.accumulate_grad_batches, self._batches(len(self.train_dataloader()))
         pairs = self.batch_size * trainer.world_size * accumulate
         return {"pairs_per_step": pairs, "accumulate": accumulate, "batches": max(1, batches)}
 
