@@ -59,14 +59,14 @@ class Log(Callback):
 
 
 class Terminate(Callback):
-    """Have the last process get a SIGTERM in the middle of a batch, as from a scheduler."""
+    """Have the last process get a signal in the middle of a batch, as from a scheduler."""
 
-    def __init__(self, batch):
-        self.batch = batch
+    def __init__(self, batch, number=signal.SIGTERM):
+        self.batch, self.number = batch, number
 
     def on_before_zero_grad(self, trainer, *args):
         if trainer.fit_loop.total_batch_idx == self.batch and trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 class Mishap(Callback):
