@@ -48,7 +48,7 @@ def watch_over(trainer: Trainer) -> None:
     set_up = trainer.strategy.setup_environment
     if isinstance(set_up, partial) and set_up.func is _set_up_and_join:
         return
-    trainer.strategy.setup_environment = partial(_set_up_and_join, trainer, set_up)  # type: ignore[method-assign]
+    trainer.strategy.setup_environment = partial(_set_up_and_join, trainer)  # type: ignore[method-assign]
     if _connected():
         _join(trainer)
 
@@ -101,8 +101,8 @@ def _connected() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def _set_up_and_join(trainer: Trainer, set_up: Any) -> None:
-    set_up()
+def _set_up_and_join(trainer: Trainer) -> None:
+    type(trainer.strategy).setup_environment(trainer.strategy)
     if _connected():
         _join(trainer)
 
