@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 
-from lit_dpo import CachedReference, LoRA, RandomSplit, WarmupDecay
-from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RewardEarlyStopping
+from lit_dpo import CachedReference, LoRA, RandomSplit, WarmupDecay, watch
+from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RewardEarlyStopping, Stopped
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.strategies import FSDP2Strategy
 from tests import runs
@@ -58,14 +59,33 @@ class Log(Callback):
 
 
 class Terminate(Callback):
-    """Have the last process get a SIGTERM in the middle of a batch, as from a scheduler."""
+    """Have the last process get a signal in the middle of a batch, as from a scheduler."""
 
-    def __init__(self, batch):
-        self.batch = batch
+    def __init__(self, batch, number=signal.SIGTERM):
+        self.batch, self.number = batch, number
 
     def on_before_zero_grad(self, trainer, *args):
         if trainer.fit_loop.total_batch_idx == self.batch and trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
+
+
+class Mishap(Callback):
+    """At a batch one process is killed or fails, while the others are busy for long, which no collective ends."""
+
+    def __init__(self, kind, rank, batch=3):
+        self.kind, self.rank, self.batch = kind, rank, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == 1 and trainer.global_rank == self.rank:
+            time.sleep(watch.GRACE + 1)  # all is well, however long it takes
+        if trainer.fit_loop.total_batch_idx != self.batch:
+            return
+        if trainer.global_rank != self.rank:
+            time.sleep(100)
+        elif self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            raise OSError("the disk is full")
 
 
 def entries(path):
@@ -105,6 +125,9 @@ def parts(folder, options, partition=0):
     ]
     if "terminate" in options:
         callbacks.append(Terminate(options["terminate"]))
+    if "mishap" in options:
+        watch.GRACE = 3
+        callbacks.append(Mishap(*options["mishap"]))
     return module, data, callbacks
 
 
@@ -159,7 +182,7 @@ if __name__ == "__main__":
         state = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in values}
         if int(os.environ.get("RANK", 0)) == 0:
             torch.save(state, folder / "weights.pt")
-    except SystemExit as stop:
+    except Stopped as stop:
         code = stop.code
     if torch.distributed.is_initialized():
         torch.distributed.barrier()

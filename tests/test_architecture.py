@@ -19,6 +19,7 @@ FLOORS = {
     "store": 1,
     "shards": 1,
     "checkpoints": 1,
+    "watch": 1,
     "resume": 2,
     "gradients": 2,
     "runs": 2,

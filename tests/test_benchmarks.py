@@ -236,9 +236,11 @@ class TestCountedWork:
 
 
 @pytest.mark.slow
-def test_chaos(tmp_path):
+@pytest.mark.parametrize("more", [["--seed", "1"], ["--lora"], ["--stepwise"]], ids=lambda more: more[0][2:])
+def test_chaos(tmp_path, more):
     """A short one: a fault of each kind, and nothing is lost."""
-    command = [sys.executable, str(FOLDER / "chaos.py"), "--faults", "6", "--epochs", "3", "--out", str(tmp_path)]
+    command = [sys.executable, str(FOLDER / "chaos.py"), "--faults", "10", "--epochs", "3", *more]
+    command += ["--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [record] = lines(tmp_path / "chaos.jsonl")

@@ -2,21 +2,25 @@
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
-from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint
+from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, Stopped
 from lit_dpo.data.collate import PairSampler
 from lit_dpo.export import export_checkpoint
 from lit_dpo.resume import rescale, seeded
@@ -242,6 +246,93 @@ def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number,
     assert len((folder / "log.jsonl").read_text().splitlines()) == len(expected)  # and nothing done twice
     assert interrupted.entries(folder / "log.jsonl") == expected
     assert runs.same(torch.load(folder / "weights.pt", weights_only=True), weights)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
+def test_other_signals_save_and_exit_as_sigterm_does(tmp_path, number, code):
+    """A terminal that is closed, and what Slurm is often told to send before a job's time is up."""
+    options = {"file": runs.pairs_file(tmp_path, 25), "every": 1000}
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    whole.mkdir(), folder.mkdir()
+    weights = runs.weights(interrupted.train(whole, options).policy)
+    module, data, callbacks = interrupted.parts(folder, options)
+    with pytest.raises(Stopped) as stopped:
+        interrupted.trainer(folder, [*callbacks, interrupted.Terminate(3, number)], options).fit(module, data)
+    assert (stopped.value.code, stopped.value.name, stopped.value.step) == (code, number.name, 4)
+    assert signal.getsignal(number) == signal.SIG_DFL
+    again = interrupted.train(folder, options, interrupted.last_of(folder, options))
+    assert interrupted.contradictions(folder / "log.jsonl") == []
+    assert interrupted.entries(folder / "log.jsonl") == interrupted.entries(whole / "log.jsonl")
+    assert runs.same(runs.weights(again.policy), weights)
+
+
+def test_a_signal_that_is_ignored_or_handled_already_is_left_alone(tmp_path):
+    """As under ``nohup``, and with a tool that listens for SIGUSR1."""
+    heard = []
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN), signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    try:
+        options = {"file": runs.pairs_file(tmp_path, 12), "epochs": 1}
+        module, data, callbacks = interrupted.parts(tmp_path, options)
+        callbacks += [interrupted.Terminate(n, number) for n, number in ((0, signal.SIGHUP), (1, signal.SIGUSR1))]
+        run = interrupted.trainer(tmp_path, callbacks, options)
+        run.fit(module, data)
+        assert (run.global_step, heard) == (3, [1])
+    finally:
+        signal.signal(signal.SIGHUP, before[0])
+        signal.signal(signal.SIGUSR1, before[1])
+
+
+@pytest.mark.parametrize("moment", ["on_sanity_check_start", "on_sanity_check_end", "on_train_end"])
+def test_lightnings_own_signal_handlers_are_never_there(tmp_path, moment):
+    """They exchange messages from within the handler: a SIGTERM to one process of several could hang all."""
+    found = []
+
+    class Look(Callback):
+        pass
+
+    def look(self, trainer, *args):
+        found.extend(signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1))
+
+    setattr(Look, moment, look)
+    last = LastCheckpoint()
+    plugins = SLURMEnvironment(auto_requeue=True)
+    run = runs.trainer(
+        tmp_path, callbacks=[Look(), last], max_epochs=1, num_sanity_val_steps=1, enable_checkpointing=True,
+        plugins=plugins,
+    )  # fmt: skip
+    run.fit(runs.module(), runs.data(runs.pairs_file(tmp_path, 12)))
+    assert len(found) == 2
+    assert all(handler in (signal.SIG_DFL, last._note) for handler in found)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed_ends_the_run_saved(tmp_path):
+    """The progress bar cannot be written to it any more, which must not be what ends the run."""
+    leader, follower = pty.openpty()
+    command = [
+        "fit", "-c", "configs/dpo.yaml", "-c", "tests/conf/tiny.yaml", "--trainer.default_root_dir", str(tmp_path),
+        "--trainer.max_epochs", "500", "--trainer.max_steps", "-1", "--trainer.enable_progress_bar", "true",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+         f"from lit_dpo.cli import main; main({command})"],
+        cwd=ROOT, stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    )  # fmt: skip
+    os.close(follower)
+    threading.Thread(target=drain, args=[leader], daemon=True).start()
+    metrics, end = tmp_path / "version_0" / "metrics.csv", time.monotonic() + 60
+    while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    os.close(leader)
+    assert process.wait(60) == 129
+    assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
+
+
+def drain(terminal):
+    """Read what is written to a terminal, as somebody who looks at it does."""
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

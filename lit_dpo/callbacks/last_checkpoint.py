@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -14,12 +15,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from lit_dpo.checkpoints import keep_as, make_durable, refuse_unwritable, write_shards_manifest
+from lit_dpo.watch import PeerLostError, failed, follow_launcher, leave, watch_over
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
+_OTHERS = ("SIGHUP", "SIGUSR1")  # signals that may be somebody else's already
 
 
 class Stopped(SystemExit):
     """A run ended because a signal asked it to, with everything saved.
+
+    Its status is as a shell reports it: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP, 138 for SIGUSR1.
 
     Args:
         number: The signal.
@@ -28,7 +33,7 @@ class Stopped(SystemExit):
     """
 
     def __init__(self, number: int, checkpoint: Path, step: int) -> None:
-        super().__init__(128 + number)  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
+        super().__init__(128 + number)
         self.name, self.checkpoint, self.step = signal.Signals(number).name, checkpoint, step
 
 
@@ -36,8 +41,12 @@ class LastCheckpoint(Checkpoint):
     """Keep ``last.ckpt`` to resume from, and save it before stopping when asked to.
 
     It is written after every validation, every `every_n_steps` optimizer steps, and at the end of training. The one
-    before it stays as ``previous.ckpt``. SIGTERM and Ctrl-C are noted; after the optimizer step under way (and its
-    validation, if one is due) the run saves and exits with status 143 or 130. A second Ctrl-C does not wait.
+    before it stays as ``previous.ckpt``. SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 are noted; after the optimizer step under
+    way (and its validation, if one is due) the run saves and exits with 128 + the signal's number: 143, 130, 129, 138.
+    A second Ctrl-C does not wait. A SIGHUP that is ignored (``nohup``) or handled already, and such a SIGUSR1, are left
+    alone. Before training and after it signals do what they do to any program: there is nothing to save.
+
+    Of several processes any one may get the signal. If one of them fails or is killed, the others end too.
 
     Resuming from it continues the run bit for bit: same rows, losses, learning rates and weights.
 
@@ -57,13 +66,16 @@ class LastCheckpoint(Checkpoint):
         self._folder = Path()
         self._signal: int | None = None
         self._handlers: dict[int, Handler] = {}
+        self._terminals: list[int] = []
         self._saved_step = -1
         self._due = self._leaving = False
+        follow_launcher()  # from now on, that is before there are connections
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, and have checkpoints written durably."""
+        """Find the folder, and have checkpoints written durably, and the processes end together."""
+        watch_over(trainer)
         if stage != "fit":
             return
         folder = self.dirpath or f"{trainer.log_dir or trainer.default_root_dir}/checkpoints"
@@ -152,28 +164,49 @@ class LastCheckpoint(Checkpoint):
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note signals from here on; nothing but the reference pass and loading comes before."""
+        self._take_signals()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over SIGTERM and Ctrl-C, which Lightning would end with status 0 and 1 in the middle of a step."""
-        self._signal, self._saved_step, self._due, self._leaving = None, -1, False, False
-        if trainer.received_sigterm:  # while the sanity check ran: Lightning would end the run without saving, status 0
-            self._signal = signal.SIGTERM
-            trainer._signal_connector.received_sigterm = False
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._note)
+        """Note signals, where there was no sanity check."""
+        self._saved_step, self._due, self._leaving = -1, False, False
+        self._take_signals()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the signals as they were."""
+        """Leave the signals as they were, and let the other processes know."""
         self._give_signals_back()
+        if isinstance(exception, Stopped):
+            return
+        try:
+            failed(exception)
+        except PeerLostError:
+            for logger in trainer.loggers:
+                logger.finalize("failed")
+            raise
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the signals as they were."""
         self._give_signals_back()
 
+    def _take_signals(self) -> None:
+        if self._handlers or threading.current_thread() is not threading.main_thread():
+            return
+        self._signal = None
+        self._terminals = [fd for fd in (1, 2) if os.isatty(fd)]
+        for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # the last two are not there on Windows
+            if number is None or (name in _OTHERS and signal.getsignal(number) != signal.SIG_DFL):
+                continue
+            self._handlers[number] = signal.signal(number, self._note)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
+        for fd in self._terminals:
+            if not os.isatty(fd):  # the terminal is gone: writing to it, as a progress bar does, would be an error
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
     def _asked_to_stop(self, trainer: Trainer) -> bool:
         """Whether any process was; the others learn the signal's number."""
@@ -188,6 +221,7 @@ class LastCheckpoint(Checkpoint):
         for logger in trainer.loggers:
             logger.save()
         trainer.strategy.barrier("stopped")
+        leave()
         raise Stopped(number, self._folder / "last.ckpt", trainer.global_step)
 
     def _give_signals_back(self) -> None:

@@ -42,6 +42,7 @@ from lit_dpo.runs import (
     saved_config,
 )
 from lit_dpo.stepwise import fit_stepwise
+from lit_dpo.watch import watch_over
 
 _EXPORT = "export"
 
@@ -172,6 +173,7 @@ class PreferenceCLI(LightningCLI):
         try:
             self.datamodule.allow_changes = self._allow_changes
             make_durable(self.trainer)
+            watch_over(self.trainer)
             if subcommand == "fit" and self.datamodule.stepwise:
                 if self._get(self.config, "ckpt_path") is not None:
                     raise ValueError("Stepwise training goes on with `ckpt_path: last` alone, as a whole.")
