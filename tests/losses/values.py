@@ -1,6 +1,7 @@
 """Log-probs for the tests of the losses."""
 
 import math
+from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
@@ -18,15 +19,36 @@ def logps(chosen, rejected, chosen_tokens=1, rejected_tokens=1, layers=None, dty
     return PairLogps(chosen, rejected, *counts, layers or {})
 
 
+def token_logps(pairs, layers=None, columns=None, dtype=torch.float64):
+    """`PairLogps` from the log-probs of single tokens, lists of numbers ``(chosen, rejected)``, one a pair."""
+    tokens = torch.tensor([value for pair in pairs for side in pair for value in side], dtype=dtype)
+    counts = torch.tensor([[len(side) for side in pair] for pair in pairs]).T  # (2, batch)
+    empty = torch.zeros(len(pairs), dtype=dtype)
+    return with_tokens(PairLogps(empty, empty, *counts, layers or {}, None, columns or {}), tokens)
+
+
+def with_tokens(values, tokens):
+    """The same pairs with other log-probs of single tokens, and with their sums."""
+    counts = zip(values.chosen_tokens.tolist(), values.rejected_tokens.tolist(), strict=True)
+    sizes = [n for pair in counts for n in pair]
+    sums = torch.stack([part.sum() for part in tokens.split(sizes)])
+    return replace(values, chosen=sums[0::2], rejected=sums[1::2], tokens=tokens)
+
+
 def random_logps(seed, batch=5, layers=(1, 2), dtype=torch.float64):
-    """Random `PairLogps`, the token counts the same for every seed."""
+    """Random `PairLogps`, the token counts and the columns the same for every seed."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.arange(2 * batch).view(2, batch) % 7 + 1
+    columns = {"score_chosen": torch.arange(batch) * 0.75 + 2, "score_rejected": torch.arange(batch) * 0.5 + 1.25}
 
-    def made(layers):
-        return PairLogps(*(20 * torch.randn(2, batch, generator=generator, dtype=dtype)), *counts, layers)
+    def made(layers, columns):
+        sizes = counts.T.flatten()
+        spread = (20 / sizes.sqrt()).repeat_interleave(sizes).to(dtype)  # so that sums spread by some 20
+        tokens = -(spread * torch.randn(len(spread), generator=generator, dtype=dtype)).abs()
+        empty = torch.zeros(batch, dtype=dtype)
+        return with_tokens(PairLogps(empty, empty, *counts, layers, None, columns), tokens)
 
-    return made({layer: made({}) for layer in layers})
+    return made({layer: made({}, {}) for layer in layers}, columns)
 
 
 def neg_log_sigmoid(x):
