@@ -34,7 +34,7 @@ class ORPOLoss(PreferenceLoss):
     >>> from lit_dpo.pairs import PairLogps
     >>> policy = PairLogps(*torch.tensor([[-42.0], [-56.0], [20.0], [30.0]]))
     >>> reference = PairLogps(*torch.tensor([[-40.0], [-50.0], [20.0], [30.0]]))
-    >>> round(ORPOLoss()(policy, reference).item(), 5)  # 2.1 + 0.1 * log(1 + exp(2.1 - 1.86667 - 0.13032 + 0.16780))
+    >>> round(ORPOLoss()(policy, reference).item(), 5)  # 2.1 + 0.1 * log(1 + exp(2.1 - 1.86667 + 0.16799 - 0.13063))
     2.18376
     """
 

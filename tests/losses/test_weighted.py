@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_dpo import DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, SFTLoss, WeightedLoss
+from lit_dpo import ADPOLoss, DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, ODPOLoss, SFTLoss, WeightedLoss
 from tests.losses.values import logps, nats, random_logps
 
 
@@ -50,6 +50,19 @@ def test_parts_of_one_class_are_numbered():
 def test_needs_a_reference_if_a_part_does():
     assert WeightedLoss(losses=(SFTLoss(), DPOLoss())).needs_reference
     assert not WeightedLoss(losses=(SFTLoss(),)).needs_reference
+
+
+def test_needs_tokens_and_columns_if_a_part_does():
+    loss = WeightedLoss(losses=(SFTLoss(), ADPOLoss(), ODPOLoss(), ODPOLoss(alpha=0.5)))
+    assert loss.needs_tokens
+    assert loss.columns == ("score_chosen", "score_rejected")
+    assert not WeightedLoss(losses=(SFTLoss(), DPOLoss())).needs_tokens
+    assert WeightedLoss(losses=(SFTLoss(), DPOLoss())).columns == ()
+
+
+def test_formula_is_the_sum_of_the_parts():
+    loss = WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(0.8, 1.0))
+    assert loss.formula() == "0.8 * (-logsigmoid(0.1 * (r_w - r_l))) + 1.0 * (-logp_w/|y_w|)"
 
 
 def test_beta_is_that_of_the_first_part_with_a_reference():

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -54,3 +55,36 @@ def random_logps(seed, batch=5, layers=(1, 2), dtype=torch.float64):
 def neg_log_sigmoid(x):
     """``-log(1 / (1 + exp(-x)))`` of a Python number, without overflow."""
     return max(-x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def sigmoid(x):
+    """``1 / (1 + exp(-x))`` of a Python number, without overflow."""
+    return math.exp(-neg_log_sigmoid(x))
+
+
+def numbers(policy, reference):
+    """Each pair as Python numbers: log-ratios, policy log-probs and tokens of chosen and rejected."""
+    rows = []
+    for i in range(len(policy.chosen)):
+        p_w, p_l = float(policy.chosen[i]), float(policy.rejected[i])
+        q_w, q_l = float(reference.chosen[i]), float(reference.rejected[i])
+        rows.append((p_w - q_w, p_l - q_l, p_w, p_l, int(policy.chosen_tokens[i]), int(policy.rejected_tokens[i])))
+    return rows
+
+
+def close(expected):
+    """Equal to 1e-12, relative or absolute."""
+    return pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+def at(r_w, r_l, **options):
+    """One pair with these log-ratios, its reference at -40 nats over 20 and -50 over 30 tokens."""
+    return logps(-40.0 + r_w, -50.0 + r_l, 20, 30, **options), logps(-40.0, -50.0, 20, 30)
+
+
+def gradient(loss, policy, reference):
+    """Derivatives of the loss of one pair by the policy's two log-probs, as numbers."""
+    inputs = [policy.chosen.clone().requires_grad_(), policy.rejected.clone().requires_grad_()]
+    value = loss(replace(policy, chosen=inputs[0], rejected=inputs[1]), reference).sum()
+    grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    return [0.0 if grad is None else grad.item() for grad in grads]
