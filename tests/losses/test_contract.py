@@ -41,7 +41,7 @@ from lit_dpo import (
     WeightedLoss,
 )
 from lit_dpo.losses import implicit_rewards
-from tests.losses.values import logps, random_logps, with_tokens
+from tests.losses.values import logps, of_config, random_logps, with_tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -330,6 +330,11 @@ def test_one_stem_everywhere(cls):
         assert (ROOT / path).is_file(), path
     assert getattr(lit_dpo, cls.__name__) is cls
     assert cls.__name__ in lit_dpo.__all__
+
+
+@pytest.mark.parametrize("cls", sorted(set(EXAMPLES) - {WeightedLoss}, key=str), ids=lambda cls: cls.__name__)
+def test_the_config_writes_out_the_defaults(cls):
+    assert of_config(cls.__module__.rsplit(".", 1)[1]) == cls()
 
 
 def test_a_loss_of_ones_own_needs_only_a_call(tmp_path):

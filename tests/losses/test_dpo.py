@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_dpo import DPOLoss
-from tests.losses.values import at, close, gradient, logps, nats, neg_log_sigmoid, numbers, random_logps
+from tests.losses.values import at, close, gradient, logps, nats, neg_log_sigmoid, numbers, of_config, random_logps
 
 betas = st.floats(1e-3, 10.0)
 smoothings = st.floats(0.0, 0.5, exclude_max=True)
@@ -152,6 +152,10 @@ def test_normalised_by_one_token_it_is_plain_dpo_bit_for_bit(dtype):
     policy, reference = logps([-3.0, -0.1], [-2.0, -7.3], dtype=dtype), logps([-2.5, -1.0], [-2.2, -0.3], dtype=dtype)
     normalised = DPOLoss(beta=0.3, length_normalize=True)
     assert torch.equal(normalised(policy, reference), DPOLoss(beta=0.3)(policy, reference))
+
+
+def test_the_shipped_config_of_the_normalised_form():
+    assert of_config("dpo_norm") == DPOLoss(beta=5.0, length_normalize=True)
 
 
 def test_formula():

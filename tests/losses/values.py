@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import strategies as st
 
+import lit_dpo
 from lit_dpo import PairLogps
 
 # Multiples of 1/1024: sums and differences of a few of them are exact in float64.
@@ -70,6 +73,21 @@ def numbers(policy, reference):
         q_w, q_l = float(reference.chosen[i]), float(reference.rejected[i])
         rows.append((p_w - q_w, p_l - q_l, p_w, p_l, int(policy.chosen_tokens[i]), int(policy.rejected_tokens[i])))
     return rows
+
+
+def of_config(stem):
+    """The loss that a shipped config describes, built without the command line."""
+
+    def built(node):
+        if isinstance(node, list):
+            return [built(child) for child in node]
+        if not isinstance(node, dict):
+            return node
+        options = {name: built(child) for name, child in node.get("init_args", {}).items()}
+        return getattr(lit_dpo, node["class_path"])(**options)
+
+    text = (Path(__file__).parents[2] / "configs" / f"{stem}.yaml").read_text(encoding="utf-8")
+    return built(yaml.safe_load(text)["model"]["loss"])
 
 
 def close(expected):
