@@ -212,7 +212,10 @@ class PairLogps:
         rejected: The same for the rejected completion, shape ``(batch,)``.
         chosen_tokens: Tokens summed over, the end-of-sequence token included, shape ``(batch,)``.
         rejected_tokens: The same for the rejected completion, shape ``(batch,)``.
-        layers: The same four at intermediate decoder blocks, by 1-based block number.
+        layers: The same at intermediate decoder blocks, by 1-based block number.
+        tokens: Log-prob of each single completion token, shape ``(completion tokens,)``, in the order chosen 0,
+            rejected 0, chosen 1, ...; the tokens of a completion add up to its sum. ``None`` unless asked for.
+        columns: Numbers that came with the rows, each of shape ``(batch,)``, by column name.
     """
 
     chosen: Tensor
@@ -220,17 +223,51 @@ class PairLogps:
     chosen_tokens: Tensor
     rejected_tokens: Tensor
     layers: Mapping[int, PairLogps] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def cat(cls, parts: Sequence[PairLogps]) -> PairLogps:
-        """The log-probs of several batches as those of one, in their order."""
+        """The log-probs of several batches as those of one, in their order.
+
+        Raises:
+            ValueError: Some of the batches have log-probs of single tokens, and others have none.
+        """
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        if tokens and len(tokens) < len(parts):
+            raise ValueError(
+                "Only some of these batches have log-probs of single tokens: score all with `per_token`, or none."
+            )
         return cls(
             torch.cat([part.chosen for part in parts]),
             torch.cat([part.rejected for part in parts]),
             torch.cat([part.chosen_tokens for part in parts]),
             torch.cat([part.rejected_tokens for part in parts]),
             {layer: cls.cat([part.layers[layer] for part in parts]) for layer in parts[0].layers},
+            torch.cat(tokens) if tokens else None,
+            {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns},
         )
+
+    @property
+    def completion_lengths(self) -> Tensor:
+        """Tokens of each of the 2B completions in the order chosen 0, rejected 0, chosen 1, ..., shape (2B,)."""
+        return torch.stack([self.chosen_tokens, self.rejected_tokens], dim=1).flatten()
+
+    def split_tokens(self) -> list[Tensor]:
+        """Log-probs of the tokens of each of the 2B completions, in the order of `completion_lengths`.
+
+        It waits for the device, which has to tell the lengths.
+
+        Raises:
+            ValueError: There are no log-probs of single tokens.
+
+        >>> pair = PairLogps(*torch.tensor([[-3.0], [-4.0], [2.0], [1.0]]), tokens=torch.tensor([-1.0, -2.0, -4.0]))
+        >>> [part.tolist() for part in pair.split_tokens()]
+        [[-1.0, -2.0], [-4.0]]
+        """
+        if self.tokens is None:
+            raise ValueError("There are no log-probs of single tokens here: score the batch with `per_token`.")
+        return list(self.tokens.split([int(n) for n in self.completion_lengths.tolist()]))
 
     @property
     def margin(self) -> Tensor:
@@ -238,21 +275,31 @@ class PairLogps:
         return self.chosen - self.rejected
 
     def per_token(self) -> PairLogps:
-        """The same log-probs as means over the completion's tokens instead of sums."""
+        """The same log-probs as means over the completion's tokens instead of sums.
+
+        Log-probs of single tokens are divided alike, so that they still add up to their completion's value.
+        """
+        tokens = self.tokens
+        if tokens is not None:
+            counts = self.completion_lengths
+            tokens = tokens / counts.repeat_interleave(counts.long(), output_size=len(tokens))
         return replace(
             self,
             chosen=self.chosen / self.chosen_tokens,
             rejected=self.rejected / self.rejected_tokens,
             layers={k: v.per_token() for k, v in self.layers.items()},
+            tokens=tokens,
         )
 
     def detach(self) -> PairLogps:
         """The same values, cut off from the graph."""
         layers = {k: v.detach() for k, v in self.layers.items()}
-        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach(), layers=layers)
+        tokens = None if self.tokens is None else self.tokens.detach()
+        return replace(self, chosen=self.chosen.detach(), rejected=self.rejected.detach(), layers=layers, tokens=tokens)
 
     def zeros(self) -> PairLogps:
         """Log-probs of zero for the same pairs: the reference of a loss that needs none."""
         layers = {k: v.zeros() for k, v in self.layers.items()}
         zero = torch.zeros_like(self.chosen)
-        return replace(self, chosen=zero, rejected=zero, layers=layers)
+        tokens = None if self.tokens is None else torch.zeros_like(self.tokens)
+        return replace(self, chosen=zero, rejected=zero, layers=layers, tokens=tokens)

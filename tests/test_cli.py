@@ -88,15 +88,32 @@ def file(folder, name, content):
 
 
 def test_no_config_is_forgotten():
-    assert METHODS == ["dpo", "dpop", "intermediate", "ipo", "quickstart", "sdpo", "sft"]
+    assert METHODS == [
+        "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo", "fdpo",
+        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "orpo",
+        "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
+    ]  # fmt: skip
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == ["bf16", "ddp", "fsdp", "fsdp1", "lora"]
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"sdpo"}))
+# What these need of scoring and data is not connected yet; each mark goes with its connection.
+NO_TOKENS = pytest.mark.xfail(strict=True, reason="scoring does not hand on log-probs of single tokens yet")
+NO_COLUMNS = pytest.mark.xfail(strict=True, reason="the data module does not hand on columns of numbers yet")
+# Of every pair where the policy is the reference: what a run starts at. The others depend on the pairs.
+LOG_2 = math.log(2)
+STARTS = dict.fromkeys(["dpo", "dpo_norm", "dpo_shift", "dpop", "fdpo", "intermediate", "lddpo", "minor_dpo"], LOG_2)
+STARTS |= {"adpo": 4 * LOG_2, "bco_pair": 2 * LOG_2, "nca_pair": 2 * LOG_2, "robust_dpo": LOG_2}
+STARTS |= {"apo_down": 1.0, "apo_zero": 1.0, "hinge": 1.0, "exo": 2.76123, "ipo": 25.0, "sppo": 2 * 500.0**2}
+WAITING = {"adpo": NO_TOKENS, "lddpo": NO_TOKENS, "odpo": NO_COLUMNS}
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=WAITING.get(m, ())) for m in METHODS if m != "sdpo"])
 def test_every_config_trains(method, tmp_path):
     main(command("fit", tmp_path, method))
     found = metrics(tmp_path / "version_0")
     assert len(found["train/loss"]) == 2
+    if method in STARTS:
+        assert found["train/loss"][0] == pytest.approx(STARTS[method], rel=1e-5)
     assert all(math.isfinite(value) for values in found.values() for value in values)
     assert (tmp_path / "version_0" / "config.yaml").exists()
     assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
@@ -126,6 +143,7 @@ def test_the_configs_differ_where_the_methods_do():
 
     configs = {method: flat(yaml.safe_load((CONFIGS / f"{method}.yaml").read_text())) for method in METHODS}
     allowed = {
+        "odpo": ("/data/values",),
         "sdpo": ("/data/train", "/data/partition"),
         "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
     }
@@ -318,7 +336,7 @@ def test_explicit_options_win_over_a_checkpoints(trained, tmp_path, caplog):
     _, checkpoint = trained
     with caplog.at_level("INFO"):
         main(command("validate", tmp_path, "dpo", "--ckpt_path", checkpoint, "--model.loss.beta", 0.9))
-    assert "Loss: DPOLoss(beta=0.9, label_smoothing=0.0)" in caplog.text
+    assert "Loss: DPOLoss(beta=0.9, label_smoothing=0.0, length_normalize=False)" in caplog.text
 
 
 def test_export_writes_the_policy_of_a_checkpoint(trained, tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,6 +145,57 @@ def made_logps():
     for tensor in (*outer, inner.chosen, inner.rejected):
         tensor.requires_grad_()
     return PairLogps(*outer, torch.tensor([5, 2]), torch.tensor([10, 3]), {3: inner})
+
+
+def made_tokens():
+    """Two pairs of 2 and 1, then 1 and 3 tokens, with a layer and a column."""
+    counts = torch.tensor([2, 1]), torch.tensor([1, 3])
+    inner = PairLogps(*torch.tensor([[-2.0, -1.0], [-1.0, -3.0]]), *counts, tokens=-torch.ones(7))
+    tokens = torch.tensor([-1.0, -2.0, -4.0, -5.0, -6.0, -7.0, -8.0], requires_grad=True)
+    sums = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -21.0])
+    return PairLogps(*sums, *counts, {3: inner}, tokens, {"margin": torch.tensor([0.5, 2.0])})
+
+
+def test_tokens_are_split_by_completion():
+    assert made_tokens().completion_lengths.tolist() == [2, 1, 1, 3]
+    parts = made_tokens().split_tokens()
+    assert [part.tolist() for part in parts] == [[-1.0, -2.0], [-4.0], [-5.0], [-6.0, -7.0, -8.0]]
+    with pytest.raises(ValueError, match=r"^There are no log-probs of single tokens here: score the batch with"):
+        made_logps().split_tokens()
+
+
+def test_cat_keeps_tokens_layers_and_columns_in_order():
+    both = PairLogps.cat([made_tokens(), made_tokens()])
+    assert both.chosen.tolist() == [-3.0, -5.0, -3.0, -5.0]
+    assert both.tokens.tolist() == made_tokens().tokens.tolist() * 2
+    assert both.layers[3].tokens.tolist() == [-1.0] * 14
+    assert both.columns["margin"].tolist() == [0.5, 2.0, 0.5, 2.0]
+    assert [part.sum().item() for part in both.split_tokens()][0::2] == both.chosen.tolist()
+    plain = PairLogps.cat([made_logps(), made_logps()])
+    assert (plain.tokens, plain.columns) == (None, {})
+    with pytest.raises(ValueError, match=r"^Only some of these batches have log-probs of single tokens: score all"):
+        PairLogps.cat([made_tokens(), replace(made_tokens(), tokens=None)])
+
+
+def test_means_and_zeros_of_tokens_add_up_to_those_of_the_completions():
+    means = made_tokens().per_token()
+    assert means.tokens.tolist() == pytest.approx([-0.5, -1.0, -4.0, -5.0, -2.0, -7 / 3, -8 / 3])
+    for values in (means, means.layers[3], made_tokens().zeros()):
+        sums = torch.stack([part.sum() for part in values.split_tokens()])
+        assert sums[0::2].tolist() == pytest.approx(values.chosen.tolist())
+        assert sums[1::2].tolist() == pytest.approx(values.rejected.tolist())
+    assert means.columns["margin"].tolist() == made_tokens().zeros().columns["margin"].tolist() == [0.5, 2.0]
+    assert means.layers[3].tokens.tolist() == pytest.approx([-0.5, -0.5, -1.0, -1.0, -1 / 3, -1 / 3, -1 / 3])
+    assert not made_tokens().zeros().tokens.requires_grad
+
+
+def test_detach_cuts_tokens_too():
+    cut = made_tokens().detach()
+    assert made_tokens().tokens.requires_grad
+    assert not cut.tokens.requires_grad
+    assert torch.equal(cut.tokens, made_tokens().tokens)
+    assert cut.columns["margin"].tolist() == [0.5, 2.0]
+    assert made_logps().detach().tokens is None
 
 
 def test_margin():

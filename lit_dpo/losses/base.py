@@ -27,6 +27,8 @@ class PreferenceLoss(ABC):
         detach_head: Whether those intermediate log-probs leave final norm and head out of the gradient.
         needs_reference: False for a loss that never looks at the reference; none is then built, and the loss is
             called with a reference of zeros.
+        needs_tokens: True for a loss that reads the log-probs of single tokens, `PairLogps.tokens`.
+        columns: Columns of numbers that the loss reads from the rows, in `PairLogps.columns` of the policy.
     """
 
     if TYPE_CHECKING:  # read-only for the type checker; a subclass declares them as fields or takes the defaults
@@ -39,6 +41,8 @@ class PreferenceLoss(ABC):
         def detach_head(self) -> bool: ...  # noqa: D102
 
     needs_reference: ClassVar[bool] = True
+    needs_tokens: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -60,10 +64,44 @@ class PreferenceLoss(ABC):
         """Named terms worth logging, each of shape ``(batch,)``."""
         return {}
 
+    def formula(self) -> str:
+        """The loss of a pair as one line of mathematics with the options filled in; the constructor call unless given.
+
+        In it ``logp_w`` and ``logp_l`` are the policy's log-probs of chosen and rejected completion, ``r_w`` and
+        ``r_l`` the same minus the reference's, and ``|y_w|`` and ``|y_l|`` the numbers of tokens. ``r_w[a:b]`` is the
+        share of the tokens a to b in ``r_w``, ``r_w[s]`` that of segment s, and ``m = min(|y_w|, |y_l|)``. Any other
+        name is a column of the row.
+        """
+        return repr(self)
+
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
     """``r_w`` and ``r_l``: policy minus reference log-probs of chosen and rejected, each of shape ``(batch,)``."""
     return policy.chosen - reference.chosen.detach(), policy.rejected - reference.rejected.detach()
+
+
+def token_log_ratios(policy: PairLogps, reference: PairLogps) -> Tensor:
+    """Policy minus reference log-prob of every completion token, shape ``(completion tokens,)``.
+
+    Raises:
+        ValueError: One of the two has no log-probs of single tokens.
+    """
+    if policy.tokens is None or reference.tokens is None:
+        raise ValueError(
+            "This loss needs the log-prob of every token, of policy and reference: score the pairs with `per_token`."
+        )
+    return policy.tokens - reference.tokens.detach()
+
+
+def column(policy: PairLogps, name: str) -> Tensor:
+    """The numbers of one column of the rows, in the log-probs' dtype, shape ``(batch,)``.
+
+    Raises:
+        ValueError: The column did not come along.
+    """
+    if name not in policy.columns:
+        raise ValueError(f"This loss needs the number `{name}` of every row: name the column in the data's `values`.")
+    return policy.columns[name].to(policy.chosen.dtype)
 
 
 def implicit_rewards(policy: PairLogps, reference: PairLogps, beta: float) -> tuple[Tensor, Tensor]:

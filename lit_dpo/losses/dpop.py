@@ -47,3 +47,7 @@ class DPOPLoss(PreferenceLoss):
         """Loss of each pair, shape ``(batch,)``."""
         chosen, rejected = log_ratios(policy, reference)
         return -F.logsigmoid(self.beta * (chosen - rejected - self.penalty * F.relu(-chosen)))
+
+    def formula(self) -> str:
+        """The penalty inside the sigmoid and under beta."""
+        return f"-logsigmoid({self.beta} * (r_w - r_l - {self.penalty} * max(0, -r_w)))"

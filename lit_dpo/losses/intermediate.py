@@ -59,6 +59,16 @@ class IntermediateLoss(PreferenceLoss):
         return self.base.needs_reference
 
     @property
+    def needs_tokens(self) -> bool:  # type: ignore[override]
+        """As `base` says."""
+        return self.base.needs_tokens
+
+    @property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Those of `base`."""
+        return self.base.columns
+
+    @property
     def beta(self) -> float:
         """The beta of `base`."""
         return self.base.beta
@@ -80,8 +90,20 @@ class IntermediateLoss(PreferenceLoss):
         """The loss at the last layer, and its mean over the intermediate ones."""
         return self._terms(policy, reference) if self.weight else {}
 
+    def formula(self) -> str:
+        """That of `base`, at the last layer and over the others."""
+        base = self.base.formula()
+        if self.weight == 0:
+            return base
+        last_weight = round(1 - self.weight, 12) if self.combine == "convex" else 1.0
+        layers = ", ".join(map(str, self.layers))
+        return f"{last_weight} * ({base}) + {self.weight} * (mean over layers {layers} of {base})"
+
     def _terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
-        between = [self.base(policy.layers[int(k)], reference.layers[int(k)]) for k in self.layers]
+        def at(values: PairLogps, layer: int) -> PairLogps:
+            return replace(values.layers[layer], columns=values.columns)
+
+        between = [self.base(at(policy, int(k)), at(reference, int(k))) for k in self.layers]
         return {"last": self.base(policy, reference), "layers": torch.stack(between).mean(0)}
 
 

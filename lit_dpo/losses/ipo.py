@@ -48,3 +48,8 @@ class IPOLoss(PreferenceLoss):
             policy, reference = policy.per_token(), reference.per_token()
         chosen, rejected = log_ratios(policy, reference)
         return (chosen - rejected - 1 / (2 * self.beta)) ** 2
+
+    def formula(self) -> str:
+        """The squared distance from the target."""
+        h = "r_w/|y_w| - r_l/|y_l|" if self.length_normalize else "r_w - r_l"
+        return f"({h} - {1 / (2 * self.beta)}) ** 2"

@@ -33,3 +33,7 @@ class SFTLoss(PreferenceLoss):
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, shape ``(batch,)``."""
         return -policy.per_token().chosen
+
+    def formula(self) -> str:
+        """Minus the mean log-prob of a token."""
+        return "-logp_w/|y_w|"

@@ -58,6 +58,16 @@ class WeightedLoss(PreferenceLoss):
         return any(loss.needs_reference for loss in self.losses)
 
     @property
+    def needs_tokens(self) -> bool:  # type: ignore[override]
+        """Whether any part does."""
+        return any(loss.needs_tokens for loss in self.losses)
+
+    @property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Every part's columns, each once."""
+        return tuple(dict.fromkeys(chain.from_iterable(loss.columns for loss in self.losses)))
+
+    @property
     def beta(self) -> float:
         """The beta of the first part that looks at the reference, else of the first."""
         return next((loss for loss in self.losses if loss.needs_reference), self.losses[0]).beta
@@ -86,3 +96,7 @@ class WeightedLoss(PreferenceLoss):
         names = [type(loss).__name__.removesuffix("Loss").lower() for loss in self.losses]
         unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
         return {name: loss(policy, reference) for name, loss in zip(unique, self.losses, strict=True)}
+
+    def formula(self) -> str:
+        """Those of the parts, weighted."""
+        return " + ".join(f"{w} * ({loss.formula()})" for w, loss in zip(self.weights, self.losses, strict=True))

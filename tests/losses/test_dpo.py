@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_dpo import DPOLoss
-from tests.losses.values import logps, nats, neg_log_sigmoid, random_logps
+from tests.losses.values import at, close, gradient, logps, nats, neg_log_sigmoid, numbers, of_config, random_logps
 
 betas = st.floats(1e-3, 10.0)
 smoothings = st.floats(0.0, 0.5, exclude_max=True)
@@ -123,3 +123,43 @@ def test_smoothing_mixes_the_loss_with_that_of_the_swapped_pair(h, beta, eps):
 @given(h=nats, more=st.floats(1e-3, 100.0), beta=betas)
 def test_falls_as_h_grows(h, more, beta):
     assert loss_at(h + more, beta=beta) <= loss_at(h, beta=beta)
+
+
+# -- length-normalised ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.1, 5.0])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_normalised_it_agrees_with_the_formula(beta, eps):
+    policy, reference = random_logps(0, batch=20), random_logps(1, batch=20)
+    expected = []
+    for r_w, r_l, _, _, n_w, n_l in numbers(policy, reference):
+        margin = beta * (r_w * n_l - r_l * n_w) / (n_w * n_l)
+        expected.append((1 - eps) * neg_log_sigmoid(margin) + eps * neg_log_sigmoid(-margin))
+    loss = DPOLoss(beta=beta, label_smoothing=eps, length_normalize=True)
+    assert loss(policy, reference).tolist() == close(expected)
+
+
+def test_normalised_by_hand():
+    # 5 * (-2 / 20 + 6 / 30) = 0.5 and log(1 + e^-0.5) = 0.4740770; sigmoid(-0.5) = 0.3775407, times 5/20 and 5/30.
+    loss = DPOLoss(beta=5.0, length_normalize=True)
+    assert loss(*at(-2.0, -6.0)).item() == pytest.approx(0.4740770, abs=1e-7)
+    assert gradient(loss, *at(-2.0, -6.0)) == pytest.approx([-0.0943852, 0.0629235], abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_normalised_by_one_token_it_is_plain_dpo_bit_for_bit(dtype):
+    policy, reference = logps([-3.0, -0.1], [-2.0, -7.3], dtype=dtype), logps([-2.5, -1.0], [-2.2, -0.3], dtype=dtype)
+    normalised = DPOLoss(beta=0.3, length_normalize=True)
+    assert torch.equal(normalised(policy, reference), DPOLoss(beta=0.3)(policy, reference))
+
+
+def test_the_shipped_config_of_the_normalised_form():
+    assert of_config("dpo_norm") == DPOLoss(beta=5.0, length_normalize=True)
+
+
+def test_formula():
+    assert DPOLoss(5.0, length_normalize=True).formula() == "-logsigmoid(5.0 * (r_w/|y_w| - r_l/|y_l|))"
+    assert DPOLoss().formula() == "-logsigmoid(0.1 * (r_w - r_l))"
+    smooth = "-0.9 * logsigmoid(0.1 * (r_w - r_l)) - 0.1 * logsigmoid(-0.1 * (r_w - r_l))"
+    assert DPOLoss(label_smoothing=0.1).formula() == smooth

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_dpo import DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, SFTLoss
+from lit_dpo import ADPOLoss, DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, ODPOLoss, SFTLoss
 from tests.losses.values import logps, nats, neg_log_sigmoid, random_logps
 
 
@@ -145,3 +145,19 @@ def test_beta_and_need_of_a_reference_are_those_of_the_base():
 
 def test_lists_as_read_from_yaml_become_tuples():
     assert IntermediateLoss(layers=[1, 2]) == IntermediateLoss(layers=(1, 2))
+
+
+def test_needs_what_its_base_needs():
+    assert IntermediateLoss(ADPOLoss()).needs_tokens
+    assert not IntermediateLoss(DPOLoss()).needs_tokens
+    assert IntermediateLoss(ODPOLoss()).columns == ("score_chosen", "score_rejected")
+    assert IntermediateLoss(DPOLoss()).columns == ()
+
+
+def test_formula_is_that_of_the_base_at_each_layer():
+    base = "-logsigmoid(0.1 * (r_w - r_l))"
+    loss = IntermediateLoss(layers=(22, 24))
+    assert loss.formula() == f"0.7 * ({base}) + 0.3 * (mean over layers 22, 24 of {base})"
+    added = IntermediateLoss(layers=(0.5,), combine="additive", weight=2.0)
+    assert added.formula() == f"1.0 * ({base}) + 2.0 * (mean over layers 0.5 of {base})"
+    assert IntermediateLoss(layers=(22,), weight=0.0).formula() == base

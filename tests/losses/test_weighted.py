@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_dpo import DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, SFTLoss, WeightedLoss
-from tests.losses.values import logps, nats, random_logps
+from lit_dpo import ADPOLoss, BCOPairLoss, DPOLoss, DPOPLoss, IntermediateLoss, IPOLoss, ODPOLoss, SFTLoss, WeightedLoss
+from tests.losses.values import at, logps, nats, of_config, random_logps
 
 
 def test_by_hand():
@@ -15,6 +15,24 @@ def test_by_hand():
     parts = loss.parts(policy, reference)
     assert list(parts) == ["dpo", "sft"]
     assert [v.item() for v in parts.values()] == pytest.approx([0.1269280110, 2.0], abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("config", "loss", "at_start"),
+    [
+        # log(2) = 0.6931472 for DPO, twice that for BCO, and 40 nats over 20 tokens for the supervised term.
+        (
+            "mpo",
+            WeightedLoss((DPOLoss(beta=0.1), BCOPairLoss(beta=0.1), SFTLoss()), (0.8, 0.2, 1.0)),
+            0.8 * 0.6931472 + 0.2 * 1.3862944 + 2.0,
+        ),
+        ("rpo", WeightedLoss((DPOLoss(beta=0.01), SFTLoss()), (1.0, 0.005)), 0.6931472 + 0.005 * 2.0),
+        ("irpo", WeightedLoss((DPOLoss(beta=0.1), SFTLoss()), (1.0, 1.0)), 0.6931472 + 2.0),
+    ],
+)
+def test_methods_that_are_configs(config, loss, at_start):
+    assert of_config(config) == loss
+    assert loss(*at(0.0, 0.0)).item() == pytest.approx(at_start, abs=1e-6)
 
 
 def test_weights_default_to_one():
@@ -50,6 +68,19 @@ def test_parts_of_one_class_are_numbered():
 def test_needs_a_reference_if_a_part_does():
     assert WeightedLoss(losses=(SFTLoss(), DPOLoss())).needs_reference
     assert not WeightedLoss(losses=(SFTLoss(),)).needs_reference
+
+
+def test_needs_tokens_and_columns_if_a_part_does():
+    loss = WeightedLoss(losses=(SFTLoss(), ADPOLoss(), ODPOLoss(), ODPOLoss(alpha=0.5)))
+    assert loss.needs_tokens
+    assert loss.columns == ("score_chosen", "score_rejected")
+    assert not WeightedLoss(losses=(SFTLoss(), DPOLoss())).needs_tokens
+    assert WeightedLoss(losses=(SFTLoss(), DPOLoss())).columns == ()
+
+
+def test_formula_is_the_sum_of_the_parts():
+    loss = WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(0.8, 1.0))
+    assert loss.formula() == "0.8 * (-logsigmoid(0.1 * (r_w - r_l))) + 1.0 * (-logp_w/|y_w|)"
 
 
 def test_beta_is_that_of_the_first_part_with_a_reference():
