@@ -29,6 +29,7 @@ from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Refere
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
 from lit_dpo.scoring import Layout, choose_layout, decoder_parts, score
+from lit_dpo.sources import trusts_remote_code
 from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
 from lit_dpo.version import __version__
 
@@ -106,7 +107,7 @@ class PreferenceModule(LightningModule):
         self._bound: WarmupDecay | None = None  # the schedule whose length is the run's
         self._seen: list[SeenPairs] = []  # in the optimizer step under way
         options = {"model": model, "loss": loss, "reference": reference, "adapter": adapter, "tokenizer": tokenizer}
-        options |= {"dtype": dtype, "init_seed": init_seed}
+        options |= {"dtype": dtype, "init_seed": init_seed, "trust_remote_code": trusts_remote_code()}  # for the record
         self.save_hyperparameters({name: plain(value) for name, value in options.items()})
 
     def _default_reference(self) -> Reference | None:
@@ -131,6 +132,7 @@ class PreferenceModule(LightningModule):
         """Load policy and reference, once, and settle how many decoder blocks the loss can name."""
         if self.policy is not None:
             return
+        self.hparams["trust_remote_code"] = trusts_remote_code()
         sharded = self.device_mesh is not None or (self._trainer and isinstance(self.trainer.strategy, FSDPStrategy))
         if sharded and self.max_tokens is not None:
             raise ValueError(
