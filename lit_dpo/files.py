@@ -11,17 +11,21 @@ from typing import Any
 _LARGEST_JSON = 64 << 20  # bytes; a manifest of ten thousand shards has one or two million
 
 
-def refuse_special(path: str | Path) -> None:
+def refuse_special(path: str | Path, links: bool = True) -> None:
     """Refuse what is no regular file: a pipe would be waited for, a device never ends. Nothing is opened.
+
+    Args:
+        path: The file.
+        links: A symbolic link to a regular file will do.
 
     Raises:
         FileNotFoundError: There is nothing.
-        ValueError: It is a folder, a pipe, a socket, a device or the like.
+        ValueError: It is a folder, a pipe, a socket, a device, or a link that may not be one.
     """
-    mode = os.stat(path).st_mode
+    mode = os.stat(path, follow_symlinks=links).st_mode
     if not stat.S_ISREG(mode):
-        names = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
-        kind = next((name for test, name in names if test(mode)), "device")
+        names = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFLNK: "symbolic link"}
+        kind = names.get(stat.S_IFMT(mode), "device")
         raise ValueError(f"`{path}` is a {kind}, and only regular files are read: give a regular file in its place.")
 
 

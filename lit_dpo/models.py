@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lit_dpo.checkpoints import sync_files
+from lit_dpo.finite import first_nonfinite
 from lit_dpo.sources import read_config, read_model, read_tokenizer, refuse_kernels, trusts_remote_code
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -195,10 +196,17 @@ def export(
 
     Raises:
         FileExistsError: `folder` holds something already.
+        ValueError: A weight is not finite.
     """
-    target = new_folder(folder)
+    refuse_existing(Path(folder))
     if hasattr(model, "peft_config") and merge:
         model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    if name := first_nonfinite(model.named_parameters()):
+        raise ValueError(
+            f"The weights to export are not finite, `{name}` first, and make no model: export an earlier checkpoint, "
+            "or train with a lower learning rate."
+        )
+    target = new_folder(folder)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         os.chmod(part, 0o755)

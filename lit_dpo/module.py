@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_nonfinite
+from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, pair_metrics
@@ -313,7 +313,7 @@ class PreferenceModule(LightningModule):
         seen, self._seen = self._seen, []
         norm = gradient_norm(self.policy, optimizer)
         # Scaled float16 gradients overflow now and then, and their scaler skips such a step by itself.
-        refuse_nonfinite(self.trainer, seen, None if self.trainer.precision == "16-mixed" else norm)
+        refuse_nonfinite(self.trainer, self.policy, seen, None if self.trainer.precision == "16-mixed" else norm)
         if (self.trainer.global_step + 1) % self._log_interval == 0:
             self.log("train/grad_norm", norm, batch_size=1)
         if not gradient_clip_val:
@@ -331,7 +331,12 @@ class PreferenceModule(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an exact resume needs besides Lightning's own state; every process takes part."""
+        """Add what an exact resume needs besides Lightning's own state; every process takes part.
+
+        Raises:
+            FloatingPointError: A weight or optimizer state is not finite; nothing is written then.
+        """
+        refuse_broken_state(self.trainer, self.policy)
         means = self._means("train")
         checkpoint[STATE] = {
             "names": list(means.names),
@@ -376,6 +381,7 @@ class PreferenceModule(LightningModule):
     # -- start of a run -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        refuse_broken_state(self.trainer, self.policy)
         if self._settled is None:
             self._settle()
         stage = str(self.trainer.state.fn)
@@ -415,6 +421,7 @@ class PreferenceModule(LightningModule):
         (There a checkpoint holds all there is; in the middle of one, half a step is in the gradients.)
         """
         trainer, every = self.trainer, self.trainer.accumulate_grad_batches
+        refuse_broken_state(trainer, self.policy)  # the optimizer's restored state too
         if self._bound is not None and self._bound.total_steps != (steps := int(trainer.estimated_stepping_batches)):
             rank_zero_info(f"The schedule of the checkpoint, of {self._bound.total_steps} steps, now has {steps}.")
             self._bound.bind(steps)

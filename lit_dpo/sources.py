@@ -76,7 +76,7 @@ def read_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
             f"`model` {source!r} lacks weights that its configuration asks for ({_few(missing)}), and random ones "
             "would stand in for them: give a folder with all of its weights."
         )
-    if name := first_nonfinite(model.state_dict().items()):
+    if name := first_nonfinite(model.named_parameters()):
         raise ValueError(
             f"`model` {source!r} holds weights that are not finite, `{name}` first: nothing can be computed with them; "
             "give another copy or an earlier checkpoint of it."
