@@ -44,4 +44,4 @@ def build(shape_name: str, device: str, dtype: torch.dtype) -> Any:
 
     config = AutoConfig.for_model(**SHAPES[shape_name].description())
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=dtype).train()

@@ -35,6 +35,7 @@ from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.reference import AdapterReference, FrozenReference, Reference
 from lit_dpo.schedules import WarmupDecay
 from lit_dpo.scoring import score
+from lit_dpo.sources import trusting_remote_code
 from lit_dpo.version import __version__
 
 __all__ = [
@@ -80,4 +81,5 @@ __all__ = [
     "WeightedLoss",
     "__version__",
     "score",
+    "trusting_remote_code",
 ]

@@ -25,6 +25,9 @@ def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "reference": options["reference"] or "default",
         "adapter": options["adapter"] or "none: all weights trained",
         "dtype of the weights": options["dtype"],
+        "code of the model's own": "ran while training (--trust-remote-code)"
+        if options.get("trust_remote_code")
+        else None,
         **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
         "optimizer steps": facts.get("step"),
         "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),

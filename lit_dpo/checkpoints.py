@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.shards import SHARDS_META
+from lit_dpo.files import read_json, refuse_special
+from lit_dpo.shards import SHARDS_META, check_form
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -106,13 +109,19 @@ def verify(path: Path) -> None:
         rank_zero_info(f"`{path}` has no manifest beside it, so only its form could be checked.")
 
 
+def is_sound(path: Path) -> bool:
+    """Whether there is a checkpoint in which no damage is found."""
+    return path.exists() and _problem(path) is None
+
+
 def manifest_of(path: Path) -> Path:
     """Where the manifest of a checkpoint is."""
     return path / "manifest.json" if path.is_dir() else path.with_name(f"{path.name}.json")
 
 
 def write_shards_manifest(folder: Path) -> None:
-    """Write the manifest of a checkpoint that is a folder of shards, all of them written before."""
+    """Write the manifest of a folder of shards; only for whoever has just saved it, when all processes have ended."""
+    sync_files(folder)
     sums = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
     write_json(manifest_of(folder), {"format": 1, "sha256": sums})
 
@@ -120,14 +129,15 @@ def write_shards_manifest(folder: Path) -> None:
 def keep_as(path: Path, other: Path) -> None:
     """Let a sound checkpoint stand under a second name too, in the place of what stood there; one that is not, not.
 
-    A folder of shards is moved, so that until the next save only the second name stands; an unfinished one is removed.
+    A folder of shards is moved, so that until the next save only the second name stands; a damaged one is removed. One
+    without a manifest, as a crash right after the shards leaves it, is not vouched for: it gets none now, and takes the
+    place of nothing sound.
     """
     if path.is_dir():
-        if _problem_of_shards(path) is not None:
+        unproven = not manifest_of(path).exists() and other.exists() and _problem(other) is None
+        if unproven or _problem(path) is not None:
             shutil.rmtree(path)
             return
-        if not manifest_of(path).exists():  # a crash came between the shards and their manifest
-            write_shards_manifest(path)
         _remove(other)
         path.rename(other)
         return
@@ -204,7 +214,11 @@ def _commit(part: Path, target: Path, new: str) -> None:
     """Rename a finished file into its place. At every moment the manifest knows the file that stands there."""
     manifest = manifest_of(target)
     old = _sum_of_file(target) if target.exists() else None
-    if manifest.exists() and old not in _known_sums(manifest):
+    try:
+        known = _known_sums(manifest) if manifest.exists() else [old]
+    except (OSError, ValueError, KeyError):
+        known = []
+    if old not in known:
         old = None  # what stands there is damaged, and must not be vouched for
     write_json(manifest, {"format": 1, "sha256": new, "previous": old})
     os.replace(part, target)
@@ -213,7 +227,7 @@ def _commit(part: Path, target: Path, new: str) -> None:
 
 def _known_sums(manifest: Path) -> list[str]:
     """Sums that a manifest accepts: of the newest file, and of the one before it (for a crash between two renames)."""
-    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content = read_json(manifest)
     return [content["sha256"], *([content["previous"]] if content.get("previous") else [])]
 
 
@@ -255,12 +269,16 @@ def _files(folder: Path) -> Iterable[Path]:
     return (file for file in sorted(folder.rglob("*")) if file.is_file() and file != manifest_of(folder))
 
 
+_BAD_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError)  # of an encrypted part, too
+
+
 def _problem(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
     manifest = manifest_of(path)
     try:
         if path.is_dir():
             return _problem_of_shards(path)
+        refuse_special(path)
         if manifest.exists():
             return (
                 None if _sum_of_file(path) in _known_sums(manifest) else "its SHA-256 sum is not that of its manifest"
@@ -268,7 +286,7 @@ def _problem(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         return None if broken is None else f"the part {broken} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, *_BAD_ZIP) as error:
         return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -277,8 +295,9 @@ def _problem_of_shards(folder: Path) -> str | None:
     if not (folder / SHARDS_META).exists():
         return f"it has no `{SHARDS_META}`, so its writing did not come to an end"
     if not manifest.exists():
+        check_form(folder)
         return None
-    expected = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
+    expected = read_json(manifest)["sha256"]
     found = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
     bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
     return f"{', '.join(bad)}: not what the manifest says" if bad else None

@@ -10,6 +10,7 @@ import torch
 
 from lit_dpo.card import model_card
 from lit_dpo.checkpoints import manifest_of, verify
+from lit_dpo.finite import first_nonfinite
 from lit_dpo.models import LoRA, export, load_model, load_tokenizer, refuse_existing
 from lit_dpo.module import STATE
 from lit_dpo.shards import read_shards
@@ -42,8 +43,13 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
     model: Any = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
     if options["adapter"] is not None:
         model = LoRA(**options["adapter"]).attach(model)
-    state = content["state_dict"].items()
-    model.load_state_dict({k.removeprefix(_PREFIX): v for k, v in state if k.startswith(_PREFIX)})
+    state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
+    if name := first_nonfinite(state.items()):
+        raise ValueError(
+            f"`{checkpoint}` holds weights that are not finite, `{name}` first, and is not exported: give an earlier "
+            "checkpoint of the run, or train again with a lower learning rate."
+        )
+    model.load_state_dict(state)
     return export(model, tokenizer, output_dir, merge, model_card(options, content.get(STATE, {})))
 
 

@@ -14,19 +14,19 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from lit_dpo.checkpoints import sync_files
+from lit_dpo.finite import first_nonfinite
+from lit_dpo.sources import read_config, read_model, read_tokenizer, refuse_kernels, trusts_remote_code
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
@@ -99,19 +99,17 @@ def load_model(
         seed: Of the random weights: the same description and seed give the same model.
 
     Raises:
-        ValueError: There is no such model, or the description names no known ``model_type``.
+        ValueError: There is no such model, it is broken or needs code of its own (see `lit_dpo.sources.read_model`), or
+            the description names no known ``model_type``.
     """
     kind = getattr(torch, dtype)
     if isinstance(source, str):
-        try:
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(_not_found("model", source, error)) from error
+        model = read_model(source, kind)
     else:
         config = _config(source, tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = _from_config(config, kind)
     _disable_dropout(model)
     _keep_softcap(model)
     return model
@@ -125,15 +123,9 @@ def empty_model(
     Raises:
         ValueError: There is no such model, or the description names no known ``model_type``.
     """
-    if isinstance(source, str):
-        try:
-            config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(_not_found("model", source, error)) from error
-    else:
-        config = _config(source, tokenizer)
+    config = read_config(source) if isinstance(source, str) else _config(source, tokenizer)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = _from_config(config, getattr(torch, dtype))
     _disable_dropout(model)
     _keep_softcap(model)
     return model
@@ -147,11 +139,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """
     if source == "quickstart":
         return quickstart_tokenizer()
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found("tokenizer", source, error)) from error
-    return tokenizer
+    return read_tokenizer(source)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -208,10 +196,17 @@ def export(
 
     Raises:
         FileExistsError: `folder` holds something already.
+        ValueError: A weight is not finite.
     """
-    target = new_folder(folder)
+    refuse_existing(Path(folder))
     if hasattr(model, "peft_config") and merge:
         model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+    if name := first_nonfinite(model.named_parameters()):
+        raise ValueError(
+            f"The weights to export are not finite, `{name}` first, and make no model: export an earlier checkpoint, "
+            "or train with a lower learning rate."
+        )
+    target = new_folder(folder)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         os.chmod(part, 0o755)
@@ -254,7 +249,7 @@ def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase |
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             values.setdefault(name, getattr(tokenizer, name))
     try:
-        return AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**values)
     except StrictDataclassError as error:
         raise ValueError(f"`model` describes no model: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError) as error:
@@ -262,16 +257,15 @@ def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase |
             f"`model` names no usable `model_type`: {description.get('model_type')!r}. Give a hub name, a folder, "
             "or a description such as {model_type: llama, hidden_size: 256, num_hidden_layers: 4, ...}."
         ) from error
+    refuse_kernels(config, description.get("model_type"))
+    return config
 
 
-def _not_found(what: str, source: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    hint = (
-        "that folder exists but does not load"
-        if Path(source).is_dir()
-        else "no such folder, and not to be had from the hub"
+def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, trust_remote_code=trusts_remote_code(), dtype=dtype
     )
-    return f"`{what}` {source!r}: {hint} ({reason}). Give a folder saved by `save_pretrained`, or a hub name."
+    return model
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_nonfinite
+from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, check_monitors, pair_metrics
@@ -29,6 +29,7 @@ from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Refere
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
 from lit_dpo.scoring import Layout, choose_layout, decoder_parts, score
+from lit_dpo.sources import trusts_remote_code
 from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
 from lit_dpo.version import __version__
 
@@ -106,7 +107,7 @@ class PreferenceModule(LightningModule):
         self._bound: WarmupDecay | None = None  # the schedule whose length is the run's
         self._seen: list[SeenPairs] = []  # in the optimizer step under way
         options = {"model": model, "loss": loss, "reference": reference, "adapter": adapter, "tokenizer": tokenizer}
-        options |= {"dtype": dtype, "init_seed": init_seed}
+        options |= {"dtype": dtype, "init_seed": init_seed, "trust_remote_code": trusts_remote_code()}  # for the record
         self.save_hyperparameters({name: plain(value) for name, value in options.items()})
 
     def _default_reference(self) -> Reference | None:
@@ -131,6 +132,7 @@ class PreferenceModule(LightningModule):
         """Load policy and reference, once, and settle how many decoder blocks the loss can name."""
         if self.policy is not None:
             return
+        self.hparams["trust_remote_code"] = trusts_remote_code()
         sharded = self.device_mesh is not None or (self._trainer and isinstance(self.trainer.strategy, FSDPStrategy))
         if sharded and self.max_tokens is not None:
             raise ValueError(
@@ -311,7 +313,7 @@ class PreferenceModule(LightningModule):
         seen, self._seen = self._seen, []
         norm = gradient_norm(self.policy, optimizer)
         # Scaled float16 gradients overflow now and then, and their scaler skips such a step by itself.
-        refuse_nonfinite(self.trainer, seen, None if self.trainer.precision == "16-mixed" else norm)
+        refuse_nonfinite(self.trainer, self.policy, seen, None if self.trainer.precision == "16-mixed" else norm)
         if (self.trainer.global_step + 1) % self._log_interval == 0:
             self.log("train/grad_norm", norm, batch_size=1)
         if not gradient_clip_val:
@@ -329,7 +331,12 @@ class PreferenceModule(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an exact resume needs besides Lightning's own state; every process takes part."""
+        """Add what an exact resume needs besides Lightning's own state; every process takes part.
+
+        Raises:
+            FloatingPointError: A weight or optimizer state is not finite; nothing is written then.
+        """
+        refuse_broken_state(self.trainer, self.policy)
         means = self._means("train")
         checkpoint[STATE] = {
             "names": list(means.names),
@@ -377,6 +384,7 @@ class PreferenceModule(LightningModule):
     # -- start of a run -----------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        refuse_broken_state(self.trainer, self.policy)
         if self._settled is None:
             self._settle()
         stage = str(self.trainer.state.fn)
@@ -426,6 +434,7 @@ class PreferenceModule(LightningModule):
         (There a checkpoint holds all there is; in the middle of one, half a step is in the gradients.)
         """
         trainer, every = self.trainer, self.trainer.accumulate_grad_batches
+        refuse_broken_state(trainer, self.policy)  # the optimizer's restored state too
         if self._bound is not None and self._bound.total_steps != (steps := int(trainer.estimated_stepping_batches)):
             rank_zero_info(f"The schedule of the checkpoint, of {self._bound.total_steps} steps, now has {steps}.")
             self._bound.bind(steps)

@@ -88,6 +88,18 @@ class Mishap(Callback):
             raise OSError("the disk is full")
 
 
+class Spoil(Callback):
+    """Put an infinity into the last process's own share of a weight, after the optimizer step of a batch."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx == self.batch and trainer.global_rank == trainer.world_size - 1:
+            weight = next(pl_module.policy.parameters()).data
+            getattr(weight, "_local_tensor", weight)[-1, 0] = float("inf")
+
+
 def entries(path):
     """What was logged, the entry of a batch done twice only once: the last one."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -128,6 +140,8 @@ def parts(folder, options, partition=0):
     if "mishap" in options:
         watch.GRACE = 3
         callbacks.append(Mishap(*options["mishap"]))
+    if "spoil" in options:
+        callbacks.append(Spoil(options["spoil"]))
     return module, data, callbacks
 
 
@@ -184,6 +198,9 @@ if __name__ == "__main__":
             torch.save(state, folder / "weights.pt")
     except Stopped as stop:
         code = stop.code
+    except FloatingPointError as stop:
+        (folder / f"error_{os.environ.get('RANK', 0)}.txt").write_text(str(stop))
+        code = 3
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -13,15 +13,18 @@ FLOORS = {
     "version": 0,
     "card": 0,
     "pairs": 0,
+    "files": 0,
     "logps": 1,
     "attention": 1,
     "cache": 1,
     "store": 1,
     "shards": 1,
+    "finite": 1,
     "checkpoints": 1,
     "watch": 1,
     "resume": 2,
     "gradients": 2,
+    "sources": 2,
     "runs": 2,
     "losses": 2,
     "metrics": 2,
@@ -51,9 +54,9 @@ NEIGHBOURS = {
     ("callbacks", "export"),
     ("stepwise", "callbacks"),
 }
-TORCH_ONLY = {"pairs", "logps", "attention", "losses"}
+TORCH_ONLY = {"pairs", "logps", "attention", "losses", "finite"}
 # The last three for the names of types; `data` for type checking alone, which does not count.
-KNOW_TRANSFORMERS = {"scoring", "models", "reference", "cached_reference", "module"}
+KNOW_TRANSFORMERS = {"scoring", "models", "sources", "reference", "cached_reference", "module"}
 
 
 def imported(source, type_checking=False):

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+from lit_dpo.checkpoints import keep_as, verify, write_shards_manifest
 from lit_dpo.cli import main
 from lit_dpo.shards import check_index
 from tests import runs
@@ -174,6 +177,125 @@ def test_what_is_no_tensor_in_the_shards_runs_nothing(evil):
     dcp.save({"state_dict.policy.w": torch.arange(6.0), "lr": Bomb()}, checkpoint_id=evil / "shards")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         check_index(evil / "shards")
+
+
+# -- folders of shards ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of shards as a save leaves it, but for its manifest."""
+    folder = tmp_path / "run" / "last.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"state_dict.policy.w": torch.arange(600.0), "n": 3}, checkpoint_id=folder)
+    torch.save({"hyper_parameters": {"model": "x"}, "global_step": 1}, folder / "meta.pt")
+    return folder
+
+
+def forged(folder, change):
+    with (folder / ".metadata").open("rb") as file:
+        index = pickle.load(file)
+    change(index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def renamed(folder, name):
+    """Let the index name another file, and put the real one there."""
+
+    def change(index):
+        for place in index.storage_data.values():
+            place.relative_path = name
+
+    (folder / "__0_0.distcp").rename(folder / name)
+    forged(folder, change)
+
+
+def enlarged(index):
+    index.state_dict_metadata["state_dict.policy.w"].size = torch.Size([1 << 50])
+
+
+def lengthened(index):
+    next(iter(index.storage_data.values())).length = 1 << 40
+
+
+def replaced(folder, name, make):
+    (folder / name).rename(folder.parent / "moved")
+    make(folder / name)
+
+
+FORGED = {
+    "outside": (lambda f: renamed(f, "../elsewhere"), "which is no file of that folder"),
+    "absolute": (lambda f: renamed(f, str(f.parent / "elsewhere")), "which is no file of that folder"),
+    "shard is a link": (lambda f: replaced(f, "__0_0.distcp", lambda p: p.symlink_to("../moved")), "symbolic link"),
+    "shard is a pipe": (lambda f: replaced(f, "__0_0.distcp", os.mkfifo), "is a pipe"),
+    "index is a pipe": (lambda f: replaced(f, ".metadata", os.mkfifo), "is a pipe"),
+    "index is a link": (lambda f: replaced(f, ".metadata", lambda p: p.symlink_to("../moved")), "symbolic link"),
+    "meta is a pipe": (lambda f: replaced(f, "meta.pt", os.mkfifo), "is a pipe"),
+    "shard is a folder": (lambda f: replaced(f, "__0_0.distcp", Path.mkdir), "is a folder"),
+    "shard is gone": (lambda f: (f / "__0_0.distcp").unlink(), "No such file"),
+    "too large": (lambda f: forged(f, enlarged), "larger than all of its files"),
+    "too long": (lambda f: forged(f, lengthened), "is shorter than its index says"),
+    "no entries": (lambda f: forged(f, lambda i: setattr(i, "storage_data", 3)), "no usable index"),
+    "another object": (lambda f: (f / ".metadata").write_bytes(pickle.dumps([1])), "no usable index"),
+    "cut index": (lambda f: os.truncate(f / ".metadata", 200), "pickle data was truncated"),
+    "empty index": (lambda f: os.truncate(f / ".metadata", 0), "cut off or forged"),
+    "cut shard": (lambda f: os.truncate(f / "__0_0.distcp", 500), "shorter than its index says"),
+    "cut meta": (lambda f: os.truncate(f / "meta.pt", 300), "not a zip file"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_an_index_names_only_regular_files_of_its_own_folder(shards, capsys, name):
+    """With every decoy left as it was; and without a manifest, no cut folder counts as sound or replaces a good one."""
+    spoil, sentence = FORGED[name]
+    good = shards.with_name("previous.ckpt")
+    shutil.copytree(shards, good)
+    write_shards_manifest(good)
+    decoy = shards.parent / "decoy.txt"
+    decoy.write_text("mine")
+    spoil(shards)
+    commands = (
+        ["export", shards, shards.parent / "out"],
+        command("validate", shards.parent, "dpo", "--ckpt_path", shards),
+    )
+    for args in commands:
+        text = refused(capsys, list(map(str, args)))
+        assert sentence in text
+        assert "Traceback" not in text
+    keep_as(shards, good)
+    verify(good)
+    assert not shards.exists()
+    assert decoy.read_text() == "mine"
+    assert (shards.parent / "moved").exists() == ("is a" in sentence or "link" in sentence)
+
+
+def test_nobody_vouches_for_a_folder_but_the_save_that_wrote_it(shards):
+    good = shards.with_name("previous.ckpt")
+    shutil.copytree(shards, good)
+    write_shards_manifest(good)
+    mark = (good / "meta.pt").stat().st_mtime_ns
+    keep_as(shards, good)  # sound as far as can be told, but nobody has vouched for it
+    assert (good / "meta.pt").stat().st_mtime_ns == mark
+    assert not shards.exists()
+    shutil.copytree(good, shards)
+    (shards / "manifest.json").unlink()
+    os.truncate(good / "__0_0.distcp", 500)
+    keep_as(shards, good)  # better than a damaged one
+    verify(good)
+    assert not (good / "manifest.json").exists()
+
+
+def test_an_index_builds_nothing_but_what_an_index_is_made_of(evil):
+    class Writer:
+        def __reduce__(self):
+            return FileSystemWriter, (str(evil / "canary"),)
+
+    folder = evil / "shards"
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Writer()))
+    with pytest.raises(pickle.UnpicklingError, match="may not name"):
+        check_index(folder)
 
 
 @pytest.mark.parametrize("path", ["https://example.invalid/x.ckpt", "a:b.ckpt"])

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from lit_dpo.module import PreferenceModule
 from lit_dpo.scoring import own_attention
+from lit_dpo.sources import trusts_remote_code
 
 
 class SampleCompletions(Callback):
@@ -57,6 +58,7 @@ def complete(module: PreferenceModule, prompt: str, max_new_tokens: int) -> str:
             attention_mask=torch.ones_like(ids, device=module.device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            trust_remote_code=trusts_remote_code(),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
     finally:

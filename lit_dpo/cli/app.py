@@ -41,6 +41,7 @@ from lit_dpo.runs import (
     run_of,
     saved_config,
 )
+from lit_dpo.sources import trusting_remote_code
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.watch import watch_over
 
@@ -201,7 +202,8 @@ _DESCRIPTION = f"""Preference-tune language models with PyTorch Lightning.
 
 `--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
 differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
-and torch.optim. Both flags count on the command line only, never in a file.
+and torch.optim. `--trust-remote-code` lets a model or tokenizer run the Python code that comes with it; `{_EXPORT}`
+needs it anew. These flags count on the command line only, never in a file.
 """
 
 
@@ -243,13 +245,14 @@ def main(args: Sequence[str] | None = None) -> None:
     for message in (*_NO_NEWS, *(() if given[:1] == ["fit"] else _ONLY_FOR_TRAINING)):
         warnings.filterwarnings("ignore", message)
     try:
-        args, packages, allow_changes = _take_flags(given)
+        args, packages, allow_changes, trust = _take_flags(given)
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *packages])
-        if args[:1] == [_EXPORT]:
-            jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
-        else:
-            PreferenceCLI(args, allow_changes)
+        with trusting_remote_code(trust):
+            if args[:1] == [_EXPORT]:
+                jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
+            else:
+                PreferenceCLI(args, allow_changes)
     except Stopped as stopped:
         if getattr(rank_zero_only, "rank", 0) == 0:
             ours = any(part.startswith("version_") for part in stopped.checkpoint.parts[-5:-2])
@@ -274,14 +277,20 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(2) from error
 
 
-def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool]:
-    """Split off the flags that only the command line may set: other arguments, allowed packages, changes allowed."""
-    rest, packages, allow_changes = [], [], False
+def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool, bool]:
+    """Split off the flags that only the command line may set.
+
+    Returns:
+        The other arguments, the allowed packages, whether changes are allowed, and whether models' own code may run.
+    """
+    rest, packages, allow_changes, trust = [], [], False, False
     remaining = iter(args)
     for argument in remaining:
         name, _, value = argument.partition("=")
         if name == "--allow-changes":
             allow_changes = True
+        elif argument == "--trust-remote-code":
+            trust = True
         elif name == "--allow-import":
             package = value or next(remaining, "")
             if not all(part.isidentifier() for part in package.split(".")):
@@ -289,7 +298,7 @@ def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool]:
             packages.append(package)
         else:
             rest.append(argument)
-    return rest, packages, allow_changes
+    return rest, packages, allow_changes, trust
 
 
 def _resuming(args: Sequence[str], checkpoint: str) -> list[str]:

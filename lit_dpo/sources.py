@@ -1,0 +1,161 @@
+"""Models and tokenizers that somebody else made: what of theirs may run, and what is wrong with them, in a sentence."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from lit_dpo.files import refuse_special
+from lit_dpo.finite import first_nonfinite
+
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusting_remote_code(trust: bool = True) -> Iterator[None]:
+    """Let models and tokenizers run the Python code that comes with them, while this context lasts.
+
+    Only for sources that you trust as you trust a program of your own: their code can do all that you can. The
+    command line's ``--trust-remote-code`` is this context around a whole run. That a run had it is written into its
+    hyperparameters and model card, and no run ever takes it from there.
+
+    Args:
+        trust: ``False`` changes nothing.
+    """
+    token = _trusted.set(trust or _trusted.get())
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def trusts_remote_code() -> bool:
+    """Whether code that comes with a model may run now."""
+    return _trusted.get()
+
+
+def read_config(source: str) -> Any:
+    """The configuration of a hub name or folder.
+
+    Raises:
+        ValueError: There is none, it does not load, or it needs code of its own and that is not trusted.
+    """
+    with _reading("model", source):
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
+        refuse_kernels(config, source)
+    return config
+
+
+def read_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a hub name or folder, every weight of it read from there and finite.
+
+    Raises:
+        ValueError: As `read_config`; or weights are missing, of another shape, pickled with more than tensors in them,
+            or not finite.
+    """
+    model: PreTrainedModel
+    with _reading("model", source):
+        if find_adapter_config_file(source) is not None:
+            raise _SourceError(
+                f"`model` {source!r} holds adapters, which are no model to start from: merge them into their base "
+                "with peft's `merge_and_unload` and save that (`lit-dpo export` merges unless told otherwise)."
+            )
+        read_config(source)
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(source, trust_remote_code=trusts_remote_code(), dtype=dtype, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"`model` {source!r} lacks weights that its configuration asks for ({_few(missing)}), and random ones "
+            "would stand in for them: give a folder with all of its weights."
+        )
+    if name := first_nonfinite(model.named_parameters()):
+        raise ValueError(
+            f"`model` {source!r} holds weights that are not finite, `{name}` first: nothing can be computed with them; "
+            "give another copy or an earlier checkpoint of it."
+        )
+    return model
+
+
+def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub name or folder.
+
+    Raises:
+        ValueError: There is none, it does not load, or it needs code of its own and that is not trusted.
+    """
+    with _reading("tokenizer", source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trusts_remote_code()
+        )
+    return tokenizer
+
+
+def refuse_kernels(config: Any, source: object) -> None:
+    """Refuse a configuration that has transformers fetch a kernel from the hub, which is code, unless it is trusted.
+
+    Raises:
+        ValueError: It names one as its attention.
+    """
+    if "/" in str(getattr(config, "_attn_implementation", None)) and not trusts_remote_code():
+        raise _SourceError(_needs_code("model", source))
+
+
+class _SourceError(ValueError):
+    """An error that is one sentence already."""
+
+
+@contextmanager
+def _reading(what: str, source: str) -> Iterator[None]:
+    """Whatever transformers raises while it reads a source of somebody else's, as one sentence about the source."""
+    folder = Path(source)
+    try:
+        if folder.is_dir():
+            for file in folder.iterdir():
+                if not file.is_dir():
+                    refuse_special(file)
+        yield
+    except _SourceError:
+        raise
+    except Exception as error:
+        raise _SourceError(_sentence(what, source, error)) from error
+
+
+def _sentence(what: str, source: str, error: Exception) -> str:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        return _needs_code(what, source)
+    if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in str(error):
+        return (
+            f"`{what}` {source!r} has its weights as a pickle (pytorch_model.bin) that holds more than tensors, and "
+            "loading it would run code: give a copy whose weights are converted to safetensors."
+        )
+    if "ignore_mismatched_sizes" in str(error):
+        return (
+            f"`{what}` {source!r} holds weights of other shapes than its configuration says: give a folder whose "
+            "`config.json` and weights belong together."
+        )
+    hint = (
+        "that folder exists but does not load"
+        if Path(source).is_dir()
+        else "no such folder, and not to be had from the hub"
+    )
+    return f"`{what}` {source!r}: {hint} ({reason}). Give a folder saved by `save_pretrained`, or a hub name."
+
+
+def _needs_code(what: str, source: object) -> str:
+    return (
+        f"`{what}` {source!r} needs Python code of its own, which is not run: use one that transformers itself knows, "
+        "or, if you trust that code, add `--trust-remote-code` to the command line "
+        "(in Python: `with lit_dpo.trusting_remote_code():`)."
+    )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
