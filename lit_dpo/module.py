@@ -22,7 +22,7 @@ from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_non
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, pair_metrics
-from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
+from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer, refuse_tied_adapters
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.parts import score_in_parts
 from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Reference, Start
@@ -179,7 +179,11 @@ class PreferenceModule(LightningModule):
         return policy
 
     def _adapted(self, base: PreTrainedModel) -> nn.Module:
-        return base if self.adapter is None else self.adapter.attach(base, self.init_seed)
+        if self.adapter is None:
+            return base
+        policy = self.adapter.attach(base, self.init_seed)
+        refuse_tied_adapters(policy)
+        return policy
 
     def _load(self) -> PreTrainedModel:
         return load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
