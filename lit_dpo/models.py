@@ -72,17 +72,28 @@ class LoRA:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise ImportError('LoRA needs the package peft: pip install "lit-dpo[peft]".') from error
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-        )
         with torch.random.fork_rng(devices=[]):
+            # Some routers are linear layers to peft, but give more than a product.
+            strange = [name for name, module in model.named_modules() if _is_strange_linear(module)]
+            config = LoraConfig(
+                task_type="CAUSAL_LM",
+                exclude_modules=strange if strange and self.target_modules == "all-linear" else None,
+                r=self.rank,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                target_modules=self.target_modules,
+            )
             torch.manual_seed(seed)
             wrapped: nn.Module = get_peft_model(model, config)
         return wrapped
+
+
+@torch.no_grad()
+def _is_strange_linear(module: nn.Module) -> bool:
+    """Whether a module that inherits from `nn.Linear` gives something else than a tensor."""
+    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
+        return False
+    return not isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
 
 
 def load_model(
@@ -116,6 +127,7 @@ def load_model(
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
     _disable_dropout(model)
     _keep_softcap(model)
+    model.eval()  # as `from_pretrained` gives it
     return model
 
 
@@ -271,7 +283,7 @@ def _merged(model: nn.Module) -> nn.Module:
     ids = torch.randint(head.weight.shape[0], (1, 16), generator=generator).to(head.weight.device)
 
     def logps(model: nn.Module) -> Tensor:  # of the row's tokens, shape (15,)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
         return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
     dtype = head.weight.dtype
