@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers import (
 
 from lit_dpo.checkpoints import sync_files
 from lit_dpo.finite import first_nonfinite
+from lit_dpo.scoring import own_attention
 from lit_dpo.sources import read_config, read_model, read_tokenizer, refuse_kernels, trusts_remote_code
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -70,17 +72,28 @@ class LoRA:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise ImportError('LoRA needs the package peft: pip install "lit-dpo[peft]".') from error
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.target_modules,
-        )
         with torch.random.fork_rng(devices=[]):
+            # Some routers are linear layers to peft, but give more than a product.
+            strange = [name for name, module in model.named_modules() if _is_strange_linear(module)]
+            config = LoraConfig(
+                task_type="CAUSAL_LM",
+                exclude_modules=strange if strange and self.target_modules == "all-linear" else None,
+                r=self.rank,
+                lora_alpha=self.alpha,
+                lora_dropout=self.dropout,
+                target_modules=self.target_modules,
+            )
             torch.manual_seed(seed)
             wrapped: nn.Module = get_peft_model(model, config)
         return wrapped
+
+
+@torch.no_grad()
+def _is_strange_linear(module: nn.Module) -> bool:
+    """Whether a module that inherits from `nn.Linear` gives something else than a tensor."""
+    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
+        return False
+    return not isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
 
 
 def load_model(
@@ -112,6 +125,7 @@ def load_model(
             model = _from_config(config, kind)
     _disable_dropout(model)
     _keep_softcap(model)
+    model.eval()  # as `from_pretrained` gives it
     return model
 
 
@@ -196,11 +210,11 @@ def export(
 
     Raises:
         FileExistsError: `folder` holds something already.
-        ValueError: A weight is not finite.
+        ValueError: A weight is not finite, or the merged model gives other log-probs than the one with adapters.
     """
     refuse_existing(Path(folder))
     if hasattr(model, "peft_config") and merge:
-        model = copy.deepcopy(model).merge_and_unload()  # type: ignore[operator]
+        model = _merged(model)
     if name := first_nonfinite(model.named_parameters()):
         raise ValueError(
             f"The weights to export are not finite, `{name}` first, and make no model: export an earlier checkpoint, "
@@ -222,6 +236,64 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
         raise
     return target
+
+
+def refuse_tied_adapters(model: nn.Module) -> None:
+    """Refuse adapters on a weight that another module shares: merged, they would change that module too.
+
+    Raises:
+        ValueError: An adapter sits on such a weight, as that of an input embedding which the output head is tied to.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if not isinstance(base, nn.Module):
+            continue
+        for parameter in base.parameters(recurse=False):
+            others = [owner for owner in owners[id(parameter)] if owner != f"{name}.base_layer"]
+            if others:
+                ours, theirs = (path.removeprefix("base_model.model.") for path in (name, others[0]))
+                raise ValueError(
+                    f"The adapter on `{ours}`, which shares its weight with `{theirs}`, could not be merged without "
+                    "changing that too. Leave it out of the adapter's `target_modules`, or start from a model whose "
+                    "embeddings are not tied."
+                )
+
+
+@torch.no_grad()
+def _merged(model: nn.Module) -> nn.Module:
+    """A copy of a model with its adapters folded into its weights, which scores a made-up row as the model does.
+
+    Raises:
+        ValueError: It does not. What rounding may change depends on the dtype, and on what the adapters change.
+    """
+    model = copy.deepcopy(model).eval()
+    own_attention(model)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(head.weight.shape[0], (1, 16), generator=generator).to(head.weight.device)
+
+    def logps(model: nn.Module) -> Tensor:  # of the row's tokens, shape (15,)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+    dtype = head.weight.dtype
+    before = logps(model)
+    with model.disable_adapter():  # type: ignore[operator]
+        effect = float((before - logps(model)).abs().max())
+    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    gap, size = float((logps(merged) - before).abs().max()), float(before.abs().max())
+    share, rounding = (0.01, 1e-5) if dtype in (torch.float32, torch.float64) else (0.1, 0.02)
+    limit = share * effect + rounding * size
+    if gap > limit or math.isnan(gap) > math.isnan(size):  # a policy that is not finite is not the merge's fault
+        raise ValueError(
+            f"Merging the adapters would change the policy, a token's log-prob by {gap:.3g} nats (limit {limit:.2g}): "
+            "an adapter may sit on a weight that two layers share. Export with `merge: false`."
+        )
+    return merged
 
 
 def new_folder(folder: str | Path) -> Path:

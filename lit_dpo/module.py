@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_dpo.audit import calm, check_rows, choose_layout
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
 from lit_dpo.metrics import PairMeans, check_monitors, pair_metrics
-from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
+from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer, refuse_tied_adapters
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.parts import score_in_parts
 from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Reference, Start
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
-from lit_dpo.scoring import Layout, choose_layout, decoder_parts, score
+from lit_dpo.scoring import Layout, decoder_parts, score
 from lit_dpo.sources import trusts_remote_code
 from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
 from lit_dpo.version import __version__
@@ -181,7 +182,11 @@ class PreferenceModule(LightningModule):
         return policy
 
     def _adapted(self, base: PreTrainedModel) -> nn.Module:
-        return base if self.adapter is None else self.adapter.attach(base, self.init_seed)
+        if self.adapter is None:
+            return base
+        policy = self.adapter.attach(base, self.init_seed)
+        refuse_tied_adapters(policy)
+        return policy
 
     def _load(self) -> PreTrainedModel:
         return load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
@@ -388,17 +393,21 @@ class PreferenceModule(LightningModule):
         if self._settled is None:
             self._settle()
         stage = str(self.trainer.state.fn)
+        if self._prepared_for == stage:
+            return
+        self._prepared_for = stage
         if self.loss.needs_reference and self.reference is None:
             raise ValueError(
                 f"`{type(self.loss).__name__}` needs a reference, and the module's was taken away: leave "
                 "`module.reference` in its place, or use a loss that needs none, such as `SFTLoss`."
             )
-        if self.reference is not None and self._prepared_for != stage:
-            assert self.policy is not None
+        assert self.policy is not None
+        if sets := getattr(getattr(self.trainer, "datamodule", None), "reference_sets", None):
+            check_rows([self.policy, *(self.reference.models() if self.reference is not None else [])], sets(stage))
+        if self.reference is not None:
             layers = tuple(int(layer) for layer in self.loss.layers)
             layout = self._settled or self.layout
             self.reference.prepare(Start(self.trainer, self.policy, self._load, layers, layout))
-            self._prepared_for = stage
 
     def _settle(self) -> None:
         if self.trainer.precision in ("bf16-true", "16-true"):
@@ -414,6 +423,8 @@ class PreferenceModule(LightningModule):
             reason = reason or again
         if reason is not None:
             rank_zero_info(f"Scoring pairs as padded rows: {reason}.")
+        if noisy := calm(self.policy, self._settled):
+            rank_zero_info(f"As in evaluation, since training would be random otherwise: {', '.join(noisy)}.")
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")
 
     def on_fit_start(self) -> None:

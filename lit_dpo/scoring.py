@@ -6,7 +6,7 @@ blocks, the final norm, the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,14 +74,17 @@ def completion_sums(
 ) -> tuple[Tensor, ...]:
     """The part of `score` that touches weights: summed log-probs of the 2B completions, one ``(2B,)`` a layer."""
     parts = decoder_parts(model)
-    inputs, sources = _flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)
-    with _captured(parts, layers) as between:
-        last = parts.decoder(**inputs, use_cache=False).last_hidden_state
-    states = [last.flatten(0, 1)[sources]]  # (completion tokens, width)
-    for layer in layers:
-        state = between[int(layer)].flatten(0, 1)[sources]
-        assert parts.norm is not None  # `_captured` has checked
-        states.append(_frozen(parts.norm, state) if detach_head else parts.norm(state))
+    columns: list[list[Tensor]] = [[] for _ in (None, *layers)]  # states of the last layer, then of `layers`
+    for inputs, sources in _calls(parts, batch, layout):
+        with _captured(parts, layers) as between:
+            last = parts.decoder(**inputs, use_cache=False).last_hidden_state
+        for column, state in zip(columns, (last, *(between[int(layer)] for layer in layers)), strict=True):
+            column.append(state.flatten(0, 1)[sources])
+    states = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]  # (completion tokens, width)
+    norm = parts.norm
+    if layers:
+        assert norm is not None  # `_captured` has checked
+        states[1:] = [_frozen(norm, state) if detach_head else norm(state) for state in states[1:]]
     return tuple(_head_sums(parts, states, batch, detach_head))
 
 
@@ -138,7 +141,8 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:
     """Why the flat layout cannot serve this model, or this batch on it; ``None`` if it can."""
-    base = decoder_parts(model).model
+    parts = decoder_parts(model)
+    base = parts.model
     if getattr(base, "_is_stateful", False):
         return f"{type(base).__name__} carries a state from token to token instead of attending"
     if not getattr(base, "_supports_attention_backend", False):
@@ -148,31 +152,27 @@ def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | Non
     window = min((size for size in windows if size), default=None)
     if batch is not None and window is not None and batch.longest > window:
         return f"a sequence of {batch.longest} tokens is longer than the model's attention window of {window}"
+    floor = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
+    if batch is not None and floor and len(batch.input_ids) >= floor:
+        return f"from place {floor} of the line on, the model would change its attention's temperature"
+    turn = length_turn(parts)
+    if batch is not None and turn is not None and batch.longest > turn:
+        return f"beyond {turn} tokens the model's rotary positions depend on the length"
     return None
 
 
-def choose_layout(model: nn.Module, layout: Layout = "auto") -> tuple[Layout, str | None]:
-    """Audit the scoring of a few made-up pairs against the model's own logits, and settle the layout.
-
-    Returns:
-        ``auto`` or ``padded``, and the reason where the flat line does not serve.
-
-    Raises:
-        ValueError: The layout asked for, or every layout, gives other log-probs than the model itself.
-    """
-    parts = decoder_parts(model)
-    batch = _made_up_pairs(parts)
-    if layout != "padded":
-        reason = flat_obstacle(model, batch) or _difference(model, batch, "flat")
-        if reason is None:
-            return "auto", None
-        if layout == "flat":
-            raise ValueError(f"The flat layout cannot serve this model: {reason}. Use `layout: padded` or `auto`.")
-    else:
-        reason = "the padded layout was asked for"
-    if problem := _difference(model, batch, "padded"):
-        raise ValueError(f"{type(parts.model).__name__} cannot be scored: {problem}.")
-    return "padded", reason
+def length_turn(parts: DecoderParts) -> int | None:
+    """Tokens beyond which a model's rotary positions depend on the sequence's length; ``None`` if they never do."""
+    config = parts.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    turns = []
+    for options in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # some have one a layer type
+        kind = str(options.get("rope_type"))
+        if "dynamic" in kind:
+            turns.append(int(config.max_position_embeddings))
+        elif kind == "longrope":
+            turns.append(int(options.get("original_max_position_embeddings") or config.max_position_embeddings))
+    return min(turns, default=None)
 
 
 def own_attention(model: nn.Module) -> None:
@@ -180,44 +180,35 @@ def own_attention(model: nn.Module) -> None:
     _use_attention(decoder_parts(model).model, None)
 
 
-def _made_up_pairs(parts: DecoderParts) -> PairBatch:
-    generator = torch.Generator().manual_seed(0)
-    lengths = ((3, 2, 1), (1, 1, 4), (4, 2, 2))
-    vocabulary = min(1000, parts.model.config.get_text_config().vocab_size)
-    pairs = [[torch.randint(vocabulary, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
-    return PairBatch.from_lists([(p, c, r) for p, c, r in pairs]).to(next(parts.model.parameters()).device)
+def _calls(parts: DecoderParts, batch: PairBatch, layout: Layout) -> Iterable[tuple[dict[str, Any], Tensor]]:
+    """Arguments of each call of the decoder, and which of its states predict targets; mostly one call."""
+    turn = length_turn(parts)
+    if turn is None:
+        return [_flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)]
+    if batch.longest > turn:
+        return _one_by_one(parts, batch)
+    _forget_lengths(parts)
+    return [_flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)]
 
 
-@torch.no_grad()
-def _difference(model: nn.Module, batch: PairBatch, layout: Layout) -> str | None:
-    """Compare scoring with the model's own logits over separate padded rows; say what differs, if anything."""
-    parts = decoder_parts(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        own_attention(model)
-        ids, mask, sources = batch.padded(_pad_id(parts))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logps = logits.flatten(0, 1)[sources].double().log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-        expected = sum_by_completion(logps, batch.completion_lengths)
-        got = _interleaved(score(model, batch, layout=layout))
-    except (NotImplementedError, TypeError, RuntimeError, ValueError) as error:
-        if layout != "flat":
-            raise
-        return f"its decoder does not take the flat line ({str(error).strip().splitlines()[0]})"
-    finally:
-        for module, training in modes:
-            module.training = training
-    gap = float((got - expected).abs().max())
-    limit = 1e-2 if logits.dtype in (torch.float32, torch.float64) else 0.5
-    if gap <= limit:
-        return None
-    return f"its log-probs in the {layout} layout differ from its own logits by {gap:.3g} nats (limit {limit})"
+def _one_by_one(parts: DecoderParts, batch: PairBatch) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Each of the 2B sequences alone, so that its positions follow from its own length."""
+    _use_attention(parts.model, None)
+    ids, _, sources = batch.padded()
+    sizes = [(prompt + size, size) for prompt, *branches in batch.shape for size in branches]
+    for row, (places, (total, _)) in enumerate(zip(sources.split([size for _, size in sizes]), sizes, strict=True)):
+        _forget_lengths(parts)
+        yield {"input_ids": ids[row : row + 1, :total]}, places - row * batch.longest
 
 
-def _interleaved(logps: PairLogps) -> Tensor:
-    """Chosen 0, rejected 0, chosen 1, ..., shape (2B,): the inverse of `_pair_logps`."""
-    return torch.stack([logps.chosen, logps.rejected], 1).flatten()
+def _forget_lengths(parts: DecoderParts) -> None:
+    """Bring rotary positions back to those of short sequences: transformers keeps those of the longest seen."""
+    for module in parts.decoder.modules():
+        for name in [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]:
+            prefix, current = name.removesuffix("original_inv_freq"), getattr(module, name)
+            setattr(module, f"{prefix}inv_freq", current.to(getattr(module, f"{prefix}inv_freq").device, copy=True))
+            if hasattr(module, "original_max_seq_len"):
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def _flat_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
@@ -262,7 +253,12 @@ def _captured(parts: DecoderParts, layers: Sequence[int | float]) -> Iterator[di
 
     def keep(number: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            outputs[number] = output if isinstance(output, Tensor) else output[0]
+            outputs[number] = state = output if isinstance(output, Tensor) else output[0]
+            if state.dim() != 3:
+                raise ValueError(
+                    f"The blocks of {type(parts.model).__name__} put out {state.dim()}-dimensional states, which its "
+                    "final norm does not take: score its last layer only."
+                )
 
         return hook
 
@@ -312,7 +308,7 @@ def _pair_logps(sums: Tensor, batch: PairBatch) -> PairLogps:
     return PairLogps(sums[0::2], sums[1::2], chosen_tokens, rejected_tokens)
 
 
-def _attention(
+def flat_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -337,5 +333,5 @@ def _attention(
     return out.transpose(1, 2).contiguous(), None  # (1, tokens, heads, width)
 
 
-AttentionInterface.register(PAIR_ATTENTION, _attention)
+AttentionInterface.register(PAIR_ATTENTION, flat_attention)
 AttentionMaskInterface.register(PAIR_ATTENTION, sdpa_mask)

@@ -31,6 +31,7 @@ FLOORS = {
     "schedules": 2,
     "scoring": 3,
     "models": 3,
+    "audit": 4,
     "parts": 4,
     "reference": 4,
     "strategies": 4,
@@ -50,13 +51,14 @@ NEIGHBOURS = {
     ("models", "scoring"),
     ("checkpoints", "shards"),
     ("metrics", "losses"),
+    ("audit", "reference"),
     ("hparams", "reference"),
     ("callbacks", "export"),
     ("stepwise", "callbacks"),
 }
 TORCH_ONLY = {"pairs", "logps", "attention", "losses", "finite"}
 # The last three for the names of types; `data` for type checking alone, which does not count.
-KNOW_TRANSFORMERS = {"scoring", "models", "sources", "reference", "cached_reference", "module"}
+KNOW_TRANSFORMERS = {"scoring", "audit", "models", "sources", "reference", "cached_reference", "module"}
 
 
 def imported(source, type_checking=False):

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from lit_dpo import PairBatch
+from lit_dpo.audit import choose_layout
 from lit_dpo.models import LoRA
-from lit_dpo.scoring import choose_layout, decoder_parts, flat_obstacle, own_attention, score
+from lit_dpo.scoring import decoder_parts, flat_obstacle, own_attention, score
 from tests.models import VOCABULARY, tiny_model
 from tests.oracles import dense_attention, sees, separate_logps
 

@@ -1,0 +1,352 @@
+"""What is found out about a model before its first step, by what it does rather than by its name.
+
+Which layout serves it, whether training mode draws random numbers, whether the rows fit its positions and embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lit_dpo.logps import sum_by_completion
+from lit_dpo.pairs import PairBatch
+from lit_dpo.reference import adapters_off
+from lit_dpo.scoring import (
+    PAIR_ATTENTION,
+    SHARDED_METHOD,
+    DecoderParts,
+    Layout,
+    decoder_parts,
+    flat_attention,
+    flat_obstacle,
+    length_turn,
+    own_attention,
+    score,
+)
+
+_EXACT = (torch.float32, torch.float64)
+_FAILURES = (NotImplementedError, TypeError, RuntimeError, ValueError, IndexError)
+
+
+@torch.inference_mode(False)  # a validation is in it, and the audit takes gradients
+def choose_layout(model: nn.Module, layout: Layout = "auto") -> tuple[Layout, str | None]:
+    """Audit the scoring of a few made-up pairs against the model's own logits, and settle the layout.
+
+    The flat line must also keep branches and pairs apart, whatever the size of the effect, and a pair must not depend
+    on its place on the line.
+
+    Returns:
+        ``auto`` or ``padded``, and the reason where the flat line does not serve.
+
+    Raises:
+        ValueError: The layout asked for, or every layout, gives other log-probs than the model itself.
+    """
+    parts = decoder_parts(model)
+    batch = _made_up(parts, [(3, 2, 1), (1, 1, 4), (4, 2, 2)])
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        if layout != "padded":
+            reason = flat_obstacle(model, batch) or _flat_problem(model, parts, batch)
+            if reason is None:
+                return "auto", None
+            if layout == "flat":
+                raise ValueError(f"The flat layout cannot serve this model: {reason}. Use `layout: padded` or `auto`.")
+        else:
+            reason = "the padded layout was asked for"
+        try:
+            problem = _difference(model, parts, batch, "padded")
+        except _FAILURES as error:
+            raise ValueError(
+                f"{type(parts.model).__name__} cannot be scored: it fails on a few tokens ({_first_line(error)})."
+            ) from error
+        if problem is not None:
+            raise ValueError(f"{type(parts.model).__name__} cannot be scored: {problem}.")
+        return "padded", reason
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def calm(model: nn.Module, layout: Layout = "auto") -> list[str]:
+    """Switch off what makes training mode score otherwise than evaluation mode, so that nothing is random in it.
+
+    A few made-up pairs are scored in both modes. If random numbers are drawn or log-probs differ, the classes of
+    modules that cause it are found one by one, and from then on run as in evaluation mode: router noise, layer drop,
+    dropout under whatever name. Adapters are off meanwhile, so that their dropout, which was asked for, stays.
+
+    Returns:
+        Names of the classes that were switched off; none for most models.
+
+    Raises:
+        ValueError: It cannot be switched off.
+    """
+    parts = decoder_parts(model)
+    name = type(parts.model).__name__
+    batch = _made_up(parts, [(3, 2, 1), (4, 2, 3)])
+    modules = [module for path, module in model.named_modules() if "lora_" not in path]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with adapters_off(model):
+            model.eval()
+            quiet, drawn = _scored(model, batch, layout, 1)
+            if drawn and not _alike(quiet, _scored(model, batch, layout, 2)[0]):
+                raise ValueError(
+                    f"{name} gives random log-probs even in evaluation mode: set what makes them so to 0 in its config."
+                )
+
+            def noisy() -> bool:
+                found, drawn = _scored(model, batch, layout, 3)
+                return drawn or not _alike(found, quiet)
+
+            model.train()
+            if not noisy():
+                return []
+            culprits = []
+            for kind in dict.fromkeys(map(type, modules)):
+                for module in model.modules():
+                    module.training = type(module) is kind
+                if noisy():
+                    culprits.append(kind)
+            for module in modules:
+                if type(module) in culprits:
+                    module.register_forward_pre_hook(_into_evaluation)
+                    module.register_forward_hook(_out_of_evaluation, always_call=True)
+            model.train()
+            if noisy():
+                raise ValueError(
+                    f"{name} scores otherwise in training mode than in evaluation mode, and that could not be switched "
+                    "off: set its dropout, noise and layer drop to 0 in its config."
+                )
+            return [kind.__name__ for kind in culprits]
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_sizes(model: nn.Module, longest: int, largest: int) -> str | None:
+    """Refuse rows that the model cannot read.
+
+    Args:
+        model: As for `score`.
+        longest: Tokens of the longest sequence, prompt and one completion together.
+        largest: Largest token id.
+
+    Returns:
+        What to warn of: rows longer than the model's rotary positions.
+
+    Raises:
+        ValueError: There is no such token, or no such position.
+    """
+    parts = decoder_parts(model)
+    name, embedding = type(parts.model).__name__, parts.model.get_input_embeddings()
+    known = getattr(embedding, "num_embeddings", None)
+    if known is not None and largest >= known:
+        raise ValueError(
+            f"The rows hold token id {largest}, but the embedding of {name} has {known} tokens, 0 to {known - 1}: use "
+            "the model's own `tokenizer`."
+        )
+    positions = getattr(parts.model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or longest <= positions:
+        return None
+    problem = f"The longest row has {longest} tokens, but {name} knows {positions} positions"
+    if _has_table(parts.decoder, positions, embedding):
+        raise ValueError(f"{problem}: give the data a `max_length` of {positions} at most.")
+    if length_turn(parts) == positions:  # made for more
+        return None
+    return f"{problem}, and log-probs beyond them may mean little: a `max_length` of {positions} avoids that."
+
+
+def check_rows(models: Sequence[nn.Module], sets: Iterable[tuple[Any, Tensor, Any]]) -> None:
+    """`check_sizes` for all rows of a stage; and say if some are long enough to change a model's rotary positions.
+
+    Args:
+        models: Policy and reference.
+        sets: Data sets with the rows of theirs that will be seen; see `PreferenceDataModule.reference_sets`.
+
+    Raises:
+        ValueError: As `check_sizes`; or a sharded model would need another number of forward passes on each process.
+    """
+    longest = largest = 0
+    for dataset, rows, _ in sets:
+        prompt, chosen, rejected = dataset.lengths[rows].unbind(1)
+        longest = max(longest, int((prompt + torch.maximum(chosen, rejected)).max()))
+        largest = max(largest, int(dataset.tokens.max()))
+    for warning in dict.fromkeys(check_sizes(model, longest, largest) for model in models):
+        if warning is not None:
+            rank_zero_warn(warning)
+    for turn in {length_turn(decoder_parts(model)) for model in models}:
+        if turn is None or longest <= turn:
+            continue
+        rule = f"beyond {turn} tokens the model's rotary positions depend on the length"
+        if any(hasattr(model, SHARDED_METHOD) for model in models):
+            raise ValueError(
+                f"A sharded model cannot take longer rows, since {rule}, and the longest row has {longest}: give the "
+                f"data a `max_length` of {turn} at most."
+            )
+        rank_zero_info(f"Batches longer than {turn} tokens are scored one sequence at a time: {rule}.")
+
+
+def _made_up(parts: DecoderParts, lengths: Sequence[tuple[int, int, int]], seed: int = 0) -> PairBatch:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = min(1000, parts.model.config.get_text_config().vocab_size)
+    pairs = [[torch.randint(vocabulary, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    return PairBatch.from_lists([(p, c, r) for p, c, r in pairs]).to(next(parts.model.parameters()).device)
+
+
+def _first_line(error: Exception) -> str:
+    return [*str(error).strip().splitlines(), type(error).__name__][0]
+
+
+# -- the layout -------------------------------------------------------------------------------------------------------
+
+
+def _flat_problem(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> str | None:
+    """What the flat line gets wrong, if anything."""
+    try:
+        return _difference(model, parts, batch, "flat") or _crossing(model, parts, batch) or _displacement(model, parts)
+    except _FAILURES as error:
+        return f"its decoder does not take the flat line ({_first_line(error)})"
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, parts: DecoderParts, batch: PairBatch, layout: Layout) -> str | None:
+    """Compare scoring with the model's own logits over one sequence at a time; say what differs, if anything."""
+    own_attention(model)
+    ids, mask, sources = batch.padded()
+    counts = batch.completion_lengths.tolist()
+    logps, exact = [], True
+    for row, places in enumerate(sources.split(counts)):
+        logits = model(input_ids=ids[row : row + 1, : int(mask[row].sum())], use_cache=False).logits[0]
+        exact = logits.dtype in _EXACT
+        logps.append(logits[places - row * batch.longest].double().log_softmax(-1))
+    values = torch.cat(logps).gather(1, batch.targets[:, None])[:, 0]
+    expected = sum_by_completion(values, batch.completion_lengths)
+    got = score(model, batch, layout=layout)
+    gaps = (torch.stack([got.chosen, got.rejected], 1).flatten() - expected).abs()
+    limits = 1e-3 * expected.abs().clamp(min=1) if exact else torch.full_like(expected, 0.5)
+    worst = int((gaps / limits).nan_to_num(torch.inf).argmax())
+    if gaps[worst] <= limits[worst]:
+        return None
+    return (
+        f"its log-probs in the {layout} layout differ from its own logits by {float(gaps[worst]):.3g} nats "
+        f"(limit {float(limits[worst]):.2g})"
+    )
+
+
+def _crossing(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> str | None:
+    """Say if log-probs depend on another branch or pair: the gradient is exactly 0 wherever they do not."""
+    leaves: list[Tensor] = []
+
+    def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1].clone()
+
+    handle = parts.model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            logps = score(model, batch, layout="flat")
+            pair = 1
+            start = sum(sum(sizes) for sizes in batch.shape[:pair])
+            prompt, chosen, rejected = batch.shape[pair]
+            branch = start + prompt + chosen
+            for value, other in (
+                (logps.chosen[pair], (branch, rejected)),
+                (logps.rejected[pair], (branch - chosen, chosen)),
+            ):
+                foreign = torch.ones(len(batch.input_ids), dtype=torch.bool, device=batch.input_ids.device)
+                foreign[start : branch + rejected] = False
+                foreign[other[0] : sum(other)] = True
+                lines = [leaf for leaf in leaves if leaf.shape[:2] == (1, len(foreign))]
+                for gradient in torch.autograd.grad(value, lines, retain_graph=True, allow_unused=True):
+                    if gradient is not None and bool((gradient[0, foreign] != 0).any()):
+                        return "its log-probs depend on another branch or pair of the line"
+    finally:
+        handle.remove()
+    return None
+
+
+@torch.no_grad()
+def _displacement(model: nn.Module, parts: DecoderParts) -> str | None:
+    """Say if what attention works on depends on the place on the line, neighbours, or the other branch.
+
+    A pair is looked at once alone, and once far down a line of a few hundred tokens, with another chosen completion.
+    """
+    line = _made_up(parts, [(2, 3, 2), (4, 1, 1)] * 20 + [(3, 2, 3)])
+    (pair,) = line.split(1)[-1:]
+    alone = PairBatch.from_lists(
+        [(pair.input_ids[:3].tolist(), pair.input_ids[[0, 2, 1, 4]].tolist(), pair.input_ids[5:].tolist())]
+    ).to(pair.input_ids.device)
+    far = len(line.input_ids) - 8  # prompt at 0 to 2, rejected completion at 5 to 7
+    places = ([far, far + 1, far + 2, far + 5, far + 6, far + 7], [0, 1, 2, 7, 8, 9])
+    found = [_attended(model, batch, rows) for batch, rows in zip((line, alone), places, strict=True)]
+    for there, here in zip(*found, strict=True):
+        gap = float((there.double() - here.double()).norm() / here.double().norm().clamp(min=1e-30))
+        if not gap <= (1e-3 if here.dtype in _EXACT else 0.1):
+            return f"what it computes depends on the place on the line (by {gap:.1%} in the states of its attention)"
+    return None
+
+
+def _attended(model: nn.Module, batch: PairBatch, rows: list[int]) -> list[Tensor]:
+    """Queries, keys and values of these tokens of the line, each of shape (heads, rows, width), layer by layer."""
+    found: list[Tensor] = []
+
+    def noted(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+        found.extend(tensor[0][:, rows] for tensor in (query, key, value))
+        return flat_attention(module, query, key, value, *args, **options)
+
+    AttentionInterface.register(PAIR_ATTENTION, noted)
+    try:
+        score(model, batch, layout="flat")
+    finally:
+        AttentionInterface.register(PAIR_ATTENTION, flat_attention)
+    return found
+
+
+# -- randomness -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _scored(model: nn.Module, batch: PairBatch, layout: Layout, seed: int) -> tuple[Tensor, bool]:
+    """Log-probs, shape (2, batch), and whether random numbers were drawn for them."""
+    device = batch.input_ids.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        before = _random_state(device)
+        logps = score(model, batch, layout=layout)
+        drawn = not torch.equal(before, _random_state(device))
+    return torch.stack([logps.chosen, logps.rejected]), drawn
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def _into_evaluation(module: nn.Module, args: Any) -> None:
+    module._mode_outside, module.training = module.training, False  # type: ignore[assignment]
+
+
+def _out_of_evaluation(module: nn.Module, args: Any, output: Any) -> None:
+    module.training = bool(module._mode_outside)
+
+
+def _has_table(decoder: nn.Module, positions: int, embedding: nn.Module) -> bool:
+    """Whether positions are looked up in a table that ends, learnt or computed once."""
+    for module in decoder.modules():
+        rows = module.num_embeddings if isinstance(module, nn.Embedding) and module is not embedding else 0
+        if positions <= rows <= positions + 8:  # OPT keeps 2 more
+            return True
+        for buffer in module.buffers(recurse=False):
+            if (buffer.dim() == 2 and len(buffer) == positions) or buffer.shape[-2:] == (positions, positions):
+                return True
+    return False
