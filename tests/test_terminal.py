@@ -117,6 +117,7 @@ def test_in_python_what_follows_is_printed_when_lightnings_own_bar_has_stopped(t
     screen = pyte.HistoryScreen(160, 60, history=1000)
     pyte.Stream(screen).feed(terminal.getvalue().replace("\n", "\r\n"))
     text = "\n".join(screen.display)
+    assert "After training" in [row.strip() for row in screen.display]  # alone on its row
     for line in ("After training", "│ loss ", "│ displacement ", "No best checkpoint was kept"):
         assert text.count(line) == 1, text
     assert "means" not in text
