@@ -23,8 +23,8 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, PolicyLine, ProgressLine, RunSummary, Stopped
 from lit_dpo.checkpoints import make_durable
-from lit_dpo.cli.messages import PLUGGABLE, one_sentence, subclass_names, users_fault
-from lit_dpo.cli.parser import Parser, switching_forgets_options
+from lit_dpo.cli.messages import one_sentence, users_fault
+from lit_dpo.cli.parser import PLUGGABLE, Parser, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_checkpoint
@@ -85,7 +85,6 @@ class PreferenceCLI(LightningCLI):
                 PreferenceModule,
                 PreferenceDataModule,
                 parser_class=Parser,
-                parser_kwargs={"description": _DESCRIPTION},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfig,
@@ -195,16 +194,6 @@ class PreferenceCLI(LightningCLI):
         return self.instantiate_trainer(default_root_dir=str(folder))
 
 
-_DESCRIPTION = f"""Preference-tune language models with PyTorch Lightning.
-
-`lit-dpo {_EXPORT} CHECKPOINT OUTPUT_DIR` writes a checkpoint's policy as a folder that transformers loads.
-
-`--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
-differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
-and torch.optim. Both flags count on the command line only, never in a file.
-"""
-
-
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "reference", "cached_reference", "schedules", "callbacks")),
@@ -251,6 +240,7 @@ def _run(given: list[str]) -> None:
     except (KeyboardInterrupt, SystemExit) as stopped:
         interrupted = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
         if interrupted:
+            sys.stderr.write("lit-dpo: interrupted\n")
             raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
         raise
     except Exception as error:
