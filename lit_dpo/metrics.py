@@ -14,6 +14,9 @@ from torchmetrics import Metric
 from lit_dpo.losses import PreferenceLoss, implicit_rewards
 from lit_dpo.pairs import PairLogps
 
+SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+"""What a progress bar shows, under names as short as its line."""
+
 
 def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
     """Values worth averaging over pairs, under TRL's names where it has one, each of shape ``(batch,)``.

@@ -8,7 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging
 
 from lit_dpo.checkpoints import sync_files
 from lit_dpo.finite import first_nonfinite
@@ -224,7 +226,8 @@ def export(
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         os.chmod(part, 0o755)
-        model.save_pretrained(part)  # type: ignore[operator]
+        with without_bars():
+            model.save_pretrained(part)  # type: ignore[operator]
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
@@ -294,6 +297,19 @@ def _merged(model: nn.Module) -> nn.Module:
             "an adapter may sit on a weight that two layers share. Export with `merge: false`."
         )
     return merged
+
+
+@contextmanager
+def without_bars(hidden: bool = True) -> Iterator[None]:
+    """Let transformers draw no progress bars here, such as one over the files that it writes."""
+    hidden &= logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
 
 
 def new_folder(folder: str | Path) -> Path:

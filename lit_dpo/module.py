@@ -22,7 +22,7 @@ from lit_dpo.audit import calm, check_rows, choose_layout
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
-from lit_dpo.metrics import PairMeans, check_monitors, pair_metrics
+from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
 from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer, refuse_tied_adapters
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.parts import score_in_parts
@@ -100,7 +100,7 @@ class PreferenceModule(LightningModule):
         self.max_tokens = max_tokens
         self.reference = self._default_reference() if reference is None else reference
         self.policy: nn.Module | None = None
-        self.means = nn.ModuleDict({f"{stage}_means": PairMeans() for stage in ("train", "val", "test")})
+        self.means = {stage: PairMeans() for stage in ("train", "val", "test")}  # no modules of the model's
         self._settled: Layout | None = None
         self._prepared_for: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -222,9 +222,7 @@ class PreferenceModule(LightningModule):
         return losses.mean() if batch.weights is None else (batch.weights * losses).mean()
 
     def _means(self, stage: str) -> PairMeans:
-        means = self.means[f"{stage}_means"]
-        assert isinstance(means, PairMeans)
-        return means
+        return self.means[stage]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Mean loss over the pairs of a batch; every ``log_every_n_steps`` steps log the means since then.
@@ -238,7 +236,8 @@ class PreferenceModule(LightningModule):
             self._log_means("train")
             now = time.perf_counter()
             speed = self._tokens * self.trainer.world_size / (now - self._since)
-            self.log("train/tokens_per_second", speed, prog_bar=True, batch_size=1)
+            self.log("train/tokens_per_second", speed, batch_size=1)
+            self.log("tokens/s", speed, prog_bar=True, logger=False, batch_size=1)
             self._tokens, self._since = 0, now
         return loss
 
@@ -278,10 +277,11 @@ class PreferenceModule(LightningModule):
     def _log_means(self, stage: str) -> None:
         means = self._means(stage)
         values = {f"{stage}/{name}": value for name, value in means.compute().items()}
-        shown = {f"{stage}/{name}" for name in ("loss", "rewards/accuracies", "rewards/margins")}
         for name, value in values.items():
             # The means are of all processes already; `sync_dist` only tells Lightning not to warn that they are not.
-            self.log(name, value, prog_bar=name in shown, batch_size=1, sync_dist=stage != "train")
+            self.log(name, value, batch_size=1, sync_dist=stage != "train")
+        for name, short in SHOWN.items() if stage == "train" else ():
+            self.log(short, values[f"train/{name}"], prog_bar=True, logger=False, batch_size=1)
         means.reset()
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
@@ -486,6 +486,8 @@ class PreferenceModule(LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreferenceModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for means in self.means.values():
+            means._apply(fn)
         if self.reference is not None:
             self.reference.move(fn, recurse)
         return self

@@ -472,7 +472,7 @@ MISTAKES = {
         ["no option `beta`", "--model.loss.help CLASS"],
     ),
     "beta": (["--model.loss.beta", "-0.1"], ["`beta` must be positive, got -0.1."]),
-    "beta in words": (["--model.loss.beta", "small"], ["beta", "float", "small"]),
+    "beta in words": (["--model.loss.beta", "small"], ["error: `beta` must be a number, got 'small'."]),
     "parts": (
         ["--data.partition", "RandomSplit", "--data.partition.parts", "0"],
         ["error: `parts` must be at least 1, got 0."],
@@ -582,7 +582,7 @@ def test_mistakes_in_export(trained, tmp_path, capsys):
 
 def test_mistakes_in_the_command(capsys, quick):
     assert "Did you mean fit?" in fails(capsys, ["fitt"])
-    assert "{fit,validate,test,predict}" in fails(capsys, [])
+    assert "{fit,validate,test,predict,export}" in fails(capsys, [])
     assert "model.model" in fails(capsys, ["fit"])
 
 

@@ -4,14 +4,17 @@ from lit_dpo.callbacks.early_stopping import BestCheckpoint, RewardEarlyStopping
 from lit_dpo.callbacks.exporting import ExportModel
 from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
 from lit_dpo.callbacks.predictions import PairPredictionWriter
+from lit_dpo.callbacks.progress import ProgressLine
 from lit_dpo.callbacks.samples import SampleCompletions
-from lit_dpo.callbacks.summary import RunSummary
+from lit_dpo.callbacks.summary import PolicyLine, RunSummary
 
 __all__ = [
     "BestCheckpoint",
     "ExportModel",
     "LastCheckpoint",
     "PairPredictionWriter",
+    "PolicyLine",
+    "ProgressLine",
     "RewardEarlyStopping",
     "RunSummary",
     "SampleCompletions",

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.callbacks.progress import finish_progress
 from lit_dpo.card import model_card
 from lit_dpo.export import export_checkpoint
 from lit_dpo.models import export, refuse_existing
@@ -37,6 +38,7 @@ class ExportModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the folder on the first process."""
+        finish_progress(trainer)
         assert isinstance(pl_module, PreferenceModule)
         target = self._target(trainer)
         _write_policy(trainer, pl_module, str(target), self.merge)

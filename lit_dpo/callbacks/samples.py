@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.text import Text
 
+from lit_dpo.callbacks.progress import finish_progress
 from lit_dpo.module import PreferenceModule
 from lit_dpo.scoring import own_attention
 from lit_dpo.sources import trusts_remote_code
@@ -32,6 +33,7 @@ class SampleCompletions(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print what it says after."""
+        finish_progress(trainer)
         self._show("After training", pl_module)
 
     def _show(self, title: str, module: LightningModule) -> None:

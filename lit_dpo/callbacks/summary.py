@@ -1,13 +1,18 @@
-"""What a run has learned, and which command comes next."""
+"""What a run trains, what it has learned, and which command comes next."""
 
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
 from rich.table import Table
+
+from lit_dpo.callbacks.progress import finish_progress
+from lit_dpo.module import PreferenceModule
 
 _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "displacement")
 
@@ -38,6 +43,7 @@ class RunSummary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table on the first process."""
+        finish_progress(trainer)
         if trainer.is_global_zero and self._history:
             console = Console()
             console.print(self._table(trainer))
@@ -63,4 +69,28 @@ class RunSummary(Callback):
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
             return "No best checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
-        return f"Best checkpoint: {path}\nNext: lit-dpo export '{path}' OUTPUT_DIR"
+        return f"Best checkpoint: {path}\nNext: {shlex.join(['lit-dpo', 'export', path, 'OUTPUT_DIR'])}"
+
+
+class PolicyLine(Callback):
+    """Say at the start of a fit what is trained: its class, its parameters, and how many of them learn."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the line on the first process."""
+        assert isinstance(pl_module, PreferenceModule)
+        policy: Any = pl_module.policy
+        model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+        line = f"Policy: {type(model).__name__.removeprefix('FSDP')}"
+        if not isinstance(trainer.strategy, FSDPStrategy):  # which leaves a process its own share of the parameters
+            size = sum(p.numel() for p in policy.parameters())
+            trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+            line += f", {_count(size)} parameters, {'all' if trained == size else _count(trained)} of them trained"
+        if trainer.is_global_zero:
+            Console().print(line, highlight=False, soft_wrap=True)
+
+
+def _count(number: int) -> str:
+    for unit, name in ((1e9, "billion"), (1e6, "million")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:,}"

@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,17 @@ import torch
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
-from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, RunSummary, Stopped
+from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, PolicyLine, ProgressLine, RunSummary, Stopped
 from lit_dpo.checkpoints import make_durable
-from lit_dpo.cli.messages import PLUGGABLE, one_sentence, subclass_names, users_fault
-from lit_dpo.cli.parser import Parser, switching_forgets_options
+from lit_dpo.cli.messages import one_sentence, users_fault
+from lit_dpo.cli.parser import PLUGGABLE, Parser, subclass_names, switching_forgets_options
+from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_checkpoint
 from lit_dpo.module import PreferenceModule
@@ -87,7 +87,6 @@ class PreferenceCLI(LightningCLI):
                 PreferenceModule,
                 PreferenceDataModule,
                 parser_class=Parser,
-                parser_kwargs={"description": _DESCRIPTION},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 save_config_callback=SaveConfig,
@@ -145,7 +144,10 @@ class PreferenceCLI(LightningCLI):
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         if config.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
-            callbacks.append(RichProgressBar())
+            callbacks.append(ProgressLine())
+        if self.subcommand == "fit" and config.get("enable_model_summary") is not False:
+            callbacks.append(PolicyLine())
+            kwargs["enable_model_summary"] = False  # Lightning's: nine lines for one model
         if self.subcommand == "fit" and not _has(callbacks, RunSummary):
             callbacks.append(RunSummary())
         if self.subcommand == "predict":
@@ -196,17 +198,6 @@ class PreferenceCLI(LightningCLI):
         return self.instantiate_trainer(default_root_dir=str(folder))
 
 
-_DESCRIPTION = f"""Preference-tune language models with PyTorch Lightning.
-
-`lit-dpo {_EXPORT} CHECKPOINT OUTPUT_DIR` writes a checkpoint's policy as a folder that transformers loads.
-
-`--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
-differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
-and torch.optim. `--trust-remote-code` lets a model or tokenizer run the Python code that comes with it; `{_EXPORT}`
-needs it anew. These flags count on the command line only, never in a file.
-"""
-
-
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "reference", "cached_reference", "schedules", "callbacks")),
@@ -220,20 +211,6 @@ _IMPORTABLE = (
 )
 _LIGHTNINGS_OWN = ("best", "hpc")  # checkpoint paths that Lightning resolves by itself
 
-_NO_NEWS = (
-    ".*does not have many workers.*",  # pairs are in memory as token ids: worker processes would only cost
-    ".*Couldn't infer the batch indices.*",  # the sampler makes whole batches; predictions carry their row numbers
-    ".*LightningCLI's args parameter.*",  # `main` passes them on, which is what that parameter is for
-    "Experiment logs directory .* exists and is not empty.*",  # of a resumed run: see `rotate_metrics`
-    "Checkpoint directory .* exists and is not empty.*",  # the same
-    ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
-    ".*is_gradient_checkpointing. is deprecated.*",  # peft 0.21 on transformers 5.23
-)
-_ONLY_FOR_TRAINING = (  # is what a checkpoint knows of callbacks
-    "The dirpath has changed from.*",
-    "Be aware that when using `ckpt_path`.*",
-)
-
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; an error of the user's prints one sentence and exits with status 2, without a traceback.
@@ -242,8 +219,11 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Command-line arguments, by default the process's own.
     """
     given = list(sys.argv[1:] if args is None else args)
-    for message in (*_NO_NEWS, *(() if given[:1] == ["fit"] else _ONLY_FOR_TRAINING)):
-        warnings.filterwarnings("ignore", message)
+    with quiet(training=given[:1] == ["fit"]):
+        _run(given)
+
+
+def _run(given: list[str]) -> None:
     try:
         args, packages, allow_changes, trust = _take_flags(given)
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
@@ -265,6 +245,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, SystemExit) as stopped:
         interrupted = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
         if interrupted:
+            sys.stderr.write("lit-dpo: interrupted\n")
             raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
         raise
     except Exception as error:

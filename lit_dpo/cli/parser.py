@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,22 +10,80 @@ from typing import Any, NoReturn
 
 from jsonargparse import _typehints  # see switching_forgets_options
 from jsonargparse._util import import_object
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from lit_dpo.cli.messages import nearest, one_sentence
+from lit_dpo.cli.messages import did_you_mean, one_sentence
+from lit_dpo.data import Partition
+from lit_dpo.losses import PreferenceLoss
+from lit_dpo.models import LoRA
+from lit_dpo.reference import Reference
+
+PLUGGABLE = (PreferenceLoss, Reference, Partition)
+_KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
+    "loss": PreferenceLoss,
+    "losses": PreferenceLoss,
+    "base": PreferenceLoss,
+    "reference": Reference,
+    "partition": Partition,
+    "adapter": LoRA,
+    "optimizer": Optimizer,
+    "lr_scheduler": LRScheduler,
+    "callbacks": Callback,
+    "logger": Logger,
+    "strategy": Strategy,
+}
 
 
 class Parser(LightningArgumentParser):
-    """An argument parser whose errors name what was probably meant."""
+    """An argument parser whose errors name what was probably meant, and that takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence, with the nearest valid names, and exit with status 2."""
         text = one_sentence(message)
-        near = nearest(text, self)
+        near = [] if "Did you mean" in text else nearest(text, self)
         if near:
             text = f"{text.rstrip('.')}. Did you mean {' or '.join(near)}?"
         sys.stderr.write(f"lit-dpo: error: {text}\n")
         raise SystemExit(2)
+
+
+def nearest(message: str, parser: Any) -> list[str]:
+    """Options or class names close to a name in an error message that is neither."""
+    if unknown := re.search(r"`([\w.]+)`: there is no class `([\w.]+)`", message):
+        kind = _KINDS.get(unknown[1].rpartition(".")[2])
+        return did_you_mean(unknown[2], set() if kind is None else {kind.__name__, *subclass_names(kind)} - _ABSTRACT)
+    options = [option for action in parser._actions for option in action.option_strings]
+    for sub in getattr(parser._subcommands_action, "_name_parser_map", {}).values():
+        options += [option for action in sub._actions for option in action.option_strings]
+    message = re.sub(r"\S*/\S*|.*required and not given.*", "", message)  # no paths, and nothing that is only missing
+    for word in re.findall(r"--?[\w.]+|[\w.]+", message):
+        known = set(options) if word.startswith("--") else {option.removeprefix("--") for option in options}
+        if word in known or len(word) < 4:
+            continue
+        if close := did_you_mean(word, known):
+            return close
+    return []
+
+
+def subclass_names(base: type[Any]) -> set[str]:
+    """Names of all classes below one that are nobody's own."""
+    return {
+        name
+        for sub in base.__subclasses__()
+        for name in (sub.__name__, *subclass_names(sub))
+        if not name.startswith("_")
+    }
+
+
+_ABSTRACT = {kind.__name__ for kind in _KINDS.values() if kind is not LoRA}
 
 
 @contextmanager

@@ -1,6 +1,18 @@
 """Rows to batches: layouts, encoding, partitions, and the Lightning data module."""
 
-from lit_dpo.data.datamodule import PreferenceDataModule
-from lit_dpo.data.partition import BySource, EasyToHard, OneShot, Partition, RandomSplit
+from typing import TYPE_CHECKING
 
 __all__ = ["BySource", "EasyToHard", "OneShot", "Partition", "PreferenceDataModule", "RandomSplit"]
+
+if TYPE_CHECKING:
+    from lit_dpo.data.datamodule import PreferenceDataModule
+    from lit_dpo.data.partition import BySource, EasyToHard, OneShot, Partition, RandomSplit
+else:
+
+    def __getattr__(name: str) -> object:
+        """Import what is asked for now, so that reading rows needs no torch."""
+        if name not in __all__:
+            raise AttributeError(f"module `lit_dpo.data` has no `{name}`")
+        from lit_dpo.data import datamodule, partition
+
+        return getattr(partition if hasattr(partition, name) else datamodule, name)

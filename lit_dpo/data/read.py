@@ -63,10 +63,18 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
         if split:
             raise ValueError(f"`{name}` is one file and has no split `{split}`; leave `:{split}` off.")
         yield from _read_file(path, name, bad)
-    elif name.startswith((".", "/", "~")) or _suffix(path):
-        raise FileNotFoundError(_not_found(path))
+    elif problem := missing(spec):
+        raise FileNotFoundError(problem)
     else:
         yield from _read_datasets(None, name, split)
+
+
+def missing(spec: str) -> str | None:
+    """What is wrong with a source that looks like a path where nothing is; ``None`` if there is something to try."""
+    name = _split_off(spec)[0]
+    path = Path(name).expanduser()
+    looks = name.startswith((".", "/", "~")) or bool(_suffix(path))
+    return _not_found(path) if looks and not path.exists() else None
 
 
 def source_name(spec: str) -> str:

@@ -1,6 +1,7 @@
 """The table at the end of a run."""
 
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -67,13 +68,14 @@ def test_no_validation_no_table(capsys):
 
 
 def test_a_run_names_its_own_checkpoint(tmp_path, capsys):
-    best = BestCheckpoint(dirpath=str(tmp_path / "kept"))
+    best = BestCheckpoint(dirpath=str(tmp_path / "it's kept"))
     run = runs.fit(
         runs.module(lr=0.1), runs.data(runs.pairs_file(tmp_path)), max_epochs=2,
         callbacks=[best, RunSummary()], enable_checkpointing=True,
     )  # fmt: skip
     text = capsys.readouterr().out
-    assert f"lit-dpo export '{best.best_model_path}' OUTPUT_DIR" in text
+    command = text.partition("Next: ")[2]
+    assert shlex.split(command) == ["lit-dpo", "export", best.best_model_path, "OUTPUT_DIR"]
     assert row(text, "loss")[-1] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-3)
 
 
