@@ -2,8 +2,8 @@
 
 A fence says what happens to its block. ``python`` and ``bash`` run in the order of the page, in one namespace and one
 folder a page. ``no-run`` is for what needs a GPU, several nodes, the hub or another package; it is only parsed.
-``yaml`` is parsed on top of the DPO configuration, and the rows of a ``json`` block are read. ``waits=NAME`` stands on a block
-that uses a contract of `WAITING`. A Python block whose first line is ``# name.py`` is also written to that file.
+``yaml`` is parsed on top of the DPO configuration, and the rows of a ``json`` block are read. ``waits=NAME`` stands on
+a block that uses a contract of `WAITING`. A Python block that starts with ``# name.py`` is also written to that file.
 """
 
 import json
