@@ -44,6 +44,9 @@ WAITING = {
     "fabric": "`score` takes a module that Fabric has wrapped",
     "first-reference": "`fit_stepwise(..., first_reference=True)`",
     "form": "the module's option for the batch form is `form`",
+    "more-losses": "losses beyond DPO, IPO, DPOP, SFT, intermediate and weighted ones",
+    "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
+    "new-flags": "`--trust-remote-code`, `--data.append_eos`, `--data.chat_template`",
     "objects": "models, tokenizers and data sets are given as objects",
     "partition-next": "a partition implements `next(step, pool)`",
     "predict-train": "`--data.predict train`, and reference log-probs in predictions",
@@ -53,6 +56,15 @@ WAITING = {
     "tokens": "per-token log-probs",
 }
 WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
+WAITING_OPTIONS = {
+    "--model.form": "form",
+    "--model.revision": "model-options",
+    "--model.attn_implementation": "model-options",
+    "--model.quantization": "model-options",
+    "--trust-remote-code": "new-flags",
+    "--data.append_eos": "new-flags",
+    "--data.chat_template": "new-flags",
+}
 
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:lit-dpo|bash configs/launch/torchrun\.sh|sbatch configs/launch/slurm\.sbatch) ")
@@ -226,6 +238,23 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), (page.name, target)
 
 
+def test_every_option_that_is_named_exists(capsys):
+    """Those in the text and in the tables; the ones in commands are parsed with their command."""
+    named = {
+        word for page in PAGES for word in re.findall(r"(?<![\w.-])--[a-z][\w.-]*\w", page.read_text(encoding="utf-8"))
+    }
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
+    known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
+    known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
+    waiting = {option for option, name in WAITING_OPTIONS.items() if name in WAITING}
+    other = {"--strict"}  # of mkdocs
+    options_of_a_class = {name for name in known if "." in name}  # such as `--model.loss.beta`
+    unknown = [name for name in named - waiting - other - known if name.rpartition(".")[0] not in options_of_a_class]
+    assert not unknown
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert {page.name for page in PAGES} == set(re.findall(r"[\w]+\.md", navigation.partition("\nnav:")[2]))
@@ -236,7 +265,8 @@ def test_the_tables_of_methods_name_what_there_is():
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `(\w+Loss)", text, re.MULTILINE))
     losses = {name for name in lit_dpo.__all__ if name.endswith("Loss")} - {"PreferenceLoss"}
-    assert named == losses
+    assert losses <= named
+    assert named == losses or "more-losses" in WAITING
 
 
 def test_the_reference_lists_every_public_name():
