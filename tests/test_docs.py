@@ -1,0 +1,302 @@
+"""What the manual shows is executed: Python as it stands, commands with a tiny model, data rows by the reader.
+
+A fence says what happens to its block. ``python`` and ``bash`` run in the order of the page, in one namespace and one
+folder a page. ``no-run`` is for what needs a GPU, several nodes, the hub or another package; it is only parsed.
+``yaml`` is parsed on top of the DPO configuration, and the rows of a ``json`` block are read. ``waits=NAME`` stands on
+a block that uses a contract of `WAITING`. A Python block that starts with ``# name.py`` is also written to that file.
+"""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import lit_dpo
+from lit_dpo.cli import main
+from lit_dpo.data.layouts import parse_row
+from tests import runs
+
+pytestmark = [
+    *runs.QUIET,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.filterwarnings("ignore:.*modules? in eval mode"),
+    pytest.mark.filterwarnings("ignore:.*You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:.*The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:.*Be aware that when using `ckpt_path`"),
+]
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
+
+# Contracts that the manual describes and the code does not have yet. Delete a line, and its blocks run.
+WAITING = {
+    "configs-by-name": "`--config dpo` finds a shipped configuration by name",
+    "configs-command": "`lit-dpo configs`",
+    "export-run": "`lit-dpo export` takes a run's folder or `last`",
+    "fabric": "`score` takes a module that Fabric has wrapped",
+    "first-reference": "`fit_stepwise(..., first_reference=True)`",
+    "form": "the module's option for the batch form is `form`",
+    "more-losses": "losses beyond DPO, IPO, DPOP, SFT, intermediate and weighted ones",
+    "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
+    "new-flags": "`--trust-remote-code`, `--data.append_eos`, `--data.chat_template`",
+    "objects": "models, tokenizers and data sets are given as objects",
+    "partition-next": "a partition implements `next(step, pool)`",
+    "predict-train": "`--data.predict train`, and reference log-probs in predictions",
+    "reference-score": "a reference is a dataclass and implements `score(policy, batch, scorer)`",
+    "row-values": "numeric columns travel from the row to the loss",
+    "scorer": "`Scorer`",
+    "tokens": "per-token log-probs",
+}
+WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
+WAITING_OPTIONS = {
+    "--model.form": "form",
+    "--model.revision": "model-options",
+    "--model.attn_implementation": "model-options",
+    "--model.quantization": "model-options",
+    "--trust-remote-code": "new-flags",
+    "--data.append_eos": "new-flags",
+    "--data.chat_template": "new-flags",
+}
+
+FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:lit-dpo|bash configs/launch/torchrun\.sh|sbatch configs/launch/slurm\.sbatch) ")
+
+
+class Block:
+    """A fenced block of a page."""
+
+    def __init__(self, page, match):
+        self.page, self.language, self.code = page, match[1], match[3]
+        self.marks = match[2].split()
+        self.line = page.read_text(encoding="utf-8").count("\n", 0, match.start()) + 2
+        self.waits = [mark.removeprefix("waits=") for mark in self.marks if mark.startswith("waits=")]
+        unknown = [mark for mark in self.marks if mark != "no-run" and not mark.startswith("waits=")]
+        assert not unknown, f"{page.name}:{self.line}: unknown marks {unknown}"
+
+    def __repr__(self):
+        return f"{self.page.name}:{self.line}"
+
+    @property
+    def waiting(self):
+        return [name for name in self.waits if name in WAITING and name != "configs-by-name"]
+
+    @property
+    def commands(self):
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def blocks(page):
+    return [Block(page, match) for match in FENCE.finditer(page.read_text(encoding="utf-8"))]
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+
+
+def arguments(command):
+    """The arguments of `lit-dpo` in a command, through a launch script too."""
+    words = shlex.split(command, comments=True)
+    start = next(i for i, word in enumerate(words) if word.endswith(("lit-dpo", "torchrun.sh", "slurm.sbatch")))
+    words = words[start + 1 :]
+    if "configs-by-name" in WAITING:
+        for i, word in enumerate(words[:-1]):
+            if word in ("--config", "-c"):
+                words[i + 1] = path_of(words[i + 1])
+    return words
+
+
+def path_of(config):
+    """The file of a shipped configuration that a command names without suffix or folder."""
+    found = [*(ROOT / "configs").glob(f"{config}.yaml"), *(ROOT / "configs" / "overlays").glob(f"{config}.yaml")]
+    return str(found[0]) if found else config
+
+
+def tiny(words, folder):
+    """The same command with a tiny model and two steps, and with the embedded data unless it names others."""
+    if words[0] not in ("fit", "validate", "test", "predict"):
+        return words
+    overlay = yaml.safe_load((ROOT / "tests" / "conf" / "tiny.yaml").read_text())
+    if any(word.startswith("--data.train") for word in words):
+        del overlay["data"]["train"]
+    if "--trainer.max_steps" in words:
+        del overlay["trainer"]["max_steps"]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
+    return [*words, "--config", str(folder / "tiny.yaml")]
+
+
+def parse(words, capsys):
+    if words[0] not in ("fit", "validate", "test", "predict"):
+        return
+    shown = any(word in ("--help", "--print_config") or word.endswith(".help") for word in words)
+    with pytest.raises(SystemExit) as stop:
+        main(words if shown else [*words, "--print_config"])
+    assert not stop.value.code, capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with the files that the pages speak of: configurations and a few data sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for start, name in enumerate(("pairs", "easy", "hard", "train", "test")):
+        runs.pairs_file(tmp_path, 24, f"{name}.jsonl", start=24 * start)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs(page, folder, capsys):
+    namespace = {"__name__": "__main__"}
+    for block in blocks(page):
+        if block.waiting:
+            continue
+        if block.language == "python":
+            first = block.code.splitlines()[0]
+            if re.fullmatch(r"# \w+\.py", first):
+                (folder / first.removeprefix("# ")).write_text(block.code)
+            code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+            if "no-run" not in block.marks:
+                exec(code, namespace)
+        elif block.language == "bash":
+            for command in block.commands:
+                if "no-run" in block.marks:
+                    if COMMAND.match(command):
+                        parse(arguments(command), capsys)
+                else:
+                    assert COMMAND.match(command), f"{block}: not a command of ours, so mark it `no-run`: {command}"
+                    run(tiny(arguments(command), folder), block, capsys)
+        elif block.language == "yaml":
+            (folder / "block.yaml").write_text(block.code)
+            parse(["fit", "--config", "configs/dpo.yaml", "--config", "block.yaml"], capsys)
+        elif block.language == "json":
+            for line in block.code.splitlines():
+                parse_row(json.loads(line), "manual", repr(block))
+        else:
+            assert block.language == "text", f"{block}: a language that nothing runs: {block.language}"
+
+
+def run(words, block, capsys):
+    try:
+        main(words)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    assert not status, f"{block}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.waits], ids=repr)
+def test_a_waiting_block_is_at_least_python(block):
+    if block.language == "python":
+        compile(block.code, repr(block), "exec")
+    if block.waiting:
+        pytest.skip("waits for: " + "; ".join(WAITING[name] for name in block.waiting))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs(path, folder, monkeypatch):
+    compile(path.read_text(), str(path), "exec")
+    if (name := WAITING_EXAMPLES.get(path.name)) in WAITING:
+        pytest.skip(f"waits for: {WAITING[name]}")
+    monkeypatch.setenv("TORCH_NUM_THREADS", "1")
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def test_there_is_something_to_run():
+    assert len([block for block in BLOCKS if block.language == "python"]) >= 15
+    assert len([block for block in BLOCKS if block.language == "bash"]) >= 15
+    assert len(EXAMPLES) >= 4
+
+
+def test_every_fence_is_seen():
+    """A fence that `FENCE` misses would be shown to readers and never run."""
+    for page in PAGES:
+        assert len(re.findall(r"^ *```", page.read_text(encoding="utf-8"), re.MULTILINE)) == 2 * len(blocks(page)), page
+
+
+def test_own_code_is_short():
+    """What one writes to extend the package stays under 40 lines."""
+    for block in blocks(DOCS / "extending.md"):
+        if block.language == "python":
+            assert len(block.code.splitlines()) < 40, block
+
+
+def test_links_lead_somewhere():
+    """Links between pages and to files of the repository; headings are checked by ``mkdocs build --strict``."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_every_option_that_is_named_exists(capsys):
+    """Those in the text and in the tables; the ones in commands are parsed with their command."""
+    named = {
+        word for page in PAGES for word in re.findall(r"(?<![\w.-])--[a-z][\w.-]*\w", page.read_text(encoding="utf-8"))
+    }
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
+    known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
+    known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
+    waiting = {option for option, name in WAITING_OPTIONS.items() if name in WAITING}
+    other = {"--strict"}  # of mkdocs
+    options_of_a_class = {name for name in known if "." in name}  # such as `--model.loss.beta`
+    unknown = [name for name in named - waiting - other - known if name.rpartition(".")[0] not in options_of_a_class]
+    assert not unknown
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert {page.name for page in PAGES} == set(re.findall(r"[\w]+\.md", navigation.partition("\nnav:")[2]))
+
+
+def test_the_tables_of_methods_name_what_there_is():
+    """Each loss of the package has its row among the methods, and each class named there exists."""
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `(\w+Loss)", text, re.MULTILINE))
+    losses = {name for name in lit_dpo.__all__ if name.endswith("Loss")} - {"PreferenceLoss"}
+    assert losses <= named
+    assert named == losses or "more-losses" in WAITING
+
+
+def test_the_reference_lists_every_public_name():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^::: lit_dpo\.(\w+)$", text, re.MULTILINE))
+    assert set(lit_dpo.__all__) - {"__version__"} <= named
+
+
+def test_trl_options_are_all_there():
+    """Every option that TRL 1.16's `DPOConfig` adds or changes has its row; the list was read from its source."""
+    text = (DOCS / "from_trl.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", "\n".join(re.findall(r"^\| (.*?) \|", text, re.MULTILINE))))
+    assert set(TRL_OPTIONS.split()) <= named, set(TRL_OPTIONS.split()) - named
+
+
+TRL_OPTIONS = """
+model_init_kwargs trust_remote_code router_aux_loss_coef disable_dropout dataset_num_proc max_length truncation_mode
+padding_free pad_to_multiple_of precompute_ref_log_probs precompute_ref_batch_size loss_type loss_weights ld_alpha
+f_divergence_type f_alpha_divergence_coef label_smoothing beta use_weighting discopop_tau activation_offloading
+sync_ref_model ref_model_mixup_alpha ref_model_sync_steps pad_token learning_rate logging_steps gradient_checkpointing
+bf16 lr_scheduler_kwargs use_liger_kernel torch_empty_cache_steps
+"""
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """Strictly: a link or heading that leads nowhere, or a page in no menu, is an error."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "site" / "index.html").exists()
