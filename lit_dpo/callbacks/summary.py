@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,4 +64,4 @@ class RunSummary(Callback):
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
             return "No best checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
-        return f"Best checkpoint: {path}\nNext: lit-dpo export '{path}' OUTPUT_DIR"
+        return f"Best checkpoint: {path}\nNext: {shlex.join(['lit-dpo', 'export', path, 'OUTPUT_DIR'])}"

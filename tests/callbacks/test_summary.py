@@ -1,6 +1,7 @@
 """The table at the end of a run."""
 
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,12 @@ def test_the_best_is_what_the_checkpoint_callback_says(capsys):
     assert "Next: lit-dpo export 'runs/a b/x=1.ckpt' OUTPUT_DIR" in text
 
 
+def test_the_next_command_can_be_pasted_whatever_the_path(capsys):
+    path = "runs/it's $(mine)/x=1.ckpt"
+    text = printed(capsys, VALIDATIONS, best_model_path=path)
+    assert shlex.split(text.partition("Next: ")[2]) == ["lit-dpo", "export", path, "OUTPUT_DIR"]
+
+
 def test_the_sanity_check_is_no_validation(capsys):
     assert printed(capsys, [(None, {"val/loss": 9.0}), *VALIDATIONS]).count("9") == 0
 
@@ -73,7 +80,7 @@ def test_a_run_names_its_own_checkpoint(tmp_path, capsys):
         callbacks=[best, RunSummary()], enable_checkpointing=True,
     )  # fmt: skip
     text = capsys.readouterr().out
-    assert f"lit-dpo export '{best.best_model_path}' OUTPUT_DIR" in text
+    assert f"lit-dpo export {best.best_model_path} OUTPUT_DIR" in text
     assert row(text, "loss")[-1] == pytest.approx(float(run.callback_metrics["val/loss"]), rel=1e-3)
 
 
