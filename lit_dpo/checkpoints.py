@@ -221,6 +221,26 @@ def _remove(path: Path) -> None:
         manifest_of(path).unlink(missing_ok=True)
 
 
+def refuse_foreign(folder: Path, resumed: str | Path | None) -> None:
+    """Find out now that the checkpoints to resume from would be written over something else.
+
+    Args:
+        folder: Where they will go.
+        resumed: The checkpoint that the run goes on from, which may have lost its manifest.
+
+    Raises:
+        FileExistsError: Something of their names is there, and no run wrote it.
+    """
+    for path in (folder / name for name in TO_RESUME_FROM):
+        if not os.path.lexists(path) or manifest_of(path).exists() or (resumed and Path(resumed) == path):
+            continue
+        if path.is_dir() and all(
+            file.match("*.distcp") or file.match(".*") or file.name == SHARDS_META for file in path.iterdir()
+        ):  # unfinished shards
+            continue
+        raise FileExistsError(f"`{path}` is there already, and no run wrote it: choose another `dirpath`.")
+
+
 def refuse_unwritable(folder: Path, needed: int) -> None:
     """Find out now, and not after an hour of training, that a checkpoint could not be written.
 

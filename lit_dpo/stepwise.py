@@ -19,6 +19,7 @@ from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
 from lit_dpo.reference import FrozenReference
+from lit_dpo.runs import is_first
 
 
 def fit_stepwise(
@@ -57,7 +58,7 @@ def fit_stepwise(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )
     folder = Path(folder)
-    if not resume and folder.is_dir() and any(folder.glob("partition_*")):
+    if not resume and is_first() and any(folder.glob("partition_*")):  # the others may come when the first has begun
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
     parts = _split(module, datamodule, make_trainer, folder)
     exported = folder
