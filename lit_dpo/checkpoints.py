@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import socket
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -16,10 +19,14 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.files import read_json, refuse_special
 from lit_dpo.shards import SHARDS_META, check_form
+
+TO_RESUME_FROM = ("last.ckpt", "previous.ckpt")
+"""Names of the checkpoints to resume from, the newer one first."""
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -41,10 +48,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        part = target.with_name(f".{target.name}.part")  # one name, so that what a crash leaves is written over
+        part = _part_of(target)
         written = _Hashed()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+            _forget_parts_of_the_dead(target)
             with part.open("wb") as file:
                 written.file = file
                 torch.save(checkpoint, written)  # type: ignore[arg-type]  # it needs to be written to, no more
@@ -77,7 +85,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, then its manifest."""
+        """Remove a checkpoint, then its manifest; a folder that is no checkpoint of shards stays."""
+        path = str(path).removeprefix("local://").removeprefix("file://")
+        if not _is_remote(path) and Path(path).is_dir() and not (Path(path) / SHARDS_META).exists():
+            rank_zero_info(f"`{path}` is no checkpoint and stays.")
+            return
         super().remove_checkpoint(path)
         if not _is_remote(path):
             manifest_of(Path(path)).unlink(missing_ok=True)
@@ -91,6 +103,62 @@ def make_durable(trainer: Trainer) -> None:
     """Give a Trainer's strategy `DurableCheckpointIO`, unless it has a checkpoint plugin of the user's choice."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+
+
+def own_path(path: Any, folder: str | Path, ranked: bool = False) -> str:
+    """The checkpoint that has the name of another path in a folder, if it is there and no link to another folder.
+
+    What a checkpoint says of paths is only believed so far: Lightning removes what it takes for older checkpoints. And
+    a run whose folder was renamed finds its own again.
+
+    Args:
+        path: What a checkpoint says.
+        folder: Where the file must be.
+        ranked: It is said to be one of the best, which those to resume from are not.
+
+    Returns:
+        Its path, or an empty string.
+    """
+    name = str(path).rpartition("/")[2]
+    if not name.endswith(".ckpt") or (ranked and name in TO_RESUME_FROM):
+        return ""
+    if _is_remote(folder):
+        return f"{str(folder).rstrip('/')}/{name}"
+    found = Path(folder, name)
+    return str(found) if found.exists() and found.resolve().parent == Path(folder).resolve() else ""
+
+
+def believe(state: dict[str, Any], callback: ModelCheckpoint) -> dict[str, Any]:
+    """What a checkpoint knows of a checkpoint callback, without paths outside of the callback's own folder."""
+    folder = str(callback.dirpath)
+    models = state.get("best_k_models")
+    models = models if isinstance(models, dict) else {}
+    ranked = {own: score for path, score in models.items() if (own := own_path(path, folder, ranked=True))}
+    worst, best = (max, min) if callback.mode == "min" else (min, max)
+    first = best(ranked, key=ranked.__getitem__) if ranked else own_path(state.get("best_model_path"), folder, True)
+    kth = worst(ranked, key=ranked.__getitem__) if ranked else ""
+    if state.get("best_model_path") and not first:
+        rank_zero_info(f"`{state['best_model_path']}` is not in `{folder}`, so the best checkpoint is found anew.")
+    newest = own_path(state.get("last_model_path"), folder)
+    return {
+        **state,
+        "dirpath": callback.dirpath,
+        "best_k_models": ranked,
+        "best_model_path": first,
+        "best_model_score": ranked.get(first),
+        "kth_best_model_path": kth,
+        "kth_value": ranked.get(kth, state.get("kth_value")),
+        "last_model_path": "" if newest in (*ranked, first) else newest,
+    }
+
+
+def believe_all(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let no checkpoint callback of a Trainer, also of Lightning's own, take up paths of other folders."""
+    states = checkpoint.get("callbacks") or {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint):
+            for key in {callback.state_key, callback._legacy_state_key} & states.keys():
+                states[key] = trainer.strategy.broadcast(believe(states[key], callback))
 
 
 def verify(path: Path) -> None:
@@ -145,7 +213,7 @@ def keep_as(path: Path, other: Path) -> None:
         return  # what stands there under the second name may be the only sound one
     if other.is_dir():
         _remove(other)
-    part = other.with_name(f".{other.name}.part")
+    part = _part_of(other)
     part.unlink(missing_ok=True)
     try:
         os.link(path, part)
@@ -163,6 +231,26 @@ def _remove(path: Path) -> None:
         manifest_of(path).unlink(missing_ok=True)
 
 
+def refuse_foreign(folder: Path, resumed: str | Path | None) -> None:
+    """Find out now that the checkpoints to resume from would be written over something else.
+
+    Args:
+        folder: Where they will go.
+        resumed: The checkpoint that the run goes on from, which may have lost its manifest.
+
+    Raises:
+        FileExistsError: Something of their names is there, and no run wrote it.
+    """
+    for path in (folder / name for name in TO_RESUME_FROM):
+        if not os.path.lexists(path) or manifest_of(path).exists() or (resumed and Path(resumed) == path):
+            continue
+        if path.is_dir() and all(
+            file.match("*.distcp") or file.match(".*") or file.name == SHARDS_META for file in path.iterdir()
+        ):  # unfinished shards
+            continue
+        raise FileExistsError(f"`{path}` is there already, and no run wrote it: choose another `dirpath`.")
+
+
 def refuse_unwritable(folder: Path, needed: int) -> None:
     """Find out now, and not after an hour of training, that a checkpoint could not be written.
 
@@ -173,11 +261,10 @@ def refuse_unwritable(folder: Path, needed: int) -> None:
     Raises:
         OSError: The folder cannot be written to, or the disk has less space.
     """
-    probe = folder / ".probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"\0")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise OSError(f"Checkpoints cannot be written to `{folder}` ({reason}): choose another folder.") from error
@@ -210,6 +297,29 @@ class _Hashed:
         self.file.flush()
 
 
+def _part_of(target: Path) -> Path:
+    """Where this process writes a file before it is renamed into its place; no other process does."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
+
+
+def _forget_parts_of_the_dead(target: Path) -> None:
+    """Remove what processes of this machine had written of a file when they were killed."""
+    for part in target.parent.glob(f"{glob.escape(f'.{target.name}.{socket.gethostname()}-')}*.part"):
+        process = part.name.removesuffix(".part").rpartition("-")[2]
+        if process.isdigit() and not _is_alive(int(process)):
+            part.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
 def _commit(part: Path, target: Path, new: str) -> None:
     """Rename a finished file into its place. At every moment the manifest knows the file that stands there."""
     manifest = manifest_of(target)
@@ -233,7 +343,7 @@ def _known_sums(manifest: Path) -> list[str]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a small file whole or not at all, and to the disk before this returns."""
-    part = path.with_name(f".{path.name}.part")
+    part = _part_of(path)
     with part.open("w", encoding="utf-8") as file:
         json.dump(content, file)
         file.flush()

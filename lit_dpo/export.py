@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import pickle
+import shlex
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +18,90 @@ from lit_dpo.checkpoints import manifest_of, verify
 from lit_dpo.finite import first_nonfinite
 from lit_dpo.models import LoRA, export, load_model, load_tokenizer, refuse_existing
 from lit_dpo.module import STATE
+from lit_dpo.runs import best_checkpoint, folder_of_run, last_checkpoint, number_of
 from lit_dpo.shards import read_shards
 
 _PREFIX = "policy."
+
+
+def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str | None = None) -> None:
+    """Write the policy of a run or a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+
+    Args:
+        checkpoint: A ``.ckpt`` file written during training, or a folder of shards; a run's folder, or its
+            ``checkpoints``, for its best checkpoint, or else its last; ``last`` for that of the newest run.
+        output_dir: The folder to make; it must not exist, or be empty.
+        merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
+        root: Where ``last`` looks for runs; by default the current folder and the folders in its ``runs``.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, or no run.
+        ValueError: It is no checkpoint of this package, or the base of its adapters could not be loaded.
+        FileExistsError: `output_dir` holds something already.
+    """
+    if root is not None and checkpoint != "last":
+        raise ValueError("`root` says where `last` looks for runs: give `last`, or leave `root` out.")
+    refuse_existing(Path(output_dir))
+    path, which = _meant(checkpoint, root)
+    print(f"Exporting {which} `{path}`", flush=True)
+    folder = export_checkpoint(str(path), output_dir, merge)
+    files = ", ".join(sorted(file.name for file in folder.iterdir()))
+    load = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r})('Hello'))"
+    print(f"Wrote the policy to `{folder}`: {files}\nNext: {shlex.join(['python', '-c', load])}")
+
+
+def _meant(given: str, root: str | None) -> tuple[Path, str]:
+    """The checkpoint that a name on the command line means, and what it is."""
+    path = Path(given)
+    if given == "last" and (root is not None or not path.exists()):
+        places = [Path(), *sorted(Path("runs").glob("*"))] if root is None else [Path(root)]
+        runs = [run for place in places for run in place.glob("version_*") if number_of(run) >= 0]
+        times = {run: last.stat().st_mtime for run in runs if (last := last_checkpoint(run)) is not None}
+        if not times:
+            where = ", ".join(f"`{place}`" for place in places)
+            raise FileNotFoundError(f"`last`: no run with a checkpoint is in {where}. Give `--root`, or a folder.")
+        path = max(times, key=times.__getitem__)
+    run = folder_of_run(path)
+    if run is None:
+        return path, "the checkpoint"
+    if (best := best_checkpoint(run)) is not None:
+        return best, "the best checkpoint of its run,"
+    if (last := last_checkpoint(run)) is not None:
+        return last, "the last checkpoint of its run (no best one is beside it),"
+    raise FileNotFoundError(f"No checkpoint of a run is in `{path}`: give a run's folder, or a .ckpt file.")
+
+
+@contextmanager
+def cleaning_up() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end an export as an exception does, so that nothing half written stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def refuse_baseless(model: Any, adapter: Any, merge: bool) -> None:
+    """Refuse to write adapters alone where nobody could load the model that they belong to.
+
+    Raises:
+        ValueError: The model has random weights, made from a description.
+    """
+    if adapter is not None and not merge and not isinstance(model, str):
+        raise ValueError(
+            "Adapters alone are of no use here, because their base has random weights that are stored nowhere: leave "
+            "`merge` true."
+        )
 
 
 def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> Path:
@@ -31,12 +117,18 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It is no checkpoint of this package.
+        ValueError: It is no checkpoint of this package, or the base of its adapters could not be loaded.
         FileExistsError: `output_dir` holds something already.
     """
     refuse_existing(Path(output_dir))
+    with cleaning_up():
+        return _export(checkpoint, output_dir, merge)
+
+
+def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
     content = _read(Path(checkpoint))
     options = content["hyper_parameters"]
+    refuse_baseless(options["model"], options["adapter"], merge)
     tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
     if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
         tokenizer.chat_template = template

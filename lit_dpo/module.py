@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.audit import calm, check_rows, choose_layout
+from lit_dpo.checkpoints import believe_all
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
@@ -321,6 +322,7 @@ class PreferenceModule(LightningModule):
         refuse_nonfinite(self.trainer, self.policy, seen, None if self.trainer.precision == "16-mixed" else norm)
         if (self.trainer.global_step + 1) % self._log_interval == 0:
             self.log("train/grad_norm", norm, batch_size=1)
+            self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
         if not gradient_clip_val:
             return
         if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -369,6 +371,8 @@ class PreferenceModule(LightningModule):
         Raises:
             ValueError: To go on, the run would need another number of pairs an optimizer step.
         """
+        if self._trainer is not None:
+            believe_all(self.trainer, checkpoint)
         state = checkpoint.get(STATE)
         if state is None or self._trainer is None or self.trainer.state.fn != "fit":
             return

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -19,6 +20,7 @@ from lit_dpo.losses import SFTLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
 from lit_dpo.reference import FrozenReference
+from lit_dpo.runs import is_first
 
 
 def fit_stepwise(
@@ -37,7 +39,8 @@ def fit_stepwise(
     Source: sDPO, https://arxiv.org/abs/2403.19270.
 
     Args:
-        module: What to train; it ends with the policy of the last partition.
+        module: What to train. In the end it holds the policy that the last partition exported, be that its best or its
+            last one; sharded over processes, it loads it from there at its next run.
         datamodule: Its `partition` says how the training pairs are split.
         make_trainer: Makes a new Trainer whose ``default_root_dir`` is the folder it is given.
         folder: Where the partitions' folders go: ``partition_0`` and so on, each with ``export`` inside.
@@ -56,7 +59,7 @@ def fit_stepwise(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )
     folder = Path(folder)
-    if not resume and folder.is_dir() and any(folder.glob("partition_*")):
+    if not resume and is_first() and any(folder.glob("partition_*")):  # the others may come when the first has begun
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
     parts = _split(module, datamodule, make_trainer, folder)
     exported = folder
@@ -77,10 +80,17 @@ def fit_stepwise(
         trainer.callbacks.append(ExportModel(str(exported.absolute())))  # type: ignore[attr-defined]
         trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
         _note_done(trainer, root, part, datamodule)
-    if module.policy is None:
-        module.restart_from(str(exported))
+    _hold(module, exported)
     rank_zero_info(f"Exported the policy of the last partition to {exported}")
     return exported
+
+
+def _hold(module: PreferenceModule, exported: Path) -> None:
+    """Let a module hold the policy of a folder, unless it would have to be sharded, which only a run can do."""
+    module.restart_from(str(exported))
+    trainer = module._trainer
+    if module.device_mesh is None and not (trainer and isinstance(trainer.strategy, FSDPStrategy)):
+        module.configure_model()
 
 
 def _is_done(root: Path, part: Tensor, datamodule: PreferenceDataModule) -> bool:

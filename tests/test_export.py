@@ -106,15 +106,23 @@ def test_adapters_are_folded_in(tmp_path):
 def test_adapters_are_written_alone(tmp_path):
     from peft import PeftModel
 
-    module, checkpoint = trained(tmp_path, adapter=LoRA(rank=2, alpha=64))
+    start = str(export(load_model(runs.LLAMA, quickstart_tokenizer()), quickstart_tokenizer(), tmp_path / "start"))
+    module, checkpoint = trained(tmp_path, model=start, adapter=LoRA(rank=2, alpha=64))
     folder = export_checkpoint(checkpoint, str(tmp_path / "out"), merge=False)
     assert not (folder / "model.safetensors").exists()
     base = module.policy.get_base_model()
-    fresh = runs.module()
-    fresh.configure_model()
-    model = PeftModel.from_pretrained(fresh.policy, folder)
+    model = PeftModel.from_pretrained(load_model(start), folder)
     assert torch.equal(logits(model), logits(module.policy))
     assert type(model.get_base_model()) is type(base)
+    found = AutoModelForCausalLM.from_pretrained(folder)  # the base is named in it
+    assert torch.equal(logits(found), logits(module.policy))
+
+
+def test_adapters_alone_of_a_base_that_nobody_has_are_refused(tmp_path):
+    _, checkpoint = trained(tmp_path, adapter=LoRA(rank=2))
+    with pytest.raises(ValueError, match="random weights that are stored nowhere: leave `merge` true"):
+        export_checkpoint(checkpoint, str(tmp_path / "out"), merge=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_next_run_starts_from_it(tmp_path):

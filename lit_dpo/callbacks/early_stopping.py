@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lit_dpo.checkpoints import make_durable
+from lit_dpo.checkpoints import believe, make_durable
 
 
 class RewardEarlyStopping(EarlyStopping):
@@ -83,6 +85,10 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             make_durable(trainer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what a checkpoint says, but for files that are not in this callback's own folder."""
+        super().load_state_dict(believe(state_dict, self))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless every pair is a tie: nothing has been learned then."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.progress import finish_progress
 from lit_dpo.card import model_card
-from lit_dpo.export import export_checkpoint
-from lit_dpo.models import export, refuse_existing
+from lit_dpo.export import cleaning_up, export_checkpoint, refuse_baseless
+from lit_dpo.models import export, new_folder, refuse_existing
 from lit_dpo.module import PreferenceModule
 
 
@@ -29,8 +31,10 @@ class ExportModel(Callback):
         self.folder, self.merge = folder, merge
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find a folder that is in the way now, and not after training."""
+        """Find a folder that is in the way, or adapters without a base, now and not after training."""
         if stage == "fit":
+            assert isinstance(pl_module, PreferenceModule)
+            refuse_baseless(pl_module.model, pl_module.adapter, self.merge)
             refuse_existing(self._target(trainer))
 
     def _target(self, trainer: Trainer) -> Path:
@@ -48,18 +52,23 @@ class ExportModel(Callback):
 def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge: bool) -> None:
     """Write the best policy, or the last if no checkpoint was ranked; every process calls it, the first one writes."""
     checkpoint: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    spare = None
+    spare: Path | None = None
     sharded = module.device_mesh is not None or isinstance(trainer.strategy, FSDPStrategy)
     if not checkpoint and sharded:  # saving a checkpoint is what gathers sharded weights
-        checkpoint = spare = f"{folder}.ckpt"
-        trainer.save_checkpoint(spare, weights_only=True)
+        if trainer.is_global_zero:  # a folder of its own, beside the export, which is what gets removed
+            spare = Path(tempfile.mkdtemp(prefix=f".{Path(folder).name}.", dir=new_folder(folder).parent))
+        checkpoint = f"{trainer.strategy.broadcast(spare)}/policy.ckpt"
+        trainer.save_checkpoint(checkpoint, weights_only=True)
     if trainer.is_global_zero:
-        if checkpoint:
-            export_checkpoint(checkpoint, folder, merge)
-        else:
-            assert module.policy is not None
-            card = model_card(module.hparams, module.facts())
-            export(module.policy, module.tokenizer, folder, merge, card)
-        if spare:
-            Path(spare).unlink()
+        try:
+            if checkpoint:
+                export_checkpoint(checkpoint, folder, merge)
+            else:
+                assert module.policy is not None
+                card = model_card(module.hparams, module.facts())
+                with cleaning_up():
+                    export(module.policy, module.tokenizer, folder, merge, card)
+        finally:
+            if spare is not None:
+                shutil.rmtree(spare)
     trainer.strategy.barrier("export")

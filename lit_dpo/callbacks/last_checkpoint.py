@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_dpo.checkpoints import keep_as, make_durable, refuse_unwritable, write_shards_manifest
+from lit_dpo.checkpoints import keep_as, make_durable, refuse_foreign, refuse_unwritable, write_shards_manifest
 from lit_dpo.watch import PeerLostError, failed, follow_launcher, leave, watch_over
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -56,7 +56,8 @@ class LastCheckpoint(Checkpoint):
 
     Raises:
         ValueError: `every_n_steps` is less than 1.
-        OSError: (at the start of training) `dirpath` cannot be written to, or has not enough space.
+        OSError: (at the start of training) `dirpath` cannot be written to, has not enough space, or holds a
+            ``last.ckpt`` of somebody else's.
     """
 
     def __init__(self, every_n_steps: int | None = None, dirpath: str | None = None) -> None:
@@ -95,6 +96,7 @@ class LastCheckpoint(Checkpoint):
             size = sum(p.numel() * p.element_size() for p in parameters)
             size += sum(2 * p.numel() * p.element_size() for p in parameters if p.requires_grad)  # AdamW's moments
             try:
+                refuse_foreign(self._folder, trainer.ckpt_path)
                 refuse_unwritable(self._folder, size)
             except OSError as error:
                 problem = str(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,30 @@ class PairPredictionWriter(BasePredictionWriter):
     ``logp_chosen`` and ``logp_rejected`` (nats).
 
     Args:
-        path: The file; it is replaced whole at the end of the run.
+        path: The file, which appears whole at the end of the run; nothing may be there.
+
+    Attributes:
+        overwrite: Replace a file. (No argument, so that no configuration file can say so.)
+
+    Raises:
+        FileExistsError: (at the start of the run) Something is at `path`.
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
         super().__init__("epoch")
         self.path = Path(path)
+        self.overwrite = False
+        self._run = ""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find what is in the way now, and not after scoring."""
+        if stage != "predict":
+            return
+        self._run = trainer.strategy.broadcast(uuid.uuid4().hex)
+        plain = self.path.is_file() and not self.path.is_symlink()
+        if trainer.strategy.broadcast(os.path.lexists(self.path) and not (plain and self.overwrite)):
+            remedy = "name another file, or add `--overwrite`" if plain else "name a file"
+            raise FileExistsError(f"`{self.path}` exists already: {remedy}.")
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
@@ -46,14 +65,17 @@ class PairPredictionWriter(BasePredictionWriter):
         if trainer.datamodule is not None and hasattr(trainer.datamodule, "origin"):  # type: ignore[attr-defined]
             origins = trainer.datamodule.origin([row["row_id"] for row in rows])  # type: ignore[attr-defined]
             rows = [{"row": origin, **row} for origin, row in zip(origins, rows, strict=True)]
-        _write(parts[0], rows)
-        os.replace(parts[0], self.path)
-        for part in parts[1:]:
+        whole = self._part(trainer.world_size)
+        _write(whole, rows)
+        if os.path.lexists(self.path) and not self.overwrite:
+            raise FileExistsError(f"`{self.path}` has appeared meanwhile, so the predictions are in `{whole}`.")
+        os.replace(whole, self.path)
+        for part in parts:
             part.unlink()
         rank_zero_info(f"Wrote {len(rows)} predictions to {self.path}")
 
     def _part(self, rank: int) -> Path:
-        return self.path.with_name(f".{self.path.name}.{rank}")
+        return self.path.with_name(f".{self.path.name}.{self._run}.{rank}.part")
 
 
 def _rows(batch: dict[str, Any]) -> list[dict[str, float]]:
@@ -62,4 +84,5 @@ def _rows(batch: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with path.open("x", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

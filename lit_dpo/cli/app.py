@@ -7,11 +7,13 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
@@ -27,16 +29,23 @@ from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
-from lit_dpo.export import export_checkpoint
+from lit_dpo.export import export_run
 from lit_dpo.module import PreferenceModule
 from lit_dpo.runs import (
+    RunFolder,
+    agreed,
     check_checkpoint,
-    discard,
+    folder_of_run,
+    forget_handed_down,
+    handed_down,
+    is_first,
     is_stepwise,
     last_checkpoint,
-    new_version,
     newest_run,
+    number_of,
     refuse_changes,
+    refuse_foreign_checkpoint,
+    refuse_foreign_logs,
     rotate_metrics,
     run_of,
     saved_config,
@@ -69,6 +78,15 @@ class SaveConfig(SaveConfigCallback):
                 rank_zero_warn(f"`{path}` exists already, so the configuration of this run is not saved there.")
         else:
             super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_hyperparams(self._options(pl_module))
+
+    def _options(self, module: LightningModule) -> dict[str, Any]:
+        """All options of the run, those of the model by their own names; Lightning logs what the module keeps."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=True))
+        options = config.pop("model")
+        return {**{name: value for name, value in options.items() if name not in module.hparams}, **config}
 
 
 class PreferenceCLI(LightningCLI):
@@ -76,12 +94,15 @@ class PreferenceCLI(LightningCLI):
 
     Args:
         args: Command-line arguments.
-        allow_changes: Resume with another configuration than the checkpoint's.
+        flags: What only the command line may say.
     """
 
-    def __init__(self, args: Sequence[str], allow_changes: bool = False) -> None:
-        self._allow_changes = allow_changes
+    def __init__(self, args: Sequence[str], flags: Flags) -> None:
+        self._flags = flags
         self._continued: Path | None = None  # the folder of the run that is resumed
+        self._changed: list[str] | None = None  # options that differ from that run's, if its own are known
+        self._logged: set[str | None] = set()  # folders that loggers of this process wrote to
+        self._runs: list[RunFolder] = []  # what this process made, or may have made
         with switching_forgets_options():
             super().__init__(
                 PreferenceModule,
@@ -115,6 +136,8 @@ class PreferenceCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Set the number of threads before the first tensor is made, and find what to resume before anything loads."""
+        if self._flags.overwrite and self.subcommand != "predict":
+            raise ValueError("`--overwrite` is for `predict` alone: leave it out.")
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -125,9 +148,11 @@ class PreferenceCLI(LightningCLI):
     def _find_checkpoint(self, given: str) -> None:
         """Settle which checkpoint is meant and which folder the run goes on in; refuse a changed configuration."""
         root = Path(self._get(self.config, "trainer.default_root_dir") or os.getcwd())
-        run = newest_run(root) if given == "last" else run_of(Path(given), root)
-        stepwise = run is not None and given == "last" and is_stepwise(run) and self.subcommand == "fit"
-        path = (run and given == "last" and last_checkpoint(run)) or Path(given)
+        named = (handed_down() or newest_run(root)) if given == "last" else folder_of_run(Path(given))
+        path = (named and last_checkpoint(named)) or Path(given)
+        among = named is not None and named.parent.resolve() == root.resolve() and number_of(named) >= 0
+        run = named if given == "last" or among else run_of(path, root)
+        stepwise = run is not None and named is not None and is_stepwise(run) and self.subcommand == "fit"
         if not stepwise:
             check_checkpoint(path)
         self.config[str(self.subcommand)]["ckpt_path"] = None if stepwise else str(path)
@@ -136,7 +161,13 @@ class PreferenceCLI(LightningCLI):
         self._continued = run
         self.save_config_kwargs["resumed"] = run is not None
         current = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-        refuse_changes(saved_config(run, path), current, self._allow_changes)
+        saved = saved_config(run, path)
+        changed = refuse_changes(saved, current, self._flags.allow_changes)
+        self._changed = None if run is None or saved is None else changed
+
+    def _as_before(self, option: str) -> bool:
+        """Whether the run that is resumed had this option too, and so made what it leads to."""
+        return self._changed is not None and not any(name.startswith(option) for name in self._changed)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer of the config, with a progress bar, a summary at the end, and metrics in a csv file."""
@@ -151,51 +182,78 @@ class PreferenceCLI(LightningCLI):
         if self.subcommand == "fit" and not _has(callbacks, RunSummary):
             callbacks.append(RunSummary())
         if self.subcommand == "predict":
-            callbacks.append(PairPredictionWriter(self._get(self.config_init, "predictions")))
+            writer = PairPredictionWriter(self._get(self.config_init, "predictions"))
+            writer.overwrite = self._flags.overwrite
+            callbacks.append(writer)
         folder = kwargs.get("default_root_dir") or config.get("default_root_dir") or os.getcwd()
         checkpoints = self.subcommand == "fit" and config.get("enable_checkpointing") is not False
         if checkpoints and "://" not in str(folder) and not _has(callbacks, LastCheckpoint):
             callbacks.append(LastCheckpoint())
         if config.get("logger") in (None, True):
-            kwargs["logger"] = self._metrics_file(Path(folder)) if self.subcommand == "fit" else False
+            kwargs["logger"] = False  # a fit has its own, see `_log_to`
+        if self.subcommand == "fit" and not self._as_before("trainer.callbacks"):
+            for callback in callbacks:
+                refuse_foreign_checkpoint(callback, self._get(self.config, "ckpt_path"))
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
 
-    def _metrics_file(self, folder: Path) -> CSVLogger:
-        """Metrics as a csv file that is up to date at every moment, in a new folder or in that of the resumed run."""
-        version, run = None, self._continued
-        if run is not None and is_stepwise(run):
-            run = folder / "version_0" if run in folder.parents else None  # of a partition
-        if run is not None and run.is_dir():
-            version = int(run.name.removeprefix("version_"))
-            if getattr(rank_zero_only, "rank", 0) == 0:
-                rotate_metrics(run)
-        return CSVLogger(folder, name=None, version=version, flush_logs_every_n_steps=1)
+    def _log_to(self, run: Path, trainer: Trainer) -> None:
+        """Have a run log to a csv file in its folder, up to date at every moment, besides what else it logs to."""
+        for logger in trainer.loggers:
+            ours = self._as_before("trainer.logger") or getattr(logger, "log_dir", None) in self._logged
+            refuse_foreign_logs(logger, Path(trainer.default_root_dir), ours)
+        self._logged |= {getattr(logger, "log_dir", None) for logger in trainer.loggers}
+        if is_first():
+            rotate_metrics(run)
+        own = CSVLogger(run.parent, name=None, version=number_of(run), flush_logs_every_n_steps=1)
+        trainer.loggers = [own, *trainer.loggers]
+
+    def _run_folder(self) -> Path:
+        """The folder to go on in, or a new one, the same on all processes."""
+
+        def choose() -> Path:
+            if self._continued is None:
+                self._runs.append(RunFolder.claim(Path(self.trainer.default_root_dir)))
+            return self._continued or self._runs[-1].path
+
+        return agreed(self.trainer, choose)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        folder: Path | None = None
         try:
-            self.datamodule.allow_changes = self._allow_changes
+            self.datamodule.allow_changes = self._flags.allow_changes
             make_durable(self.trainer)
             watch_over(self.trainer)
             if subcommand == "fit" and self.datamodule.stepwise:
                 if self._get(self.config, "ckpt_path") is not None:
                     raise ValueError("Stepwise training goes on with `ckpt_path: last` alone, as a whole.")
-                folder = self._continued or new_version(Path(self.trainer.default_root_dir))
                 resume = self._continued is not None
-                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder, resume)
-            else:
-                logger = self.trainer.logger
-                folder = Path(logger.log_dir) if isinstance(logger, CSVLogger) and logger.name == "" else None
-                super()._run_subcommand(subcommand)
+                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, self._run_folder(), resume)
+                return
+            root = self.trainer.default_root_dir
+            if subcommand == "fit" and "://" in root:
+                self.trainer.loggers = [CSVLogger(root, name=None, flush_logs_every_n_steps=1), *self.trainer.loggers]
+            elif subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._log_to(self._run_folder(), self.trainer)
+            super()._run_subcommand(subcommand)
         except Exception as error:
-            if folder is not None and self.trainer.is_global_zero and users_fault(error):
-                discard(folder)
+            if users_fault(error):
+                for run in reversed(self._runs):
+                    run.abandon()
             raise
+        finally:
+            forget_handed_down()
 
     def _fresh_trainer(self, folder: Path) -> Trainer:
         """A Trainer with callbacks of its own, for one partition."""
         self.config_init = self.parser.instantiate_classes(self.config)
-        return self.instantiate_trainer(default_root_dir=str(folder))
+        trainer = self.instantiate_trainer(default_root_dir=str(folder))
+        if number_of(folder, "partition") < 0:  # it only scores
+            trainer.loggers = []
+            return trainer
+        run = folder / "version_0"
+        if is_first():
+            self._runs.append(RunFolder(run))
+        self._log_to(run, trainer)
+        return trainer
 
 
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
@@ -225,14 +283,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str]) -> None:
     try:
-        args, packages, allow_changes, trust = _take_flags(given)
+        args, flags = _take_flags(given)
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *packages])
-        with trusting_remote_code(trust):
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
+        with trusting_remote_code(flags.trust_remote_code):
             if args[:1] == [_EXPORT]:
-                jsonargparse.auto_cli(export_checkpoint, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
+                jsonargparse.auto_cli(export_run, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
             else:
-                PreferenceCLI(args, allow_changes)
+                PreferenceCLI(args, flags)
     except Stopped as stopped:
         if getattr(rank_zero_only, "rank", 0) == 0:
             ours = any(part.startswith("version_") for part in stopped.checkpoint.parts[-5:-2])
@@ -258,20 +316,31 @@ def _run(given: list[str]) -> None:
         raise SystemExit(2) from error
 
 
-def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool, bool]:
-    """Split off the flags that only the command line may set.
+@dataclass(frozen=True)
+class Flags:
+    """What only the command line may say, never a file.
 
-    Returns:
-        The other arguments, the allowed packages, whether changes are allowed, and whether models' own code may run.
+    Args:
+        packages: A configuration may name classes of these.
+        allow_changes: Resume with another configuration or other data than the checkpoint's.
+        overwrite: Let `predict` replace a file.
+        trust_remote_code: Let the Python code of a model or tokenizer run.
     """
-    rest, packages, allow_changes, trust = [], [], False, False
+
+    packages: tuple[str, ...] = ()
+    allow_changes: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def _take_flags(args: list[str]) -> tuple[list[str], Flags]:
+    """Split off the flags that only the command line may set from the other arguments."""
+    rest, packages, switches = [], [], set()
     remaining = iter(args)
     for argument in remaining:
         name, _, value = argument.partition("=")
-        if name == "--allow-changes":
-            allow_changes = True
-        elif argument == "--trust-remote-code":
-            trust = True
+        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code"):
+            switches.add(argument.removeprefix("--").replace("-", "_"))
         elif name == "--allow-import":
             package = value or next(remaining, "")
             if not all(part.isidentifier() for part in package.split(".")):
@@ -279,7 +348,7 @@ def _take_flags(args: list[str]) -> tuple[list[str], list[str], bool, bool]:
             packages.append(package)
         else:
             rest.append(argument)
-    return rest, packages, allow_changes, trust
+    return rest, Flags(tuple(packages), **dict.fromkeys(switches, True))
 
 
 def _resuming(args: Sequence[str], checkpoint: str) -> list[str]:

@@ -44,6 +44,7 @@ _OWN = {  # options of one command or some: their help, and the commands
 _FLAGS = {  # on the command line only, never in a file
     "--allow-changes": "Resume with another configuration than that of the run.",
     "--allow-import PACKAGE": "Let the configuration name classes of that package.",
+    "--overwrite": "Let `predict` replace a file.",
     "--trust-remote-code": "Let a model or tokenizer run the Python code that comes with it.",
 }
 _USUAL_NAMES = {"learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "seed": "seed_everything"}
@@ -70,7 +71,7 @@ options:
 `--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
 differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
 and torch.optim. `--trust-remote-code` lets a model or tokenizer run the Python code that comes with it; `export` needs
-it anew. These flags count on the command line only, never in a file.
+it anew. `--overwrite` lets `predict` replace a file. These flags count on the command line only, never in a file.
 """
 
 

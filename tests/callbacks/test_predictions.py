@@ -1,11 +1,12 @@
 """Predictions as a file: every pair once, in order, with the values that the definitions give."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from lit_dpo import DPOLoss, IPOLoss, score
+from lit_dpo import DPOLoss, IPOLoss, PreferenceDataModule, score
 from lit_dpo.callbacks import PairPredictionWriter
 from lit_dpo.models import load_model, quickstart_tokenizer
 from tests import runs
@@ -15,8 +16,10 @@ pytestmark = runs.QUIET
 NAMES = ["row", "row_id", "reward_chosen", "reward_rejected", "margin", "logp_chosen", "logp_rejected"]
 
 
-def predicted(module, data, path):
-    run = runs.trainer(callbacks=[PairPredictionWriter(str(path))])
+def predicted(module, data, path, overwrite=False):
+    writer = PairPredictionWriter(str(path))
+    writer.overwrite = overwrite
+    run = runs.trainer(callbacks=[writer])
     run.predict(module, data, return_predictions=False)
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -54,9 +57,44 @@ def test_values_are_log_ratios_times_beta(pairs, tmp_path, loss):
     assert any(row["margin"] for row in rows)
 
 
-def test_an_older_file_is_replaced_whole(pairs, tmp_path):
-    (tmp_path / "out.jsonl").write_text("old\n" * 99)
-    assert len(predicted(runs.module(), runs.data(pairs, predict=pairs), tmp_path / "out.jsonl")) == 11
+@pytest.mark.parametrize("what", ["file", "link", "broken link", "folder"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_in_the_way_is_refused_before_scoring_and_a_file_replaced_whole_on_demand(
+    pairs, tmp_path, what, overwrite
+):
+    out, other = tmp_path / "out.jsonl", tmp_path / "other.txt"
+    other.write_text("mine")
+    makes = {
+        "file": lambda: out.write_text("old\n" * 99),
+        "link": lambda: out.symlink_to(other),
+        "broken link": lambda: out.symlink_to(tmp_path / "nowhere"),
+        "folder": out.mkdir,
+    }
+    makes[what]()
+    (tmp_path / ".out.jsonl.0").write_text("a neighbour")
+    module = runs.module()
+    if what == "file" and overwrite:
+        assert len(predicted(module, runs.data(pairs, predict=pairs), out, overwrite)) == 11
+    else:
+        with pytest.raises(FileExistsError, match=r"out\.jsonl` exists already: name a"):
+            predicted(module, runs.data(pairs, predict=pairs), out, overwrite)
+        assert module.policy is None
+    assert other.read_text() == "mine"
+    assert (tmp_path / ".out.jsonl.0").read_text() == "a neighbour"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.jsonl.0", "other.txt", "out.jsonl", "pairs.jsonl"]
+
+
+def test_a_file_that_appears_while_scoring_stays_and_nothing_is_lost(pairs, tmp_path, monkeypatch):
+    def origin(self, rows):
+        (tmp_path / "out.jsonl").write_text("mine")
+        return original(self, rows)
+
+    original = PreferenceDataModule.origin
+    monkeypatch.setattr(PreferenceDataModule, "origin", origin)
+    with pytest.raises(FileExistsError, match="has appeared meanwhile, so the predictions are in") as stop:
+        predicted(runs.module(), runs.data(pairs, predict=pairs), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+    assert len(Path(str(stop.value).split("`")[3]).read_text().splitlines()) == 11
 
 
 def test_held_out_pairs_say_where_they_are_from(pairs, tmp_path):

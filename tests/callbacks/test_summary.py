@@ -54,6 +54,12 @@ def test_the_best_is_what_the_checkpoint_callback_says(capsys):
     assert "Next: lit-dpo export 'runs/a b/x=1.ckpt' OUTPUT_DIR" in text
 
 
+def test_the_next_command_can_be_pasted_whatever_the_path(capsys):
+    path = "runs/it's $(mine)/x=1.ckpt"
+    text = printed(capsys, VALIDATIONS, best_model_path=path)
+    assert shlex.split(text.partition("Next: ")[2]) == ["lit-dpo", "export", path, "OUTPUT_DIR"]
+
+
 def test_the_sanity_check_is_no_validation(capsys):
     assert printed(capsys, [(None, {"val/loss": 9.0}), *VALIDATIONS]).count("9") == 0
 
