@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -30,6 +31,7 @@ from transformers import (
 from lit_dpo.checkpoints import sync_files
 from lit_dpo.scoring import own_attention
 
+_NO_DECODER = "which is no decoder-only language model: use one, such as a Llama, Qwen or Gemma."
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
 ModelDescription = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
@@ -124,7 +126,8 @@ def load_model(
         config = _config(source, tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            model = _from_config(config, kind)
+    _refuse_half(model)
     _disable_dropout(model)
     _keep_softcap(model)
     model.eval()  # as `from_pretrained` gives it
@@ -147,7 +150,7 @@ def empty_model(
     else:
         config = _config(source, tokenizer)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = _from_config(config, getattr(torch, dtype))
     _disable_dropout(model)
     _keep_softcap(model)
     return model
@@ -337,7 +340,32 @@ def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase |
         ) from error
 
 
+def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A random model, or ValueError if a config is that of no decoder-only language model."""
+    problem = f"`model` is a {config.model_type}, {_NO_DECODER}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(problem)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(problem) from error
+        raise
+    return model
+
+
+def _refuse_half(model: PreTrainedModel) -> None:
+    """Refuse the decoder of an encoder-decoder, which transformers loads alone without a word."""
+    config = model.config
+    made_as = (getattr(config, "architectures", None) or [""])[0]
+    cut = made_as.endswith("ForConditionalGeneration") and made_as != type(model).__name__
+    if cut and getattr(config, "encoder_layers", None) is not None:
+        raise ValueError(f"`model` is a {config.model_type}, {_NO_DECODER}")
+
+
 def _not_found(what: str, source: str, error: Exception) -> str:
+    if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error)):
+        return f"`{what}` {source!r} is a {found[1].removesuffix('Config').lower()}, {_NO_DECODER}"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = (
         "that folder exists but does not load"

@@ -1,6 +1,6 @@
 """The catalogue of preference losses: one loss, one file."""
 
-from lit_dpo.losses.base import PreferenceLoss, implicit_rewards, log_ratios
+from lit_dpo.losses.base import PreferenceLoss, implicit_rewards, log_ratios, per_pair
 from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.losses.dpop import DPOPLoss
 from lit_dpo.losses.intermediate import IntermediateLoss
@@ -18,4 +18,5 @@ __all__ = [
     "WeightedLoss",
     "implicit_rewards",
     "log_ratios",
+    "per_pair",
 ]

@@ -6,7 +6,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from lit_dpo.losses.base import PreferenceLoss, check
+from lit_dpo.losses.base import PreferenceLoss, check, per_pair
 from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.pairs import PairLogps
 
@@ -81,8 +81,8 @@ class IntermediateLoss(PreferenceLoss):
         return self._terms(policy, reference) if self.weight else {}
 
     def _terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
-        between = [self.base(policy.layers[int(k)], reference.layers[int(k)]) for k in self.layers]
-        return {"last": self.base(policy, reference), "layers": torch.stack(between).mean(0)}
+        between = [per_pair(self.base, policy.layers[int(k)], reference.layers[int(k)]) for k in self.layers]
+        return {"last": per_pair(self.base, policy, reference), "layers": torch.stack(between).mean(0)}
 
 
 def _block_number(layer: int | float, blocks: int) -> int:
