@@ -30,7 +30,7 @@ from transformers.utils import logging
 from lit_dpo.checkpoints import sync_files
 from lit_dpo.finite import first_nonfinite
 from lit_dpo.scoring import own_attention
-from lit_dpo.sources import read_config, read_model, read_tokenizer, refuse_kernels, trusts_remote_code
+from lit_dpo.sources import NO_DECODER, read_config, read_model, read_tokenizer, refuse_kernels, trusts_remote_code
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
@@ -125,6 +125,7 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _from_config(config, kind)
+    _refuse_half(model)
     _disable_dropout(model)
     _keep_softcap(model)
     model.eval()  # as `from_pretrained` gives it
@@ -350,10 +351,28 @@ def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase |
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, trust_remote_code=trusts_remote_code(), dtype=dtype
-    )
+    """A random model, or ValueError if a config is that of no decoder-only language model."""
+    problem = f"`model` is a {config.model_type}, {NO_DECODER}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(problem)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trusts_remote_code(), dtype=dtype
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise ValueError(problem) from error
+        raise
     return model
+
+
+def _refuse_half(model: PreTrainedModel) -> None:
+    """Refuse the decoder of an encoder-decoder, which transformers loads alone without a word."""
+    config = model.config
+    made_as = (getattr(config, "architectures", None) or [""])[0]
+    cut = made_as.endswith("ForConditionalGeneration") and made_as != type(model).__name__
+    if cut and getattr(config, "encoder_layers", None) is not None:
+        raise ValueError(f"`model` is a {config.model_type}, {NO_DECODER}")
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from lit_dpo.audit import calm, check_rows, choose_layout
 from lit_dpo.checkpoints import believe_all
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
-from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards
+from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
 from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer, refuse_tied_adapters
 from lit_dpo.pairs import PairBatch, PairLogps
@@ -215,7 +215,7 @@ class PreferenceModule(LightningModule):
 
     def _step(self, batch: PairBatch, stage: str) -> Tensor:
         policy, reference = self(batch)
-        losses = self.loss(policy, reference)  # (batch,)
+        losses = per_pair(self.loss, policy, reference)  # (batch,)
         if stage == "train":
             self._seen.append(SeenPairs(batch.row_ids, losses.detach(), policy.detach(), reference))
         with torch.no_grad():
@@ -418,6 +418,11 @@ class PreferenceModule(LightningModule):
             raise ValueError(
                 f"`precision: {self.trainer.precision}` rounds rotary positions too and makes long texts wrong: "
                 "set the module's `dtype: bfloat16` and leave the Trainer at `32-true`, or use `bf16-mixed`."
+            )
+        if self.trainer.precision == "64-true":
+            raise ValueError(
+                "`precision: 64-true` changes batches and the default dtype, which they do not allow: set the module's "
+                "`dtype: float64` and leave the Trainer at `32-true`."
             )
         assert self.policy is not None
         self._settled, reason = choose_layout(self.policy, self.layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from lit_dpo.files import refuse_special
 from lit_dpo.finite import first_nonfinite
 
+NO_DECODER = "which is no decoder-only language model: use one, such as a Llama, Qwen or Gemma."
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -141,6 +143,8 @@ def _sentence(what: str, source: str, error: Exception) -> str:
             f"`{what}` {source!r} holds weights of other shapes than its configuration says: give a folder whose "
             "`config.json` and weights belong together."
         )
+    if found := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", str(error)):
+        return f"`{what}` {source!r} is a {found[1].removesuffix('Config').lower()}, {NO_DECODER}"
     hint = (
         "that folder exists but does not load"
         if Path(source).is_dir()

@@ -75,6 +75,23 @@ class PreferenceLoss(ABC):
         return repr(self)
 
 
+def per_pair(loss: PreferenceLoss, policy: PairLogps, reference: PairLogps) -> Tensor:
+    """The value of a loss, which must be one number a pair.
+
+    Raises:
+        ValueError: It is something else, as of a loss from a user's file.
+    """
+    losses: object = loss(policy, reference)
+    wanted = tuple(policy.chosen.shape)
+    if isinstance(losses, Tensor) and losses.shape == wanted:
+        return losses
+    got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+    raise ValueError(
+        f"`{type(loss).__name__}` must return one value a pair, shape {wanted}, got {got}: leave out its own mean or "
+        "sum, since the mean is taken over the pairs of a whole optimizer step."
+    )
+
+
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
     """``r_w`` and ``r_l``: policy minus reference log-probs of chosen and rejected, each of shape ``(batch,)``."""
     return policy.chosen - reference.chosen.detach(), policy.rejected - reference.rejected.detach()

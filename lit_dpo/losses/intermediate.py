@@ -6,7 +6,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from lit_dpo.losses.base import PreferenceLoss, check
+from lit_dpo.losses.base import PreferenceLoss, check, per_pair
 from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.pairs import PairLogps
 
@@ -103,8 +103,8 @@ class IntermediateLoss(PreferenceLoss):
         def at(values: PairLogps, layer: int) -> PairLogps:
             return replace(values.layers[layer], columns=values.columns)
 
-        between = [self.base(at(policy, int(k)), at(reference, int(k))) for k in self.layers]
-        return {"last": self.base(policy, reference), "layers": torch.stack(between).mean(0)}
+        between = [per_pair(self.base, at(policy, int(k)), at(reference, int(k))) for k in self.layers]
+        return {"last": per_pair(self.base, policy, reference), "layers": torch.stack(between).mean(0)}
 
 
 def _block_number(layer: int | float, blocks: int) -> int:

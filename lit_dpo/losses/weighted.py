@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lit_dpo.losses.base import PreferenceLoss, check
+from lit_dpo.losses.base import PreferenceLoss, check, per_pair
 from lit_dpo.pairs import PairLogps
 
 
@@ -88,14 +88,14 @@ class WeightedLoss(PreferenceLoss):
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, shape ``(batch,)``."""
-        values = [w * loss(policy, reference) for w, loss in zip(self.weights, self.losses, strict=True)]
+        values = [w * per_pair(loss, policy, reference) for w, loss in zip(self.weights, self.losses, strict=True)]
         return torch.stack(values).sum(0)
 
     def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """Each part's own value before weighting, by class name in lower case without ``Loss``."""
         names = [type(loss).__name__.removesuffix("Loss").lower() for loss in self.losses]
         unique = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
-        return {name: loss(policy, reference) for name, loss in zip(unique, self.losses, strict=True)}
+        return {name: per_pair(loss, policy, reference) for name, loss in zip(unique, self.losses, strict=True)}
 
     def formula(self) -> str:
         """Those of the parts, weighted."""
