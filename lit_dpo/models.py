@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ class LoRA:
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated")  # peft 0.21 asks for it
             torch.manual_seed(seed)
             wrapped: nn.Module = get_peft_model(model, config)
         return wrapped
