@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,17 +75,18 @@ class LoRA:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise ImportError('LoRA needs the package peft: pip install "lit-dpo[peft]".') from error
-        with torch.random.fork_rng(devices=[]):
-            # Some routers are linear layers to peft, but give more than a product.
-            strange = [name for name, module in model.named_modules() if _is_strange_linear(module)]
-            config = LoraConfig(
-                task_type="CAUSAL_LM",
-                exclude_modules=strange if strange and self.target_modules == "all-linear" else None,
-                r=self.rank,
-                lora_alpha=self.alpha,
-                lora_dropout=self.dropout,
-                target_modules=self.target_modules,
-            )
+        # Some routers are linear layers to peft, but give more than a product.
+        strange = [name for name, module in model.named_modules() if _is_strange_linear(module)]
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            exclude_modules=strange if strange and self.target_modules == "all-linear" else None,
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated")  # peft 0.21 asks for it
             torch.manual_seed(seed)
             wrapped: nn.Module = get_peft_model(model, config)
         return wrapped

@@ -1,6 +1,7 @@
 """A command on a pseudo-terminal, and what a person would see there: the screen, what has scrolled off, every frame."""
 
 import fcntl
+import io
 import os
 import pty
 import struct
@@ -11,6 +12,13 @@ import threading
 import pyte
 
 HEIGHT = 30
+
+
+class Terminal(io.StringIO):
+    """Output of this process that says it is a terminal."""
+
+    def isatty(self):
+        return True
 
 
 class Session:

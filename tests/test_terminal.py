@@ -1,8 +1,8 @@
 """What a person sees: the quickstart on a real terminal, replayed in a terminal emulator."""
 
-import io
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pyte
@@ -10,8 +10,9 @@ import pytest
 
 from lit_dpo.callbacks import ExportModel, RunSummary, SampleCompletions
 from lit_dpo.cli import main
+from lit_dpo.models import LoRA, load_model, load_tokenizer
 from tests import runs
-from tests.terminal import Session
+from tests.terminal import Session, Terminal
 
 pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 
@@ -99,13 +100,6 @@ def test_a_pipe_gets_a_line_for_each_validation_and_nothing_of_the_bar(tmp_path,
     assert [noise for noise in NOISE if noise in said.out + said.err] == []
 
 
-class Terminal(io.StringIO):
-    """Output that says it is a terminal."""
-
-    def isatty(self):
-        return True
-
-
 def test_in_python_what_follows_is_printed_when_lightnings_own_bar_has_stopped(tmp_path, monkeypatch):
     """And its bar and summary show our few names, and no row for what only measures."""
     monkeypatch.setattr(sys, "stdout", terminal := Terminal())
@@ -124,3 +118,10 @@ def test_in_python_what_follows_is_printed_when_lightnings_own_bar_has_stopped(t
     assert "Writing model shards" not in text
     shown = re.findall(r"(\S+): [\d.]+", next(row for row in screen.display if row.startswith("Epoch")))
     assert shown == ["loss", "accuracy", "margin", "tokens/s"]
+
+
+def test_attaching_adapters_says_nothing():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        LoRA(rank=2).attach(load_model(runs.LLAMA, load_tokenizer("quickstart")))
+    assert [str(warning.message) for warning in said] == []

@@ -19,7 +19,6 @@ _NO_NEWS = (
     "Experiment logs directory .* exists and is not empty.*",  # of a resumed run: see `rotate_metrics`
     "Checkpoint directory .* exists and is not empty.*",  # the same
     ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 on PyTorch 2.13
-    ".*is_gradient_checkpointing. is deprecated.*",  # peft 0.21 on transformers 5.23
 )
 _ONLY_FOR_TRAINING = (  # is what a checkpoint knows of callbacks
     "The dirpath has changed from.*",
