@@ -291,6 +291,20 @@ bf16 lr_scheduler_kwargs use_liger_kernel torch_empty_cache_steps
 """
 
 
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == lit_dpo.__version__
+
+
+def test_what_runs_elsewhere_is_sound():
+    """Workflows, forms and hooks parse, and CI runs what anyone can run."""
+    for path in (ROOT / ".pre-commit-config.yaml", *sorted((ROOT / ".github").rglob("*.yml"))):
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for step in workflow["jobs"]["ci"]["steps"] if "run" in step]
+    assert commands == ["bash .ci/run"]
+
+
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     """Strictly: a link or heading that leads nowhere, or a page in no menu, is an error."""
