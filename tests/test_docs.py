@@ -21,6 +21,7 @@ import lit_dpo
 from lit_dpo.cli import main
 from lit_dpo.data.layouts import parse_row
 from tests import runs
+from tests.test_readme import ratios
 
 pytestmark = [
     *runs.QUIET,
@@ -289,6 +290,75 @@ f_divergence_type f_alpha_divergence_coef label_smoothing beta use_weighting dis
 sync_ref_model ref_model_mixup_alpha ref_model_sync_steps pad_token learning_rate logging_steps gradient_checkpointing
 bf16 lr_scheduler_kwargs use_liger_kernel torch_empty_cache_steps
 """
+
+
+SCALE = (DOCS / "scale.md").read_text(encoding="utf-8")
+CLAIMS = re.findall(r"^\| .* \| `(trl_\w+)` \| ([\d.]+)x \| ([\d.]+)x \|$", SCALE, re.MULTILINE)
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_comparison_is_the_measured_one():
+    assert len(CLAIMS) == 5
+    for opponent, *shown in CLAIMS:
+        speed, memory = ratios(opponent)
+        assert shown == [f"{speed:.1f}", f"{memory:.2f}"], opponent
+    others = [ratios("trl_best", data)[0] for data in ("gsm8k_lowedit", "oasst_en")]
+    assert "it is {:.1f}x on GSM8K pairs, which need little padding, and {:.1f}x on".format(*others) in SCALE
+
+
+def test_the_tables_of_memory_are_the_measured_ones():
+    """Columns of the manual are rows of the results, by length and by vocabulary."""
+    (results,) = RESULTS.glob("memory_*.md")
+    text = re.sub(r" +", " ", results.read_text(encoding="utf-8"))
+    for head, kind in (("tokens of a prompt and a completion", "length"), ("tokens in the vocabulary", "vocab")):
+        table = SCALE.partition(f"| {head} |")[2].partition("\n\n")[0].splitlines()
+        sizes = [cell.strip().replace(",", "") for cell in table[0].split("|")[:-1]]
+        measured = text.partition(f"| {kind} |")[2].partition("\n\n")[0]
+        rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table[2:]]
+        for column, size in enumerate(sizes):
+            found = {}
+            for way in ("lit_dpo", "full_logits"):
+                cells = re.search(rf"^\| {size} \| {way} \| (.*) \|$", measured, re.MULTILINE)[1].split(" | ")
+                found[way] = (cells[4], cells[0])  # saved, peak
+            expected = [found["lit_dpo"][0], found["full_logits"][0], found["lit_dpo"][1], found["full_logits"][1]]
+            assert [row[column] for row in rows] == expected, (kind, size)
+
+
+def test_other_numbers_are_the_measured_ones():
+    (layers,) = RESULTS.glob("intermediate_cost_*.md")
+    rows = re.findall(r"^\| (\d) +\| [^|]+\| ([\d.]+x)", layers.read_text(encoding="utf-8"), re.MULTILINE)
+    ratio = dict(rows)
+    assert f"{ratio['1']} of plain DPO's time with one layer and {ratio['3']}\nwith three" in SCALE
+    (scaling,) = RESULTS.glob("scaling_*.md")
+    shares = [int(share) for share in re.findall(r"(\d+)% +\|$", scaling.read_text(encoding="utf-8"), re.MULTILINE)]
+    assert f"at {min(shares)} to {max(shares)} % of" in SCALE
+    (overhead,) = RESULTS.glob("overhead_*.md")
+    steps = re.findall(r"^\| lit_dpo.*?\| ([\d.]+) .* ([\d.]+)x", overhead.read_text(encoding="utf-8"), re.MULTILINE)
+    (milliseconds, tiny_ratio), (_, m_ratio) = [(float(time), float(ratio)) for time, ratio in steps]
+    assert f"took {tiny_ratio:.2f}x of a plain loop's time with a tiny model of {milliseconds:.0f} ms" in SCALE
+    assert m_ratio <= 1.0
+    (throughput,) = RESULTS.glob("throughput_*.md")
+    section = throughput.read_text(encoding="utf-8").partition("\n## ")[0]
+    runs_of = re.findall(r"^\| (lit_dpo\w*): .*$", section, re.MULTILINE)
+    cells = {name: re.search(rf"^\| {name}: .*$", section, re.MULTILINE)[0].split("|") for name in runs_of}
+    speed, peak = (
+        [float(cells[name][column].split()[0]) for name in ("lit_dpo_micro", "lit_dpo")] for column in (5, 7)
+    )
+    assert f"{peak[0] / peak[1]:.2f}x of the memory, {speed[1] / speed[0]:.1f}x of the time" in SCALE
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == lit_dpo.__version__
+
+
+def test_what_runs_elsewhere_is_sound():
+    """Workflows, forms and hooks parse, and CI runs what anyone can run."""
+    for path in (ROOT / ".pre-commit-config.yaml", *sorted((ROOT / ".github").rglob("*.yml"))):
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for step in workflow["jobs"]["ci"]["steps"] if "run" in step]
+    assert commands == ["bash .ci/run"]
 
 
 @pytest.mark.slow
