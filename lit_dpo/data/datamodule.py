@@ -18,6 +18,7 @@ from lit_dpo.data.collate import PairDataset, PairSampler
 from lit_dpo.data.encode import PairEncoder, Truncation
 from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, load_pairs
 from lit_dpo.data.partition import OneShot, Partition
+from lit_dpo.data.read import MAX_LINE_BYTES
 from lit_dpo.data.tokens import TokenCache
 from lit_dpo.pairs import PairBatch
 from lit_dpo.resume import ResumableLoader
@@ -52,6 +53,8 @@ class PreferenceDataModule(LightningDataModule):
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
         cache_tokens: Keep the token ids of large sources in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, for later runs
             and for the other processes of a node. Any change of row, tokenizer, template or limit is noticed.
+        max_line_bytes: Most bytes, decompressed, of a line of a data file, and of a whole ``.json`` file that is no
+            JSON lines; a longer one is refused by its number instead of filling the memory.
 
     Raises:
         ValueError: An option is out of its range.
@@ -75,8 +78,11 @@ class PreferenceDataModule(LightningDataModule):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         cache_tokens: bool = True,
+        max_line_bytes: int = MAX_LINE_BYTES,
     ) -> None:
         super().__init__()
+        if max_line_bytes < 1:
+            raise ValueError(f"`max_line_bytes` must be at least 1, got {max_line_bytes}.")
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
@@ -88,6 +94,7 @@ class PreferenceDataModule(LightningDataModule):
         self.max_length, self.truncation, self.columns, self.on_bad_row = max_length, truncation, columns, on_bad_row
         self.partition = partition or OneShot()
         self.num_workers, self.seed, self.tokenizer, self.cache_tokens = num_workers, seed, tokenizer, cache_tokens
+        self.max_line_bytes = max_line_bytes
         self.parts: list[Tensor] | None = None
         self.part: int | None = None
         self._sets: dict[str, PairDataset] = {}
@@ -157,10 +164,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
+        options = (self.columns, self.on_bad_row, self.max_line_bytes)
         if not self.cache_tokens:
-            return *load_pairs(self._specs(name), self._encoder(), self.columns, self.on_bad_row), 0
+            return *load_pairs(self._specs(name), self._encoder(), *options), 0
         tokens = TokenCache(self._encoder(), self._specs(name))
-        rows, report = load_pairs(self._specs(name), tokens, self.columns, self.on_bad_row)
+        rows, report = load_pairs(self._specs(name), tokens, *options)
         tokens.keep()
         return rows, report, tokens.reused
 
