@@ -19,6 +19,7 @@ from lit_dpo.data.collate import PairDataset, PairSampler
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
 from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, load_pairs
 from lit_dpo.data.partition import OneShot, Partition
+from lit_dpo.data.read import MAX_LINE_BYTES
 from lit_dpo.data.tokens import TokenCache
 from lit_dpo.data.validation import held_out, overlap
 from lit_dpo.pairs import PairBatch
@@ -58,6 +59,8 @@ class PreferenceDataModule(LightningDataModule):
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
         cache_tokens: Keep the token ids of large sources in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, for later runs
             and for the other processes of a node. Any change of row, tokenizer, template or limit is noticed.
+        max_line_bytes: Most bytes, decompressed, of a line of a data file, and of a whole ``.json`` file that is no
+            JSON lines; a longer one is refused by its number instead of filling the memory.
 
     Attributes:
         allow_changes: Resume from a checkpoint of other training data than these.
@@ -86,8 +89,11 @@ class PreferenceDataModule(LightningDataModule):
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         cache_tokens: bool = True,
+        max_line_bytes: int = MAX_LINE_BYTES,
     ) -> None:
         super().__init__()
+        if max_line_bytes < 1:
+            raise ValueError(f"`max_line_bytes` must be at least 1, got {max_line_bytes}.")
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
@@ -101,6 +107,7 @@ class PreferenceDataModule(LightningDataModule):
         self.partition = partition or OneShot()
         self.num_workers, self.seed, self.tokenizer, self.cache_tokens = num_workers, seed, tokenizer, cache_tokens
         self.allow_changes = False  # no option: a configuration file must not say so
+        self.max_line_bytes = max_line_bytes
         self.parts: list[Tensor] | None = None
         self.part: int | None = None
         self._sets: dict[str, PairDataset] = {}
@@ -195,10 +202,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
+        options = (self.columns, self.on_bad_row, self.max_line_bytes)
         if not self.cache_tokens:
-            return *load_pairs(self._specs(name), self._encoder(), self.columns, self.on_bad_row), 0
+            return *load_pairs(self._specs(name), self._encoder(), *options), 0
         tokens = TokenCache(self._encoder(), self._specs(name))
-        rows, report = load_pairs(self._specs(name), tokens, self.columns, self.on_bad_row)
+        rows, report = load_pairs(self._specs(name), tokens, *options)
         tokens.keep()
         return rows, report, tokens.reused
 
@@ -322,8 +330,8 @@ class PreferenceDataModule(LightningDataModule):
             rows |= {"validation": self._validation_rows} if "validation" in self._sets else {}
         elif stage != "fit":
             names = ("predict", "test", "validation") if stage == "predict" else ("test", "validation")
-            name = next(name for name in names if name in self._sets)
-            rows[name] = self._validation_rows if name == "validation" else None
+            for name in [name for name in names if name in self._sets][:1]:
+                rows[name] = self._validation_rows if name == "validation" else None
         for name, numbers in rows.items():
             dataset = self._sets[name]
             everything = torch.arange(len(dataset)) if numbers is None else numbers

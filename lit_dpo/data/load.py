@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.layouts import LayoutError, Pair, RowError, parse_row
-from lit_dpo.data.read import read_rows, source_name
+from lit_dpo.data.read import MAX_LINE_BYTES, read_rows, source_name
 
 OnBadRow = Literal["error", "skip"]
 _EXAMPLES = 3
@@ -87,6 +87,7 @@ def load_pairs(
     encoder: Encoder,
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
+    max_line_bytes: int = MAX_LINE_BYTES,
 ) -> tuple[list[EncodedRow], LoadReport]:
     """Read, parse and encode data sets, in the order given.
 
@@ -95,6 +96,7 @@ def load_pairs(
         encoder: A `PairEncoder`, or a `TokenCache` around one.
         columns: Our column name -> the files', for names that are not known.
         on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
+        max_line_bytes: See `read_rows`.
 
     Raises:
         RowError: A row must not be trained on, and `on_bad_row` is `error`; or a file is damaged.
@@ -132,7 +134,7 @@ def load_pairs(
         known = False
         chunk: list[Pair | RowError] = []
         try:
-            for where, row in read_rows(spec, chunk.append):
+            for where, row in read_rows(spec, chunk.append, max_line_bytes):
                 try:
                     chunk.append(parse_row(row, source, where, columns))
                     known = True

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lit_dpo.data.layouts import RowError
+from lit_dpo.files import refuse_special
 
 Row = tuple[str, dict[str, object]]
 """Location, such as `path/file.jsonl:17`, and the row itself."""
 OnBadRow = Callable[[RowError], None]
 
 QUICKSTART = "quickstart"
+MAX_LINE_BYTES = 64 << 20
 _SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".arrow")
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
@@ -29,7 +31,7 @@ _LFS = b"version https://git-lfs"
 _GZIP = b"\x1f\x8b"
 
 
-def read_rows(spec: str, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
+def read_rows(spec: str, on_bad_row: OnBadRow | None = None, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Row]:
     """Yield every row of a data set with its location.
 
     Args:
@@ -40,16 +42,18 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
             through `datasets` and its guesses about JSON.
         on_bad_row: Called with each row that cannot be read when the ones behind it can; without it, the
             first is raised. Damage to a whole file is always raised.
+        max_line_bytes: Most bytes, decompressed, of a line of JSON, of a row of CSV, and of a whole `.json` file that
+            does not hold JSON lines. No more of a longer one is ever in memory.
 
     Raises:
         FileNotFoundError: `spec` looks like a path, and nothing is there.
         RowError: A row, or a file at a row, cannot be read.
-        ValueError: There is no such split, or no data file in the folder.
+        ValueError: There is no such split, no data file in the folder, or it is no regular file.
     """
     bad = on_bad_row or _raise
     if spec == QUICKSTART:
         with importlib.resources.as_file(importlib.resources.files("lit_dpo.data") / "quickstart.jsonl") as path:
-            yield from _read_file(path, QUICKSTART, bad)
+            yield from _read_file(path, QUICKSTART, bad, max_line_bytes)
         return
     name, split = _split_off(spec)
     path = Path(name).expanduser()
@@ -58,11 +62,11 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
             yield from _read_datasets(path, name, split)
         else:
             for file in _files(path, split):
-                yield from _read_file(file, str(file), bad)
+                yield from _read_file(file, str(file), bad, max_line_bytes)
     elif path.exists():
         if split:
             raise ValueError(f"`{name}` is one file and has no split `{split}`; leave `:{split}` off.")
-        yield from _read_file(path, name, bad)
+        yield from _read_file(path, name, bad, max_line_bytes)
     elif problem := missing(spec):
         raise FileNotFoundError(problem)
     else:
@@ -120,7 +124,7 @@ def _not_found(path: Path) -> str:
 
 
 def _files(folder: Path, split: str | None) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if _suffix(file) and file.is_file())
+    files = sorted(file for file in folder.iterdir() if _suffix(file) and not file.is_dir())
     if not files:
         raise ValueError(f"`{folder}` holds no data file ({', '.join(_SUFFIXES)}); name the folder that does.")
     by_split: dict[str, list[Path]] = {}
@@ -138,7 +142,8 @@ def _files(folder: Path, split: str | None) -> list[Path]:
     return by_split[wanted]
 
 
-def _read_file(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
+def _read_file(path: Path, shown: str, bad: OnBadRow, most: int) -> Iterator[Row]:
+    refuse_special(path)
     suffix, gzipped = _suffix(path), path.name.endswith(".gz")
     with path.open("rb") as file:
         head = file.read(len(_LFS))
@@ -148,23 +153,29 @@ def _read_file(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
         remedy = "drop the `.gz` from its name, or fetch it again" if gzipped else "add `.gz` to its name"
         raise RowError(f"{shown}:1", None, f"the file is {'not ' if gzipped else ''}gzip-compressed", remedy)
     if suffix == ".jsonl":
-        yield from _read_jsonl(path, shown, bad)
+        yield from _read_jsonl(path, shown, bad, most)
     elif suffix == ".json":
-        yield from _read_json(path, shown, bad)
+        yield from _read_json(path, shown, bad, most)
     elif suffix == ".csv":
-        yield from _read_csv(path, shown, bad)
+        yield from _read_csv(path, shown, bad, most)
     elif suffix:
         yield from _read_arrow(path, shown)
     else:
         raise ValueError(f"`{shown}` has no known suffix; name it {', '.join(_SUFFIXES)} after what it holds.")
 
 
-def _lines(path: Path, shown: str, bad: OnBadRow) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, shown: str, bad: OnBadRow, most: int) -> Iterator[tuple[int, str]]:
     """Yield line numbers from 1 and lines with their ends; only a newline ends a line."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            while line := file.readline(most + 1):
+                number += 1
+                if len(line) > most:
+                    bad(_too_long(f"{shown}:{number}", "the line", most))
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(1 << 20)
+                    continue
                 try:
                     yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -177,8 +188,15 @@ def _lines(path: Path, shown: str, bad: OnBadRow) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def _read_jsonl(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
-    for number, line in _lines(path, shown, bad):
+def _too_long(where: str, what: str, most: int) -> RowError:
+    remedy = "raise the data module's `max_line_bytes` if it should be so long"
+    if what == "the file":
+        remedy = "write it as JSON lines, one object a line, or raise the data module's `max_line_bytes`"
+    return RowError(where, None, f"{what} has more than {most:,} bytes", remedy)
+
+
+def _read_jsonl(path: Path, shown: str, bad: OnBadRow, most: int) -> Iterator[Row]:
+    for number, line in _lines(path, shown, bad, most):
         if not line.strip():
             continue
         where = f"{shown}:{number}"
@@ -194,16 +212,27 @@ def _read_jsonl(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
             bad(RowError(where, None, "the line is not a JSON object", remedy))
 
 
-def _read_json(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
+def _read_json(path: Path, shown: str, bad: OnBadRow, most: int) -> Iterator[Row]:
     """An array of objects, an object with one such array in it, or JSON lines under a `.json` name."""
-    text = "".join(line for _, line in _lines(path, shown, _raise))
+    kept: list[str] = []
+    size = filled = 0
+    for number, line in _lines(path, shown, _raise, most):
+        filled += bool(line.strip())
+        if filled == 2 and line.strip() and _is_object("".join(kept)):  # these are JSON lines
+            yield from _read_jsonl(path, shown, bad, most)
+            return
+        kept.append(line)
+        size += len(line.encode())
+        if size > most:
+            raise _too_long(f"{shown}:{number}", "the file", most)
+    text = "".join(kept)
     if not text.strip():
         return
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
-            yield from _read_jsonl(path, shown, bad)
+            yield from _read_jsonl(path, shown, bad, most)
             return
         where = f"{shown}:{getattr(error, 'lineno', 1)}"
         raise RowError(where, None, "the file is not valid JSON", f"correct it ({error})") from error
@@ -221,15 +250,32 @@ def _read_json(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
             bad(RowError(where, None, "the row is not a JSON object", "write an object with one field per column"))
 
 
-def _read_csv(path: Path, shown: str, bad: OnBadRow) -> Iterator[Row]:
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object by itself."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _read_csv(path: Path, shown: str, bad: OnBadRow, most: int) -> Iterator[Row]:
     """Cells stay text, whatever they look like; only an empty one is None."""
-    reader = csv.reader((line for _, line in _lines(path, shown, _raise)), strict=True)
-    start = 1
+    start, size = 1, 0
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for _, line in _lines(path, shown, _raise, most):
+            size += len(line.encode())
+            if size > most:
+                raise _too_long(f"{shown}:{start}", "the row", most)
+            yield line
+
+    reader = csv.reader(lines(), strict=True)
     try:
         header = next(reader, [])
         start = reader.line_num + 1
         for cells in reader:
-            where, start = f"{shown}:{start}", reader.line_num + 1
+            where, start, size = f"{shown}:{start}", reader.line_num + 1, 0
             if len(cells) == len(header):
                 yield where, {name: cell or None for name, cell in zip(header, cells, strict=True)}
             elif cells:
@@ -263,6 +309,9 @@ def _read_datasets(folder: Path | None, name: str, split: str | None) -> Iterato
     import datasets
 
     try:
+        for file in () if folder is None else folder.rglob("*"):
+            if not file.is_dir():
+                refuse_special(file)
         if folder is None:
             data = datasets.load_dataset(name, split=split or "train")
         else:

@@ -1,5 +1,9 @@
 import gzip
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -133,3 +137,112 @@ def test_source_name(tmp_path):
     assert source_name("sums/v1.5_pairs.csv") == "v1.5_pairs"
     assert source_name("org/set:train") == source_name("org/set") == "org/set"
     assert source_name("quickstart") == "quickstart"
+
+
+# -- files of somebody else's -----------------------------------------------------------------------------------------
+
+
+def special(folder, kind):
+    """What is no regular file, under the name of a data file."""
+    path = folder / "a.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as opened:
+            opened.bind(str(path))
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        (folder / "other").mkdir()
+        path.symlink_to("other/nothing.jsonl")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("whole", ["file", "folder"])
+def test_what_is_no_regular_file_is_refused_without_waiting_for_it(tmp_path, kind, whole):
+    path = special(tmp_path, kind)
+    with pytest.raises(ValueError, match=rf"a\.jsonl` is a {kind}, and only regular files are read"):
+        rows(path if whole == "file" else tmp_path)
+
+
+def test_a_link_is_read_and_one_to_nothing_is_not_passed_over(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b.jsonl").symlink_to(write(tmp_path / "real.jsonl", '{"a": 1}\n'))
+    assert rows(tmp_path / "data") == [{"a": 1}]
+    special(tmp_path / "data", "nothing")
+    with pytest.raises(OSError, match=r"a\.jsonl"):
+        rows(tmp_path / "data")
+
+
+def test_a_pipe_in_a_saved_dataset_is_refused(tmp_path):
+    (tmp_path / "dataset_info.json").write_text("{}")
+    os.mkfifo(tmp_path / "state.json")
+    with pytest.raises(ValueError, match="is a pipe"):
+        rows(tmp_path)
+
+
+LONG = '{"a": "' + "x" * 200 + '"}'
+SHORT = '{"a": "x"}'
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "text", "place", "what"),
+    [
+        ("a.jsonl", f"{SHORT}\n{LONG}\n{SHORT}\n", "a.jsonl:2", "the line"),
+        ("a.jsonl", f"{SHORT}\n{LONG}", "a.jsonl:2", "the line"),
+        ("a.json", f"[{SHORT},\n{LONG}]", "a.json:2", "the line"),
+        ("a.json", "[" + ",\n".join([SHORT] * 20) + "]", "a.json:9", "the file"),
+        ("a.json", f"{SHORT}\n\n{LONG}\n", "a.json:3", "the line"),
+        ("a.csv", f"a,b\nx,y\n{'x' * 200},y\n", "a.csv:3", "the line"),
+        ("a.csv", 'a,b\nx,y\n"' + "x\n" * 200 + '",y\n', "a.csv:3", "the row"),
+    ],
+)
+def test_a_line_above_the_bound_is_refused_by_its_number(tmp_path, name, text, place, what, suffix):
+    path = tmp_path / f"{name}{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
+    with pytest.raises(RowError) as error:
+        list(read_rows(str(path), max_line_bytes=100))
+    assert error.value.where.endswith(place.replace(name, path.name))
+    assert f"{what} has more than 100 bytes" in str(error.value)
+    assert "max_line_bytes" in str(error.value)
+    assert list(read_rows(str(path), max_line_bytes=10_000))
+
+
+def test_rows_behind_a_line_that_is_too_long_are_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", f"{SHORT}\n{LONG}\n{SHORT}\n")
+    found = []
+    places = [where for where, _ in read_rows(str(path), found.append, max_line_bytes=100)]
+    assert [where.rpartition(":")[2] for where in places] == ["1", "3"]
+    assert [error.where.rpartition(":")[2] for error in found] == ["2"]
+
+
+def test_json_lines_under_a_json_name_may_be_longer_than_the_bound_in_all(tmp_path):
+    path = write(tmp_path / "a.json", f"{SHORT}\n" * 50)
+    assert len(list(read_rows(str(path), max_line_bytes=100))) == 50
+
+
+BOMB = """
+import resource, sys
+import lit_dpo.data.read as read
+resource.setrlimit(resource.RLIMIT_AS, (USED + 200 * 2**20,) * 2)
+for path in sys.argv[1:]:
+    try:
+        list(read.read_rows(path))
+    except read.RowError as error:
+        print(error)
+"""
+
+
+def test_a_gzip_bomb_does_not_fill_the_memory(tmp_path):
+    """300 MB of one line in 300 kB, read by a process that may take 200 MB more than the import did."""
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        for _ in range(300):
+            file.write(b"[" * 1_000_000)
+    (tmp_path / "a.json.gz").hardlink_to(tmp_path / "a.jsonl.gz")
+    used = "__import__('os').sysconf('SC_PAGE_SIZE') * int(open('/proc/self/statm').read().split()[0])"
+    code = BOMB.replace("USED", used)
+    files = [str(path) for path in tmp_path.iterdir()]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True)
+    assert done.stdout.count("the line has more than 67,108,864 bytes") == 2, done.stderr[-2000:]

@@ -227,7 +227,7 @@ def test_cannot_be_changed(loss):
 
 @every_loss
 def test_repr_is_the_expression_that_makes_it(loss):
-    assert eval(repr(loss), vars(lit_dpo).copy()) == loss
+    assert eval(repr(loss), {name: getattr(lit_dpo, name) for name in lit_dpo.__all__}) == loss
 
 
 @every_loss
