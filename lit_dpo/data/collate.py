@@ -108,9 +108,9 @@ class PairSampler(DistributedSampler[BatchPlan]):
         shuffle: Random order, new in each epoch; otherwise long pairs come first.
         seed: Of the order.
         accumulate: Batches per optimizer step.
-        limit: Batches of an epoch that will be asked for; ``None`` means all.
         num_replicas: Number of processes.
         rank: Number of this process.
+        limit: Batches of an epoch that will be asked for; ``None`` means all.
 
     Attributes:
         start: Batches of the next epoch to leave out at its beginning, to resume in its middle.
@@ -124,9 +124,9 @@ class PairSampler(DistributedSampler[BatchPlan]):
         shuffle: bool = False,
         seed: int = 0,
         accumulate: int = 1,
-        limit: int | None = None,
         num_replicas: int = 1,
         rank: int = 0,
+        limit: int | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle, seed)
         self.rows, self.batch_size, self.accumulate, self.limit = rows, batch_size, accumulate, limit
