@@ -58,7 +58,7 @@ def test_the_model_card_says_where_it_comes_from(tmp_path):
     assert head["library_name"] == "transformers"
     assert "base_model" not in head  # it was random
     dpo = "DPOLoss(beta=0.25, label_smoothing=0.0, length_normalize=False)"
-    loss = f"WeightedLoss(losses=[{dpo}, SFTLoss()], weights=[1.0, 1.0])"
+    loss = f"WeightedLoss(losses=[{dpo}, SFTLoss(length_normalize=True)], weights=[1.0, 1.0])"
     accuracy = float(run.callback_metrics["val/rewards/accuracies"])
     rows = {"loss": loss, "data, train": file, "optimizer steps": "6", "pairs an optimizer step": "8"}
     for name, value in {**rows, "val/rewards/accuracies": f"{accuracy:.4g}"}.items():

@@ -16,7 +16,7 @@ class BCOPairLoss(PreferenceLoss):
     The loss of a pair is ``-logsigmoid(beta * r_w) - logsigmoid(-beta * r_l)``, an upper bound of DPO.
     It pins down the level of both rewards where DPO pins down their difference only, and is the quality term of Mixed
     Preference Optimization (`configs/mpo.yaml`). The full method shifts both rewards by their running mean; a loss per
-    pair has none, and the shift here is 0, as in TRL and InternVL.
+    pair has none, and the shift here is 0, as in TRL 1.16.
 
     Source: Jung et al., Binary Classifier Optimization, https://arxiv.org/abs/2404.04656.
 

@@ -11,7 +11,7 @@ from lit_dpo.pairs import PairLogps
 
 @dataclass(frozen=True)
 class SFTLoss(PreferenceLoss):
-    """Negative log-likelihood of the chosen completion, in nats per token.
+    """Negative log-likelihood of the chosen completion, in nats per token unless told otherwise.
 
     The supervised stage before preference tuning, or (in a `WeightedLoss`) a term that keeps the chosen completion
     likely. It looks at no reference, so none is built; reward metrics then compare plain log-probs.
@@ -20,6 +20,10 @@ class SFTLoss(PreferenceLoss):
     that average over all tokens of a batch weigh long completions more.
 
     Source: the usual language-modelling loss, as the supervised stage of https://arxiv.org/abs/2305.18290, section 3.
+
+    Args:
+        length_normalize: Take the mean over the completion's tokens; else their sum, in nats, which weighs long
+            completions more. Some methods add the sum to a preference loss, with a small weight (`configs/rpo.yaml`).
 
     >>> import torch
     >>> from lit_dpo.pairs import PairLogps
@@ -30,10 +34,12 @@ class SFTLoss(PreferenceLoss):
 
     needs_reference: ClassVar[bool] = False
 
+    length_normalize: bool = True
+
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, shape ``(batch,)``."""
-        return -policy.per_token().chosen
+        return -(policy.per_token() if self.length_normalize else policy).chosen
 
     def formula(self) -> str:
-        """Minus the mean log-prob of a token."""
-        return "-logp_w/|y_w|"
+        """Minus the log-prob, of a token or of the completion."""
+        return "-logp_w/|y_w|" if self.length_normalize else "-logp_w"

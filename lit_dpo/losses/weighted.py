@@ -18,7 +18,8 @@ class WeightedLoss(PreferenceLoss):
     The loss of a pair is ``sum_i weights[i] * losses[i]``. Reward metrics use the beta of the first part that looks at
     the reference.
 
-    Source: DPO with a supervised term, for example https://arxiv.org/abs/2404.19733, equation 1.
+    Source: DPO with a supervised term, for example https://arxiv.org/abs/2404.19733, equation 1. That one, MPO and RPO
+    are such sums, in `configs/irpo.yaml`, `configs/mpo.yaml` and `configs/rpo.yaml`.
 
     Args:
         losses: The parts, at least one, each of another class or with other options.

@@ -47,7 +47,6 @@ CASES = {
     },
     "lddpo": {"loss_types": ["sigmoid"], "beta": 0.1, "ld_alpha": 0.5},
     "mpo": {"loss_types": ["sigmoid", "bco_pair", "sft"], "beta": 0.1, "loss_weights": [0.8, 0.2, 1.0]},
-    "rpo": {"loss_types": ["sigmoid", "sft"], "beta": 0.01, "loss_weights": [1.0, 0.005]},
 }
 # Methods of the experimental trainers, from log-probs; whether these are means over tokens is the trainers' affair.
 FROM_LOGPS = {

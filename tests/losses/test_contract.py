@@ -57,7 +57,7 @@ EXAMPLES = {
         IntermediateLoss(layers=(1,)),
         IntermediateLoss(base=IPOLoss(), layers=(1, 2), combine="additive", weight=2.0, detach_head=True),
     ],
-    SFTLoss: [SFTLoss()],
+    SFTLoss: [SFTLoss(), SFTLoss(length_normalize=False)],
     WeightedLoss: [
         WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0, 0.5)),
         WeightedLoss(losses=(IntermediateLoss(base=DPOPLoss(), layers=(2,)), IPOLoss())),

@@ -19,6 +19,11 @@ def test_by_hand():
     assert SFTLoss()(policy, policy.zeros()).tolist() == [2.0, 3.0]
 
 
+def test_the_sum_by_hand():
+    policy = logps([-10.0, -3.0], [-1.0, -1.0], [5, 1], [1, 1])
+    assert SFTLoss(length_normalize=False)(policy, policy.zeros()).tolist() == [10.0, 3.0]
+
+
 def test_gradient_is_one_over_the_tokens():
     policy = logps(-10.0, -30.0, 5, 5)
     policy.chosen.requires_grad_()

@@ -57,7 +57,6 @@ OURS = {
     "f_alpha": FDPOLoss(divergence="alpha", alpha=0.5),
     "lddpo": LDDPOLoss(),
     "mpo": WeightedLoss(losses=(DPOLoss(), BCOPairLoss(), SFTLoss()), weights=(0.8, 0.2, 1.0)),
-    "rpo": WeightedLoss(losses=(DPOLoss(beta=0.01), SFTLoss()), weights=(1.0, 0.005)),
 }
 IN_FLOAT32 = {"f_alpha", "orpo", "exo"}  # what TRL computes in float32 whatever it is given; of EXO the epsilon
 

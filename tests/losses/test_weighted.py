@@ -26,7 +26,12 @@ def test_by_hand():
             WeightedLoss((DPOLoss(beta=0.1), BCOPairLoss(beta=0.1), SFTLoss()), (0.8, 0.2, 1.0)),
             0.8 * 0.6931472 + 0.2 * 1.3862944 + 2.0,
         ),
-        ("rpo", WeightedLoss((DPOLoss(beta=0.01), SFTLoss()), (1.0, 0.005)), 0.6931472 + 0.005 * 2.0),
+        # The authors' code subtracts eta * beta times the summed log-prob, with eta 0.005 and beta 0.01.
+        (
+            "rpo",
+            WeightedLoss((DPOLoss(beta=0.01), SFTLoss(length_normalize=False)), (1.0, 0.005 * 0.01)),
+            0.6931472 + 0.005 * 0.01 * 40.0,
+        ),
         ("irpo", WeightedLoss((DPOLoss(beta=0.1), SFTLoss()), (1.0, 1.0)), 0.6931472 + 2.0),
     ],
 )
