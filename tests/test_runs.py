@@ -2,6 +2,8 @@
 
 import csv
 import os
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,11 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from transformers import AutoModelForCausalLM
 
+from lit_dpo.cli import main
 from lit_dpo.runs import RunFolder, newest_run, rotate_metrics
 from tests import runs
-from tests.test_cli import command
+from tests.test_cli import built, command, fails, quick  # noqa: F401 - fixtures
+from tests.test_decoys import ELSEWHERE, Elsewhere, csv_logger, seen
 
+pytestmark = [
+    *runs.QUIET,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.usefixtures("quick"),
+]
 ROOT = Path(__file__).parents[1]
 
 
@@ -96,6 +107,170 @@ def test_earlier_metrics_are_never_written_over(tmp_path):
     rotate_metrics(tmp_path)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {n: n for n in ("metrics_1.csv", "metrics_best.csv")} | {"metrics_2.csv": "metrics.csv"}
+
+
+# -- the same folder whatever the logger ------------------------------------------------------------------------------
+
+OPTIONS = {
+    "model.loss.class_path": "lit_dpo.losses.DPOLoss", "model.optimizer.init_args.lr": 0.01, "data.batch_size": 8,
+    "data.train": "quickstart", "trainer.max_steps": 2, "trainer.accumulate_grad_batches": 4, "seed_everything": 0,
+}  # fmt: skip
+LOGGERS = {
+    "default": [],
+    "none": ["--trainer.logger", "false"],
+    "true": ["--trainer.logger", "true"],
+    "csv": csv_logger("own", "lightning_logs"),
+    "csv in a fixed folder": csv_logger("own", "fixed", ""),
+    "no folder": ELSEWHERE,
+    "a folder elsewhere": [*ELSEWHERE, "--trainer.logger.save_dir", "own"],
+    "tensorboard": ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "own"],
+    "wandb": [
+        "--trainer.logger",
+        "WandbLogger",
+        "--trainer.logger.offline",
+        "true",
+        "--trainer.logger.save_dir",
+        "own",
+    ],
+    "mlflow": ["--trainer.logger", "MLFlowLogger", "--trainer.logger.tracking_uri", "file:./own"],
+}
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def logged(path, name):
+    with open(path, encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+@pytest.mark.parametrize("logger", LOGGERS)
+def test_a_run_keeps_its_folder_and_resumes_whatever_the_logger(tmp_path, monkeypatch, logger):
+    if logger in PACKAGES:
+        pytest.importorskip(PACKAGES[logger])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Elsewhere, "made", [])
+    args = command("fit", "root", "dpo", "--model.optimizer.lr", 0.01, "--trainer.val_check_interval", 4)
+    main([*args, *LOGGERS[logger]])
+    run = tmp_path / "root" / "version_0"
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml", "hparams.yaml", "metrics.csv"]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "own"] == ["root"]
+    assert logged(run / "metrics.csv", "lr") == pytest.approx([0.005, 0.01])  # as each step used it: one warms up
+    assert len(logged(run / "metrics.csv", "val/loss")) == 2
+    kept = flat(yaml.safe_load((run / "hparams.yaml").read_text()))
+    for name, value in OPTIONS.items():
+        assert kept[name.removeprefix("model.")] == value or name == "model.loss.class_path"
+    main([*args, *LOGGERS[logger], "--trainer.max_steps", "3", "--ckpt_path", "last", "--allow-changes"])
+    assert [path.name for path in (tmp_path / "root").iterdir()] == ["version_0"]
+    assert len(logged(run / "metrics_0.csv", "train/loss")) == 2
+    assert len(logged(run / "metrics.csv", "train/loss")) == 1
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    for one, steps in zip(Elsewhere.made, (2, 1), strict=False):
+        assert len([values for values in one.values if "train/loss" in values]) == steps
+        assert flat(one.params)["optimizer.init_args.lr"] == 0.01
+        assert flat(one.params)["data.train"] == "quickstart"
+    assert len(Elsewhere.made) == (2 if "folder" in logger and "fixed" not in logger else 0)
+    if logger == "csv in a fixed folder":
+        fixed = tmp_path / "own" / "fixed"
+        assert [len(logged(fixed / name, "train/loss")) for name in ("metrics_0.csv", "metrics.csv")] == [2, 1]
+    if logger == "csv":
+        names = sorted(path.name for path in (tmp_path / "own" / "lightning_logs").iterdir())
+        assert names == ["version_0", "version_1"]
+
+
+def flat(values, prefix=""):
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {key: v for name, value in values.items() for key, v in flat(value, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+# -- runs by their folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory, built):  # noqa: F811
+    """A run whose best checkpoint is its first, and whose last is another."""
+    folder = tmp_path_factory.mktemp("done")
+    more = ("--model.optimizer.lr", 0.01, "--trainer.val_check_interval", 4, "--trainer.max_steps", 3)
+    main(command("fit", folder / "root", "dpo", *more))
+    [best] = (folder / "root" / "version_0" / "checkpoints").glob("step=*.ckpt")
+    return more, best
+
+
+@pytest.fixture
+def renamed(done, tmp_path, monkeypatch):
+    """That run under another name."""
+    more, best = done
+    shutil.copytree(best.parents[2], tmp_path / "runs" / "moved")
+    monkeypatch.chdir(tmp_path)
+    return more, Path("runs/moved/version_0/checkpoints") / best.name
+
+
+def test_a_renamed_run_resumes_and_exports_its_best(renamed, done, capsys, tmp_path):
+    more, best = renamed
+    others = seen(done[1].parents[2])
+    args = command("fit", "runs/moved", "dpo", *more, "--trainer.max_steps", 4, "--allow-changes")
+    main([*args, "--ckpt_path", "last", "--trainer.callbacks+=ExportModel"])
+    said = capsys.readouterr().out
+    kept = list(best.parent.glob("step=*.ckpt"))
+    assert len(kept) == 1  # the one before was found, and removed if it was beaten
+    assert str(kept[0]) in said.partition("Best checkpoint: ")[2]
+    assert (best.parents[1] / "export" / "model.safetensors").exists()
+    assert seen(done[1].parents[2]) == others
+
+
+@pytest.mark.parametrize("given", ["runs/moved/version_0", "runs/moved/version_0/checkpoints", "runs/moved/"])
+def test_a_fit_resumes_from_a_folder(renamed, given):
+    more, best = renamed
+    args = command("fit", "runs/moved", "dpo", *more, "--trainer.max_steps", 4, "--allow-changes")
+    main([*args, "--ckpt_path", given])
+    assert [path.name for path in Path("runs/moved").iterdir()] == ["version_0"]
+    assert torch.load(best.with_name("last.ckpt"), weights_only=True)["global_step"] == 4
+
+
+GIVEN = {
+    "a run": ["runs/moved/version_0", "out"],
+    "its checkpoints": ["runs/moved/version_0/checkpoints/", "out"],
+    "where it is": ["runs/moved", "out"],
+    "last": ["last", "out"],
+    "last in a root": ["last", "out", "--root", "runs/moved"],
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("which", ["best", "last"])
+def test_export_takes_the_best_checkpoint_of_a_run_or_else_the_last(renamed, capsys, given, which):
+    best = renamed[1]
+    if which == "last":
+        best.unlink()
+    path = best if which == "best" else best.with_name("last.ckpt")
+    main(["export", *GIVEN[given]])
+    said = capsys.readouterr().out
+    assert f"Exporting the {which} checkpoint of its run" in said
+    assert f"`{path}`" in said
+    assert "Wrote the policy to `out`: README.md, chat_template.jinja, config.json" in said
+    state = torch.load(path, weights_only=True)["state_dict"]
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert runs.same(runs.weights(model), {k.removeprefix("policy."): v for k, v in state.items()})
+    assert best.name.startswith("step=3") or which == "last" or not runs.same(state, load(best.with_name("last.ckpt")))
+    next_command = shlex.split(said.partition("Next: ")[2])
+    assert next_command[:2] == ["python", "-c"]
+    compile(next_command[2], "next", "exec")
+
+
+def load(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_export_says_what_it_misses(renamed, capsys):
+    Path("runs/other").mkdir()
+    assert "No checkpoint of a run is in `runs/other`" in fails(capsys, ["export", "runs/other", "out"])
+    shutil.rmtree("runs/moved")
+    line = fails(capsys, ["export", "last", "out"])
+    assert "no run with a checkpoint is in `.`, `runs/other`. Give `--root`" in line
+    assert "give `last`, or leave `root` out" in fails(capsys, ["export", "a.ckpt", "out", "--root", "runs"])
+    assert not Path("out").exists()
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
 
 
 def port():

@@ -213,6 +213,35 @@ def test_the_best_checkpoint_goes_on_and_not_the_last(tmp_path, sources):
     assert not runs.same(seen[1]["reference"][0], seen[0]["end"])
 
 
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=2, alpha=64)], ids=["full", "lora"])
+def test_the_module_ends_with_the_policy_that_was_exported(tmp_path, sources, adapter):
+    """The best one and not the last, also when there was nothing left to do."""
+    options = {"val_check_interval": 1, "enable_checkpointing": True}
+    lr = 30.0 if adapter is None else 3.0
+
+    def go(make, resume=False):
+        data = runs.data(sources[:2], partition=BySource(), batch_size=4, validation=sources[:2])
+        seen = []
+
+        def make_trainer(root):
+            callbacks = [Start(seen), BestCheckpoint("val/loss", mode="min")]
+            return runs.trainer(root, callbacks=callbacks, max_epochs=1, **options)
+
+        exported = fit_stepwise(make, data, make_trainer, tmp_path / "run", resume)
+        batch = next(iter(data.val_dataloader()))
+        with torch.no_grad():
+            values = [score(model.eval(), batch).chosen for model in (make.policy, load_model(str(exported)))]
+        torch.testing.assert_close(*values)
+        return values[0], [entry.get("end") for entry in seen]
+
+    first, ends = go(runs.module(lr=lr, adapter=adapter))
+    again, nothing = go(runs.module(lr=lr, adapter=adapter), resume=True)
+    assert (len(ends), nothing) == (2, [])
+    assert torch.equal(first, again)
+    if adapter is None:  # else this would test nothing
+        assert not runs.same(loaded(tmp_path / "run" / "partition_1" / "export"), ends[1])
+
+
 # -- what it refuses --------------------------------------------------------------------------------------------------
 
 
