@@ -129,7 +129,7 @@ def test_unchanged_rows_say_nothing(resume):
 def test_a_forged_record_of_the_rows_is_one_sentence(resume, tmp_path):
     path = tmp_path / "copy" / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     state = torch.load(path, weights_only=True)
-    for record in ({"order": "x", "train": "no base 64"}, {"order": 3}, {"order": "x", "train": "é"}):
+    for record in ({"order": "x", "train": "no base 64"}, {"order": 3}, {"order": "x", "train": "é"}, 3):
         state["PreferenceDataModule"] = record
         torch.save(state, path)
         path.with_name("last.ckpt.json").unlink(missing_ok=True)

@@ -116,7 +116,7 @@ def record(train: PairDataset, validation: PairDataset | None, drawn: Tensor, se
 
 
 def refuse_changes(
-    saved: Mapping[str, object],
+    saved: object,
     train: PairDataset,
     validation: PairDataset | None,
     order: str | None,
@@ -136,6 +136,7 @@ def refuse_changes(
     Raises:
         ValueError: The training data differ and that was not allowed, or the record does not read.
     """
+    saved = saved if isinstance(saved, Mapping) else {}  # which does not read, as is said below
     if validation is not None and "validation" in saved:
         _show("validation", saved, validation, where)
     changes = _show("train", saved, train, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -239,7 +239,7 @@ class PreferenceDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.state.fn == "fit":
             self.refuse_changes(state_dict, "the checkpoint", self.state_dict()["order"])
 
-    def refuse_changes(self, saved: Mapping[str, object], where: str, order: str | None = None) -> None:
+    def refuse_changes(self, saved: object, where: str, order: str | None = None) -> None:
         """Compare the data with an earlier `state_dict`; see `lit_dpo.data.changes.refuse_changes`."""
         refuse_changes(saved, self._sets["train"], self._own_validation, order, where, self.allow_changes)
 

@@ -62,8 +62,8 @@ def test_no_prompt_stands_on_both_sides(make, tmp_path, seed):
 
 @pytest.mark.parametrize("source", ["fresh", "token cache"])
 @pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
-def test_a_prompt_that_is_cut_never_stands_on_both_sides(make, tmp_path, monkeypatch, truncation, source):
-    """The room for a prompt depends on its completions, so that one prompt is cut at several places."""
+def test_a_prompt_that_is_cut_or_healed_never_stands_on_both_sides(make, tmp_path, monkeypatch, truncation, source):
+    """The room for a prompt depends on its completions, and so does its last token: one prompt ends up as several."""
     rows = [
         {"prompt": f"Now I have a question. What is {n % 20}?", "chosen": " ok" * (n // 20), "rejected": "no"}
         for n in range(20, 120)
@@ -72,6 +72,12 @@ def test_a_prompt_that_is_cut_never_stands_on_both_sides(make, tmp_path, monkeyp
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lit_dpo.data.tokens.WORTH_KEEPING", 1)
     limit = 18 if truncation == "keep_end" else 40
+    if truncation == "keep_start":  # nothing is cut, but the last token goes with completions that begin in its middle
+        rows = [
+            {**row, "prompt": row["prompt"] + " ", "chosen": "abc"[n % 3] + row["chosen"]} for n, row in enumerate(rows)
+        ]
+        rows = [{**row, "chosen": "éa", "rejected": "éb"} if n // 20 % 2 else row for n, row in enumerate(rows)]
+        path = runs.write(tmp_path / "rows.jsonl", rows)
     for _ in range(1 + (source == "token cache")):
         data = make(path, validation_fraction=0.3, max_length=limit, truncation=truncation)
 
@@ -79,7 +85,7 @@ def test_a_prompt_that_is_cut_never_stands_on_both_sides(make, tmp_path, monkeyp
         return {rows[int(origin.rpartition(":")[2]) - 1]["prompt"] for origin in places(data, loader, "train")}
 
     cut = {tuple(data._sets["train"].pair(row)[0]) for row in range(len(rows))}
-    assert (len(cut) > len({row["prompt"] for row in rows})) == (truncation == "keep_end")
+    assert len(cut) > len({row["prompt"] for row in rows})
     train, held_out = prompts(data.train_dataloader()), prompts(data.val_dataloader())
     assert len(train) > len(held_out) > 0
     assert not train & held_out
