@@ -241,6 +241,8 @@ def _difference(model: nn.Module, parts: DecoderParts, batch: PairBatch, layout:
 
 def _crossing(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> str | None:
     """Say if log-probs depend on another branch or pair: the gradient is exactly 0 wherever they do not."""
+    if hasattr(model, SHARDED_METHOD):  # its gradients go through whole backward passes only; `_displacement` is left
+        return None
     leaves: list[Tensor] = []
 
     def cut(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def decoder_parts(model: nn.Module) -> DecoderParts:
     if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
         raise ValueError(f"`model` must be a transformers causal language model, got {type(base).__name__}.")
     decoder, head = base.get_decoder(), base.get_output_embeddings()
-    decoder = base.model if decoder is base else decoder  # Llama 4 finds none and returns itself
+    if decoder is base or decoder is head:  # Llama 4 finds none and returns itself, ModernBERT its head
+        decoder = base.model
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"The output head of {type(base).__name__} is a {type(head).__name__}, not a linear layer. "
