@@ -164,7 +164,9 @@ def test_cannot_be_changed(loss):
 
 @every_loss
 def test_repr_is_the_expression_that_makes_it(loss):
-    assert eval(repr(loss), vars(lit_dpo).copy()) == loss
+    names = {}
+    exec("from lit_dpo import *", names)
+    assert eval(repr(loss), names) == loss
 
 
 @every_loss
