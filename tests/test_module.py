@@ -375,7 +375,7 @@ def test_options_are_kept_as_plain_values():
         "init_args": {
             "base": {
                 "class_path": "lit_dpo.losses.dpo.DPOLoss",
-                "init_args": {"beta": 0.2, "label_smoothing": 0.0},
+                "init_args": {"beta": 0.2, "label_smoothing": 0.0, "length_normalize": False},
             },
             "layers": [1, 0.5],
             "weight": 0.3,

@@ -84,7 +84,7 @@ def of_config(stem):
         if not isinstance(node, dict):
             return node
         options = {name: built(child) for name, child in node.get("init_args", {}).items()}
-        return getattr(lit_dpo, node["class_path"])(**options)
+        return getattr(lit_dpo, node["class_path"].removeprefix("lit_dpo."))(**options)
 
     text = (Path(__file__).parents[2] / "configs" / f"{stem}.yaml").read_text(encoding="utf-8")
     return built(yaml.safe_load(text)["model"]["loss"])
