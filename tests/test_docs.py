@@ -152,7 +152,13 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for start, name in enumerate(("pairs", "easy", "hard", "train", "test")):
         runs.pairs_file(tmp_path, 24, f"{name}.jsonl", start=24 * start)
-    return tmp_path
+    before = dict(sys.modules)
+    for name in ("my_losses", "my_margin", "my_references", "my_mixture", "my_partition"):
+        sys.modules.pop(name, None)  # of another test's folder
+    yield tmp_path
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+    sys.modules.update(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
