@@ -89,7 +89,7 @@ class CachedReference(Reference):
             "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
         }
         store = TensorStore(self.folder, identity)
-        found = store.read() if start.trainer.is_global_zero else (None, None)
+        found = store.read(LogpsTable.problem) if start.trainer.is_global_zero else (None, None)
         tensors, problem = start.trainer.strategy.broadcast(found)
         table = None if tensors is None else LogpsTable.from_tensors(tensors)
         if problem:

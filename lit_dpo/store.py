@@ -10,12 +10,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+
+from lit_dpo.files import refuse_special
 
 FORMAT = 1
 
@@ -49,15 +51,26 @@ class TensorStore:
         self.folder = Path(folder)
         self.data, self.header = self.folder / f"{key}.safetensors", self.folder / f"{key}.json"
 
-    def read(self) -> tuple[dict[str, Tensor] | None, str | None]:
-        """The tensors, or none; and what is wrong with the files, if anything."""
+    def read(
+        self, problem: Callable[[Mapping[str, Tensor]], str | None] = lambda tensors: None
+    ) -> tuple[dict[str, Tensor] | None, str | None]:
+        """The tensors, or none; and what is wrong with the files, if anything.
+
+        Args:
+            problem: Says what is wrong with the tensors for whoever wrote them: sums are no signatures, and a file may
+                be somebody else's.
+        """
         try:
             if not self.header.exists():
                 return None, None
+            refuse_special(self.data)
+            refuse_special(self.header)
             content = self.data.read_bytes()
             if self.header.read_bytes() != self._header(content):
                 return None, "its checksum or identity does not match"
-            return load(content), None
+            tensors = load(content)
+            wrong = problem(tensors)
+            return (tensors, None) if wrong is None else (None, wrong)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             return None, str(error)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.layouts import Pair, RowError
@@ -55,7 +56,7 @@ class TokenCache:
         return TensorStore(place, {**identity, "tokens": _LAYOUT, "specs": paths})
 
     def _read(self) -> None:
-        tensors, problem = (None, None) if self._store is None else self._store.read()
+        tensors, problem = (None, None) if self._store is None else self._store.read(self._problem)
         if problem and self._store is not None:
             rank_zero_info(f"Token cache {self._store.data} is damaged ({problem}): tokenizing anew.")
         if tensors is None:
@@ -64,6 +65,22 @@ class TokenCache:
         self._kept = {keys[i : i + 16]: i // 16 for i in range(0, len(keys), 16)}
         self._tokens, self._lengths, self._flags = (tensors[name] for name in ("tokens", "lengths", "flags"))
         self._ends = self._lengths.sum(1).cumsum(0)
+
+    def _problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Why these are not what `keep` writes, if they are not."""
+        layout = {"keys": (torch.uint8, 16), "lengths": (torch.int64, 3), "flags": (torch.bool, 3)}
+        parts = [tensors.get(name) for name in layout]
+        for part, (dtype, width) in zip(parts, layout.values(), strict=True):
+            if part is None or part.dtype != dtype or part.shape != (len(parts[0]), width):  # type: ignore[arg-type]
+                return "it has not the form of token ids"
+        tokens, lengths = tensors.get("tokens"), tensors["lengths"]
+        if tokens is None or tokens.dtype != torch.int32 or tokens.dim() != 1:
+            return "it has not the form of token ids"
+        if (lengths < 1).any() or (lengths > len(tokens)).any() or lengths.sum() != len(tokens):
+            return "its lengths do not fit its token ids"
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.encoder.tokenizer):
+            return "it holds ids that the tokenizer does not have"
+        return None
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
         """As `PairEncoder.many`."""
