@@ -88,11 +88,20 @@ class LogpsTable:
         Raises:
             ValueError: Their shapes or types are not those of a table.
         """
-        keys = tensors.get("keys")
-        sound = keys is not None and keys.dtype == torch.int64 and keys.dim() == 2 and keys.shape[1] == 2
-        if keys is None or not sound or any(t.shape != keys.shape for t in tensors.values()):
-            raise ValueError("it holds no table of log-probs")
+        if wrong := cls.problem(tensors):
+            raise ValueError(wrong)
         return cls(tensors["keys"], {name: values for name, values in tensors.items() if name != "keys"})
+
+    @staticmethod
+    def problem(tensors: Mapping[str, Tensor]) -> str | None:
+        """Why these are not what `tensors` writes, if they are not."""
+        keys = tensors.get("keys")
+        if keys is None or keys.dtype != torch.int64 or keys.shape[1:] != (2,):
+            return "it has no keys of rows"
+        columns = {name: values for name, values in tensors.items() if name != "keys"}
+        if not columns or any(v.shape != keys.shape or not v.is_floating_point() for v in columns.values()):
+            return "its columns do not fit its keys"
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it, to be stored."""

@@ -244,7 +244,7 @@ class _Pass:
 
 def _stored(store: TensorStore) -> tuple[dict[str, Tensor] | None, str | None, dict[Path, int]]:
     """What is stored and what journals hold, as one table; what is wrong with the store; and the journals' sizes."""
-    tensors, problem = store.read()
+    tensors, problem = store.read(LogpsTable.problem)
     blocks, sizes = Journal.read_all(store)
     table = None
     try:

@@ -22,6 +22,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.content import check_content
 from lit_dpo.files import read_json, refuse_special
 from lit_dpo.shards import SHARDS_META, check_form
 
@@ -82,6 +83,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only=True)
         verify(Path(path))
         content: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        check_content(content, Path(path))
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:

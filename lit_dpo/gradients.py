@@ -113,6 +113,23 @@ def refuse_broken_state(trainer: Trainer, policy: nn.Module | None) -> None:
         )
 
 
+def refuse_foreign_state(trainer: Trainer) -> None:
+    """Refuse restored optimizer states of other shapes than their weights: a fused optimizer would read beyond them.
+
+    Raises:
+        ValueError: Names what does not fit.
+    """
+    for optimizer in trainer.optimizers:
+        for weight, state in optimizer.state.items():
+            for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"):
+                value = state.get(key) if isinstance(state, dict) else None
+                if isinstance(value, Tensor) and (value.shape, value.device) != (weight.shape, weight.device):
+                    raise ValueError(
+                        f"The optimizer's `{key}` in the checkpoint has the shape {tuple(value.shape)} for a weight of "
+                        f"{tuple(weight.shape)}: resume from a checkpoint of this very model and optimizer."
+                    )
+
+
 def _state(trainer: Trainer, policy: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
     """The weights, and what the optimizers keep for each, under names to report them by."""
     named: dict[str, Tensor] = dict(policy.named_parameters()) if policy is not None else {}

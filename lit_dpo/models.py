@@ -361,10 +361,11 @@ def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, trust_remote_code=trusts_remote_code(), dtype=dtype
         )
-    except ValueError as error:
+    except Exception as error:  # whatever odd numbers come to
         if "Unrecognized configuration class" in str(error):
             raise ValueError(problem) from error
-        raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"`model` describes no model that can be made ({reason}): correct its numbers.") from error
     return model
 
 

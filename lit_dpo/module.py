@@ -20,7 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.audit import calm, check_rows, choose_layout
 from lit_dpo.checkpoints import believe_all
-from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_broken_state, refuse_nonfinite
+from lit_dpo.gradients import (
+    SeenPairs,
+    clip_to_norm,
+    gradient_norm,
+    refuse_broken_state,
+    refuse_foreign_state,
+    refuse_nonfinite,
+)
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
@@ -454,6 +461,7 @@ class PreferenceModule(LightningModule):
         (There a checkpoint holds all there is; in the middle of one, half a step is in the gradients.)
         """
         trainer, every = self.trainer, self.trainer.accumulate_grad_batches
+        refuse_foreign_state(trainer)
         refuse_broken_state(trainer, self.policy)  # the optimizer's restored state too
         if self._bound is not None and self._bound.total_steps != (steps := int(trainer.estimated_stepping_batches)):
             rank_zero_info(f"The schedule of the checkpoint, of {self._bound.total_steps} steps, now has {steps}.")

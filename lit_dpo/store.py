@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lit_dpo.files import refuse_special
+
 if sys.platform != "win32":
     import fcntl
 
@@ -60,19 +62,32 @@ class TensorStore:
         self.folder = Path(folder)
         self.data, self.header = self.folder / f"{self.key}.safetensors", self.folder / f"{self.key}.json"
 
-    def read(self) -> tuple[dict[str, Tensor] | None, str | None]:
-        """The tensors, or none; and what is wrong with the files, if anything."""
-        with _locked(self.folder, exclusive=False):
-            return self._read()
+    def read(
+        self, problem: Callable[[Mapping[str, Tensor]], str | None] = lambda tensors: None
+    ) -> tuple[dict[str, Tensor] | None, str | None]:
+        """The tensors, or none; and what is wrong with the files, if anything.
 
-    def _read(self) -> tuple[dict[str, Tensor] | None, str | None]:
+        Args:
+            problem: Says what is wrong with the tensors for whoever wrote them: sums are no signatures, and a file may
+                be somebody else's.
+        """
+        with _locked(self.folder, exclusive=False):
+            return self._read(problem)
+
+    def _read(
+        self, problem: Callable[[Mapping[str, Tensor]], str | None] = lambda tensors: None
+    ) -> tuple[dict[str, Tensor] | None, str | None]:
         try:
             if not self.header.exists():
                 return None, None
+            refuse_special(self.data)
+            refuse_special(self.header)
             content = self.data.read_bytes()
             if self.header.read_bytes() != self._header(content):
                 return None, "its checksum or identity does not match"
-            return load(content), None
+            tensors = load(content)
+            wrong = problem(tensors)
+            return (tensors, None) if wrong is None else (None, wrong)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             return None, str(error)
 

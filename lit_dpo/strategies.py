@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lit_dpo.checkpoints import verify
+from lit_dpo.content import check_content
 from lit_dpo.scoring import SHARDED_METHOD, completion_sums, decoder_parts, own_tensors
 from lit_dpo.shards import check_index
 
@@ -50,7 +51,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         verify(path)
         if path.is_dir():
             check_index(path)
-        return super().load_checkpoint(path, weights_only=True)
+        content = super().load_checkpoint(path, weights_only=True)
+        check_content(content, path, weights=False)  # the model has them already
+        return content
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, precision: Any) -> None:

@@ -14,6 +14,7 @@ FLOORS = {
     "card": 0,
     "pairs": 0,
     "files": 0,
+    "content": 0,
     "logps": 1,
     "attention": 1,
     "cache": 1,
@@ -56,7 +57,7 @@ NEIGHBOURS = {
     ("callbacks", "export"),
     ("stepwise", "callbacks"),
 }
-TORCH_ONLY = {"pairs", "logps", "attention", "losses", "finite"}
+TORCH_ONLY = {"pairs", "logps", "attention", "losses", "finite", "content"}
 # The last three for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "audit", "models", "sources", "reference", "cached_reference", "module"}
 

@@ -129,7 +129,7 @@ for round in range(20):
     child = os.fork()
     if not child:
         for step in range(1, 100000):
-            content = {"step": step, "w": torch.full((1500, 1000), float(step))}
+            content = {"step": step, "state_dict": {"w": torch.full((1500, 1000), float(step))}}
             DurableCheckpointIO().save_checkpoint(content, target)
             os.write(writer, step.to_bytes(4, "big"))
     os.close(writer)
@@ -141,7 +141,7 @@ for round in range(20):
     done = int.from_bytes(told[-4:], "big")
     found = DurableCheckpointIO().load_checkpoint(target)
     assert found["step"] in (done, done + 1), (found["step"], done)
-    assert bool((found["w"] == found["step"]).all())
+    assert bool((found["state_dict"]["w"] == found["step"]).all())
     print("loadable", flush=True)
 """
 
@@ -185,6 +185,27 @@ def test_a_cut_one_is_refused_by_name(saved, size):
 def test_a_broken_manifest_is_no_proof(saved):
     manifest_of(saved).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
+        verify(saved)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, "[]", "3", '{"sha256": 3}', '{"sha256": []}', "{}", "\\ud800", ""])
+def test_a_manifest_of_any_form_is_damage_and_does_not_stop_the_next_save(saved, text):
+    manifest_of(saved).write_text(text)
+    with pytest.raises(ValueError, match=r"last\.ckpt` is damaged"):
+        verify(saved)
+    DurableCheckpointIO().save_checkpoint(content(2), saved)
+    assert step(saved) == 2
+
+
+def test_pipes_are_refused_without_waiting_for_them(saved):
+    os.mkfifo(saved.with_name("pipe.ckpt"))
+    with pytest.raises(ValueError, match="is a pipe, and only regular files are read"):
+        verify(saved.with_name("pipe.ckpt"))
+    with pytest.raises(FileNotFoundError, match=r"Resume from `.*last\.ckpt`"):
+        verify(saved.with_name("nothing.ckpt"))
+    manifest_of(saved).unlink()
+    os.mkfifo(manifest_of(saved))
+    with pytest.raises(ValueError, match="is a pipe, and only regular files are read"):
         verify(saved)
 
 

@@ -18,7 +18,7 @@ from lit_dpo.checkpoints import keep_as, verify, write_shards_manifest
 from lit_dpo.cli import main
 from lit_dpo.shards import check_index
 from tests import runs
-from tests.test_cli import CONFIGS, command
+from tests.test_cli import CONFIGS, built, command, quick  # noqa: F401 - fixtures
 
 pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 
@@ -179,6 +179,121 @@ def test_what_is_no_tensor_in_the_shards_runs_nothing(evil):
         check_index(evil / "shards")
 
 
+# -- forged checkpoints -----------------------------------------------------------------------------------------------
+
+
+def put(*path, value):
+    """A change that puts a value at a place in a checkpoint."""
+
+    def change(content):
+        for name in path[:-1]:
+            content = content[name]
+        content[path[-1]] = value
+
+    return change
+
+
+def removed(name):
+    return lambda content: content["state_dict"].pop(name)
+
+
+NORM = "policy.model.norm.weight"
+ODD = {
+    **{f"{name} is 3": put(name, value=3) for name in (
+        "state_dict", "hyper_parameters", "loops", "callbacks", "optimizer_states", "lr_schedulers", "lit_dpo")},
+    **{f"{name} is text": put(name, value="x") for name in ("epoch", "global_step", "pytorch-lightning_version")},
+    "nothing": lambda content: content.clear(),
+    "no weights": put("state_dict", value={}),
+    "a weight is missing": removed(NORM),
+    "a weight too many": put("state_dict", "policy.x", value=torch.zeros(2)),
+    "a weight of another shape": put("state_dict", NORM, value=torch.zeros(7)),
+    "a weight is text": put("state_dict", NORM, value="x"),
+    "a weight is sparse": put("state_dict", NORM, value=torch.zeros(32).to_sparse()),
+    "a weight's name is 3": put("state_dict", 3, value=torch.zeros(2)),
+    "loops are empty": put("loops", value={}),
+    "loops hold text": put("loops", "fit_loop", value="x"),
+    "progress is text": put("loops", "fit_loop", "epoch_progress", value="x"),
+    "no optimizer states": put("optimizer_states", value=[]),
+    "optimizer states are text": put("optimizer_states", value=["x"]),
+    "an optimizer state of another shape": put("optimizer_states", 0, "state", 0, "exp_avg", value=torch.zeros(3)),
+    "schedules are text": put("lr_schedulers", value=["x"]),
+    "callbacks hold text": put("callbacks", "LastCheckpoint", value="x"),
+    "our part is empty": put("lit_dpo", value={}),
+    "our names are 3": put("lit_dpo", "names", value=3),
+    "our sums are text": put("lit_dpo", "sums", value="x"),
+    "our layout is 3": put("lit_dpo", "step_layout", value=3),
+    "our metrics are text": put("lit_dpo", "metrics", value={"val/loss": "x"}),
+    "our metrics are 3": put("lit_dpo", "metrics", value=3),
+    "our version is absent": lambda content: content.pop("pytorch-lightning_version"),
+}  # fmt: skip
+ODD_OPTIONS = {
+    "empty": {"model": None}, "model 3": {"model": 3}, "model list": {"model": [1]}, "model kind": {"model": {"a": 1}},
+    "model of no size": {"model": {**runs.LLAMA, "hidden_size": 0}},
+    "model of no heads": {"model": {**runs.LLAMA, "num_attention_heads": 0}},
+    "model of text": {"model": {**runs.LLAMA, "hidden_size": "x"}},
+    "model too large": {"model": {**runs.LLAMA, "vocab_size": 1 << 50}},
+    "tokenizer 3": {"tokenizer": 3}, "dtype": {"dtype": "load"}, "dtype 3": {"dtype": 3},
+    "seed": {"init_seed": "x"}, "adapter 3": {"adapter": 3}, "adapter": {"adapter": {"x": 1}},
+    "rank": {"adapter": {"rank": "x"}}, "modules": {"adapter": {"target_modules": "nothing_there"}},
+    "loss 3": {"loss": 3}, "loss path": {"loss": {"class_path": 3, "init_args": 3}},
+    "deep loss": {"loss": spec("a", base=None)},
+}  # fmt: skip
+
+
+def say_one_sentence(capsys, args):
+    """Run a command; if it fails, it fails in one sentence."""
+    code = 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            main([str(arg) for arg in args])
+    except SystemExit as stop:
+        code = stop.code
+    text = capsys.readouterr().err
+    if code == 0:
+        return None
+    assert code == 2
+    sentence = text[text.index("lit-dpo: error: ") :].strip()
+    assert len(sentence.splitlines()) == 2, text
+    assert len(sentence) < 900, text
+    return sentence
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("stage", ["fit", pytest.param("validate", marks=pytest.mark.slow), "export"])
+@pytest.mark.parametrize("name", ODD)
+def test_a_forged_checkpoint_is_refused_in_one_sentence_or_does_no_harm(evil, checkpoint, capsys, name, stage):
+    content = torch.load(checkpoint, weights_only=True)
+    ODD[name](content)
+    torch.save(content, evil / "bad.ckpt")
+    if stage == "export":
+        said = say_one_sentence(capsys, ["export", evil / "bad.ckpt", evil / "out"])
+        assert (said is None) == (evil / "out").exists()
+    else:
+        args = command(stage, evil / "run", "dpo", "--ckpt_path", evil / "bad.ckpt", "--trainer.max_steps", 3)
+        said = say_one_sentence(capsys, args)
+    if name.startswith(("a weight", "no weights", "nothing", "state_dict")):
+        assert said
+
+
+@pytest.mark.parametrize("name", ODD_OPTIONS)
+def test_forged_options_of_a_checkpoint_are_refused_in_one_sentence(evil, checkpoint, capsys, name):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"] |= ODD_OPTIONS[name]
+    torch.save(content, evil / "bad.ckpt")
+    said = say_one_sentence(capsys, ["export", evil / "bad.ckpt", evil / "out"])
+    assert said or name.startswith(("loss", "deep"))
+    assert (said is None) == (evil / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["validate", "export"])
+def test_a_pipe_for_a_checkpoint_is_refused_without_waiting_for_it(evil, capsys, stage):
+    os.mkfifo(evil / "bad.ckpt")
+    more = ["export", evil / "bad.ckpt", evil / "out"] if stage == "export" else None
+    args = more or command(stage, evil / "run", "dpo", "--ckpt_path", evil / "bad.ckpt")
+    assert "is a pipe, and only regular files are read" in say_one_sentence(capsys, args)
+
+
 # -- folders of shards ------------------------------------------------------------------------------------------------
 
 
@@ -245,6 +360,7 @@ FORGED = {
 }
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("name", FORGED)
 def test_an_index_names_only_regular_files_of_its_own_folder(shards, capsys, name):
     """With every decoy left as it was; and without a manifest, no cut folder counts as sound or replaces a good one."""

@@ -15,9 +15,13 @@ from lit_dpo import PreferenceModule, sources, trusting_remote_code
 from lit_dpo.cli import main
 from lit_dpo.models import empty_model, export, load_model, load_tokenizer, quickstart_tokenizer
 from tests import runs
-from tests.test_cli import ROOT
+from tests.test_cli import ROOT, built, quick  # noqa: F401 - fixtures
 
-pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
+pytestmark = [
+    *runs.QUIET,
+    pytest.mark.usefixtures("quick"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+]
 
 CODE = """
 import pathlib

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.layouts import Pair, RowError
@@ -55,9 +56,7 @@ class TokenCache:
         return TensorStore(place, {**identity, "tokens": _LAYOUT, "specs": paths})
 
     def _read(self) -> None:
-        tensors, problem = (None, None) if self._store is None else self._store.read()
-        if tensors is not None and not _is_sound(tensors):
-            tensors, problem = None, "it holds no token ids"
+        tensors, problem = (None, None) if self._store is None else self._store.read(self._problem)
         if problem and self._store is not None:
             rank_zero_info(f"Token cache {self._store.data} is damaged ({problem}): tokenizing anew.")
         if tensors is None:
@@ -67,6 +66,27 @@ class TokenCache:
         self._tokens, self._lengths, self._flags = (tensors[name] for name in ("tokens", "lengths", "flags"))
         self._prompts = tensors["prompts"].numpy().tobytes()
         self._ends = self._lengths.sum(1).cumsum(0)
+
+    def _problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Why these are not what `keep` writes, if they are not."""
+        layout = {
+            "keys": (torch.uint8, 16),
+            "prompts": (torch.uint8, 16),
+            "lengths": (torch.int64, 3),
+            "flags": (torch.bool, 3),
+        }
+        parts = [tensors.get(name) for name in layout]
+        for part, (dtype, width) in zip(parts, layout.values(), strict=True):
+            if part is None or part.dtype != dtype or part.shape != (len(parts[0]), width):  # type: ignore[arg-type]
+                return "it has not the form of token ids"
+        tokens, counts = tensors.get("tokens"), tensors["lengths"]
+        if tokens is None or tokens.dtype != torch.int32 or tokens.dim() != 1:
+            return "it has not the form of token ids"
+        if (counts < 1).any() or (counts > len(tokens)).any() or counts.sum() != len(tokens):
+            return "its lengths do not fit its token ids"
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.encoder.tokenizer):
+            return "it holds ids that the tokenizer does not have"
+        return None
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
         """As `PairEncoder.many`."""
@@ -109,16 +129,6 @@ class TokenCache:
         truncated, healed, control_text = self._flags[row].tolist()
         key = self._prompts[16 * row : 16 * row + 16]
         return Encoded(prompt, chosen, rejected, truncated, healed, control_text, key)
-
-
-def _is_sound(tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether tensors have the shapes that `TokenCache.keep` writes, whoever wrote them."""
-    if not {"keys", "tokens", "lengths", "flags", "prompts"} <= set(tensors):
-        return False
-    rows, lengths = len(tensors["keys"]), tensors["lengths"]
-    shapes = {"keys": (rows, 16), "prompts": (rows, 16), "lengths": (rows, 3), "flags": (rows, 3)}
-    fits = all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
-    return fits and bool((lengths >= 0).all()) and tuple(tensors["tokens"].shape) == (int(lengths.sum()),)
 
 
 def _bytes(hashes: Iterable[bytes]) -> torch.Tensor:
