@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -18,7 +16,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +28,7 @@ from transformers.utils import logging
 
 from lit_dpo.checkpoints import sync_files
 from lit_dpo.finite import first_nonfinite
-from lit_dpo.scoring import own_attention
+from lit_dpo.merging import gives_no_tensor, merged
 from lit_dpo.sources import NO_DECODER, read_config, read_model, read_tokenizer, refuse_kernels, trusts_remote_code
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -76,7 +74,7 @@ class LoRA:
         except ImportError as error:
             raise ImportError('LoRA needs the package peft: pip install "lit-dpo[peft]".') from error
         # Some routers are linear layers to peft, but give more than a product.
-        strange = [name for name, module in model.named_modules() if _is_strange_linear(module)]
+        strange = [name for name, module in model.named_modules() if gives_no_tensor(module)]
         config = LoraConfig(
             task_type="CAUSAL_LM",
             exclude_modules=strange if strange and self.target_modules == "all-linear" else None,
@@ -90,14 +88,6 @@ class LoRA:
             torch.manual_seed(seed)
             wrapped: nn.Module = get_peft_model(model, config)
         return wrapped
-
-
-@torch.no_grad()
-def _is_strange_linear(module: nn.Module) -> bool:
-    """Whether a module that inherits from `nn.Linear` gives something else than a tensor."""
-    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
-        return False
-    return not isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
 
 
 def load_model(
@@ -219,7 +209,7 @@ def export(
     """
     refuse_existing(Path(folder))
     if hasattr(model, "peft_config") and merge:
-        model = _merged(model)
+        model = merged(model)
     if name := first_nonfinite(model.named_parameters()):
         raise ValueError(
             f"The weights to export are not finite, `{name}` first, and make no model: export an earlier checkpoint, "
@@ -242,64 +232,6 @@ def export(
         shutil.rmtree(part, ignore_errors=True)
         raise
     return target
-
-
-def refuse_tied_adapters(model: nn.Module) -> None:
-    """Refuse adapters on a weight that another module shares: merged, they would change that module too.
-
-    Raises:
-        ValueError: An adapter sits on such a weight, as that of an input embedding which the output head is tied to.
-    """
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if not isinstance(base, nn.Module):
-            continue
-        for parameter in base.parameters(recurse=False):
-            others = [owner for owner in owners[id(parameter)] if owner != f"{name}.base_layer"]
-            if others:
-                ours, theirs = (path.removeprefix("base_model.model.") for path in (name, others[0]))
-                raise ValueError(
-                    f"The adapter on `{ours}`, which shares its weight with `{theirs}`, could not be merged without "
-                    "changing that too. Leave it out of the adapter's `target_modules`, or start from a model whose "
-                    "embeddings are not tied."
-                )
-
-
-@torch.no_grad()
-def _merged(model: nn.Module) -> nn.Module:
-    """A copy of a model with its adapters folded into its weights, which scores a made-up row as the model does.
-
-    Raises:
-        ValueError: It does not. What rounding may change depends on the dtype, and on what the adapters change.
-    """
-    model = copy.deepcopy(model).eval()
-    own_attention(model)
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(head.weight.shape[0], (1, 16), generator=generator).to(head.weight.device)
-
-    def logps(model: nn.Module) -> Tensor:  # of the row's tokens, shape (15,)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
-        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-
-    dtype = head.weight.dtype
-    before = logps(model)
-    with model.disable_adapter():  # type: ignore[operator]
-        effect = float((before - logps(model)).abs().max())
-    merged: nn.Module = model.merge_and_unload()  # type: ignore[operator]
-    gap, size = float((logps(merged) - before).abs().max()), float(before.abs().max())
-    share, rounding = (0.01, 1e-5) if dtype in (torch.float32, torch.float64) else (0.1, 0.02)
-    limit = share * effect + rounding * size
-    if gap > limit or math.isnan(gap) > math.isnan(size):  # a policy that is not finite is not the merge's fault
-        raise ValueError(
-            f"Merging the adapters would change the policy, a token's log-prob by {gap:.3g} nats (limit {limit:.2g}): "
-            "an adapter may sit on a weight that two layers share. Export with `merge: false`."
-        )
-    return merged
 
 
 @contextmanager

@@ -30,8 +30,9 @@ from lit_dpo.gradients import (
 )
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair
+from lit_dpo.merging import refuse_tied_adapters
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
-from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer, refuse_tied_adapters
+from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.parts import score_in_parts
 from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Reference, Start

@@ -31,6 +31,7 @@ FLOORS = {
     "metrics": 2,
     "schedules": 2,
     "scoring": 3,
+    "merging": 3,
     "models": 3,
     "audit": 4,
     "parts": 4,
@@ -49,7 +50,8 @@ FLOORS = {
 }
 # On one floor, what may build on what.
 NEIGHBOURS = {
-    ("models", "scoring"),
+    ("models", "merging"),
+    ("merging", "scoring"),
     ("checkpoints", "shards"),
     ("metrics", "losses"),
     ("audit", "reference"),

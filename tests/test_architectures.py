@@ -31,7 +31,7 @@ PADDED = [
     "bailing_hybrid", "bart", "biogpt", "blenderbot", "bloom", "codegen", "doge", "falcon", "falcon_mamba", "flint",
     "gpt_neox_japanese", "gpt_oss", "gptj", "granite_swa", "jamba", "lfm2", "lfm2_moe", "lfm3", "llama4_text",
     "mamba", "mamba2", "marian", "mbart", "mimo_v2_flash", "minimax", "mpt", "nemotron", "olmo_hybrid", "openai-gpt",
-    "pegasus", "qwen3_5_text", "qwen3_next", "rwkv", "stablelm", "trocr", "whisper", "xglm", "xlstm", "zaya",
+    "pegasus", "qwen3_5_text", "qwen3_next", "rwkv", "stablelm", "trocr", "whisper", "xglm", "zaya",
 ]  # fmt: skip
 _HEAD = r"cannot be scored: its log-probs in the padded layout differ from its own logits"
 REFUSED = {
@@ -43,9 +43,11 @@ REFUSED = {
     "ernie": _HEAD,
     "roberta": _HEAD,
     "roformer": _HEAD,
+    "xlstm": _HEAD,  # with such weights its kernels round by hundredths of a nat more, the longer a row is padded
     "longcat_flash": "No list of 4 decoder blocks found in LongcatFlashModel",
 }
 FAST = ["gemma3n_text", "lfm2", "qwen3_moe", "llama4_text"]
+NO_ADAPTER = ["falcon_mamba", "mamba", "mamba2"]  # peft knows no adapter for all their linear layers
 REFERENCES = {"frozen": FrozenReference, "cached": CachedReference, "adapter": AdapterReference}
 
 
@@ -98,6 +100,10 @@ def test_at_rate_0_every_loss_is_log_2(model_type, reference, tmp_path, monkeypa
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path))
     adapter = LoRA(rank=2) if reference == "adapter" else None
     module = runs.module(described(model_type), lr=0.0, reference=REFERENCES[reference](), adapter=adapter)
+    if reference == "adapter" and model_type in NO_ADAPTER:
+        with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+            runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=1)
+        return
     losses = []
     step = module._step
     module._step = lambda batch, stage: losses.append(loss := step(batch, stage)) or loss

@@ -163,7 +163,7 @@ def test_a_forged_cache_and_a_forged_journal_are_scored_anew(place, caplog):
         journal.close()
         with caplog.at_level(logging.INFO):
             assert start(place, place / "cache")[0] == ROWS + 15
-        assert "is damaged (it holds no table of log-probs)" in caplog.text
+        assert "is damaged (it" in caplog.text
         assert torch.equal(table(place / "cache")["last"], expected["last"])
 
 

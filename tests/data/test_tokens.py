@@ -145,7 +145,7 @@ def test_a_forged_file_is_noticed_and_written_anew(path, folder, caplog, forged)
     store.write(tensors if forged else {"a": tensors["keys"]})
     with caplog.at_level(logging.INFO):
         assert load(path) == (plain, 0)
-    assert caplog.text.count("is damaged (it holds no token ids)") == 1
+    assert caplog.text.count("is damaged (it") == 1
     assert load(path) == (plain, FOUND)
 
 
