@@ -71,9 +71,9 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("batch", [30, 61, 66])
+@pytest.mark.parametrize("batch", [31, pytest.param(61, marks=pytest.mark.slow), 66])
 def test_a_killed_reference_pass_goes_on_bit_for_bit(place, batch, caplog):
-    """At a quarter and at half of the training rows, and within the validation rows."""
+    """At half of the training rows, at their end, and within the validation rows."""
     scored, _ = start(place, place / "whole")
     assert scored == ROWS + 15  # equal rows once
     killed(place, place / "cache", kill_at=batch)
@@ -92,6 +92,7 @@ def test_a_killed_reference_pass_goes_on_bit_for_bit(place, batch, caplog):
     assert start(place, place / "cache")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_pass_killed_again_and_again_loses_little(place):
     start(place, place / "whole")
     for batch in (15, 20, 25):
@@ -156,7 +157,7 @@ def test_a_forged_cache_and_a_forged_journal_are_scored_anew(place, caplog):
     (header,) = (place / "cache").glob("*.json")
     identity = json.loads(header.read_text())["identity"]
     store = TensorStore(place / "cache", {k: v for k, v in identity.items() if k != "format"})
-    for forged in ({"a": torch.ones(2)}, {"keys": torch.ones(2, 2)}, {**expected, "last": expected["last"][1:]}):
+    for forged in ({"a": torch.ones(2)}, {**expected, "last": expected["last"][1:]}):
         store.write(forged)
         journal = Journal(store)
         journal.append(forged)
