@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.audit import calm, check_rows, choose_layout
-from lit_dpo.checkpoints import believe_all
+from lit_dpo.foreign import believe_all
 from lit_dpo.gradients import (
     SeenPairs,
     clip_to_norm,

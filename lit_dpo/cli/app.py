@@ -30,6 +30,7 @@ from lit_dpo.cli.parser import PLUGGABLE, Parser, subclass_names, switching_forg
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_run
+from lit_dpo.foreign import refuse_foreign_checkpoint
 from lit_dpo.module import PreferenceModule
 from lit_dpo.runs import (
     RunFolder,
@@ -44,7 +45,6 @@ from lit_dpo.runs import (
     newest_run,
     number_of,
     refuse_changes,
-    refuse_foreign_checkpoint,
     refuse_foreign_logs,
     rotate_metrics,
     run_of,
