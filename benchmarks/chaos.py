@@ -26,7 +26,7 @@ from typing import Any
 from chaos_run import Run
 from common import Record, append_lines, append_section, facts, markdown_table, report_path, save_figure
 
-from lit_dpo.checkpoints import verify
+from lit_dpo.checkpoints.verify import verify
 
 TWO = "kill of one of two"
 KINDS = (

@@ -22,7 +22,7 @@ import torch
 from common import Record
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import lit_dpo.cached_reference
+import lit_dpo.references.cached
 from lit_dpo import CachedReference, LoRA, PreferenceDataModule, PreferenceModule, RandomSplit, WarmupDecay
 from lit_dpo.callbacks import BestCheckpoint, ExportModel, LastCheckpoint
 from lit_dpo.stepwise import fit_stepwise
@@ -96,7 +96,7 @@ def slow_down_scoring(folder: Path) -> None:
     mark = folder / "slow_scoring"
     if not mark.exists():
         return
-    left, score = int(mark.read_text()), lit_dpo.cached_reference.score
+    left, score = int(mark.read_text()), lit_dpo.references.cached.score
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         nonlocal left
@@ -107,7 +107,7 @@ def slow_down_scoring(folder: Path) -> None:
         time.sleep(0.1)
         return score(*args, **kwargs)
 
-    lit_dpo.cached_reference.score = slowly  # type: ignore[attr-defined]
+    lit_dpo.references.cached.score = slowly  # type: ignore[attr-defined]
 
 
 def train(folder: Path, options: Namespace) -> None:

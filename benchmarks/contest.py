@@ -18,9 +18,10 @@ from flops import SHAPES, ModelShape, resized
 from workers import CHECKED_STEPS, RUNS, Order, Settings, Split, train
 
 from lit_dpo.data.encode import PairEncoder
-from lit_dpo.data.layouts import RowError, parse_row
 from lit_dpo.data.read import read_rows, source_name
-from lit_dpo.models import load_model, train_tokenizer
+from lit_dpo.data.rows import RowError, parse_row
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import train_tokenizer
 
 LOSS_TOLERANCE = 1e-4
 

@@ -9,7 +9,7 @@ from common import Record
 from synthetic import build, random_batches
 
 from lit_dpo import score
-from lit_dpo.scoring import own_attention
+from lit_dpo.scoring.score import own_attention
 
 # Largest difference of a completion's log-prob, in nats a token, and relative error of the whole gradient.
 LIMITS = {"float32": (1e-5, 1e-4), "bfloat16": (1e-2, 4e-2)}

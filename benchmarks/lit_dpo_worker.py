@@ -24,8 +24,9 @@ from lit_dpo import (
     PreferenceModule,
     score,
 )
-from lit_dpo.data.collate import BatchPlan
-from lit_dpo.models import load_model, load_tokenizer
+from lit_dpo.data.dataset import BatchPlan
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import load_tokenizer
 
 
 class FixedOrder(PreferenceDataModule):

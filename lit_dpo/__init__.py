@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from lit_dpo.cached_reference import CachedReference
+    from lit_dpo.adapters import LoRA
     from lit_dpo.data import BySource, EasyToHard, OneShot, Partition, PreferenceDataModule, RandomSplit
     from lit_dpo.losses import (
         ADPOLoss,
@@ -82,27 +82,18 @@ if TYPE_CHECKING:
         SPPOLoss,
         WeightedLoss,
     )
-    from lit_dpo.models import LoRA
     from lit_dpo.module import PreferenceModule
     from lit_dpo.pairs import PairBatch, PairLogps
-    from lit_dpo.reference import AdapterReference, FrozenReference, Reference
+    from lit_dpo.pretrained import trusting_remote_code
+    from lit_dpo.references.adapter import AdapterReference
+    from lit_dpo.references.base import Reference
+    from lit_dpo.references.cached import CachedReference
+    from lit_dpo.references.frozen import FrozenReference
     from lit_dpo.schedules import WarmupDecay
-    from lit_dpo.scoring import score
-    from lit_dpo.sources import trusting_remote_code
+    from lit_dpo.scoring.score import score
 else:
     # The names above, from the modules that have them, tried in this order: those that import least come first.
-    _HOMES = (
-        "pairs",
-        "losses",
-        "schedules",
-        "data",
-        "models",
-        "scoring",
-        "sources",
-        "reference",
-        "cached_reference",
-        "module",
-    )
+    _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring", "pretrained", "references", "module")
 
     def __getattr__(name: str) -> object:
         """Import what is asked for now: all of it takes seconds, which no `lit-dpo --help` should wait for."""

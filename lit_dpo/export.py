@@ -1,27 +1,170 @@
-"""From a training checkpoint to a folder that transformers loads."""
+"""From a policy or a training checkpoint to a folder that transformers loads, with its model card."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import shlex
+import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import nn
+from transformers import (
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
-from lit_dpo.card import model_card
-from lit_dpo.checkpoints import manifest_of, verify
-from lit_dpo.content import check_content
+from lit_dpo.adapters import LoRA, merged
+from lit_dpo.checkpoints.claim import number_of
+from lit_dpo.checkpoints.content import check_content
+from lit_dpo.checkpoints.durable import sync_files
+from lit_dpo.checkpoints.finite import first_nonfinite
+from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpoint
+from lit_dpo.checkpoints.shards import read_shards
+from lit_dpo.checkpoints.verify import manifest_of, verify
 from lit_dpo.files import refuse_special
-from lit_dpo.finite import first_nonfinite
-from lit_dpo.models import LoRA, export, load_model, load_tokenizer, refuse_existing
+from lit_dpo.models import load_model
 from lit_dpo.module import STATE
-from lit_dpo.runs import best_checkpoint, folder_of_run, last_checkpoint, number_of
-from lit_dpo.shards import read_shards
+from lit_dpo.tokenizers import load_tokenizer
+
+
+def export(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    merge: bool = True,
+    card: str | None = None,
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with ``from_pretrained``.
+
+    The folder appears whole or not at all: it is written beside its place and renamed into it.
+
+    Args:
+        model: A transformers model or a peft wrapper around one; it is left as it is.
+        tokenizer: Saved along, chat template included.
+        folder: Must not exist, or be empty.
+        merge: Fold LoRA adapters into the weights; otherwise only the adapters are written.
+        card: Text of the model card, ``README.md``.
+
+    Raises:
+        FileExistsError: `folder` holds something already.
+        ValueError: A weight is not finite, or the merged model gives other log-probs than the one with adapters.
+    """
+    refuse_existing(Path(folder))
+    if hasattr(model, "peft_config") and merge:
+        model = merged(model)
+    if name := first_nonfinite(model.named_parameters()):
+        raise ValueError(
+            f"The weights to export are not finite, `{name}` first, and make no model: export an earlier checkpoint, "
+            "or train with a lower learning rate."
+        )
+    target = new_folder(folder)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        os.chmod(part, 0o755)
+        with without_bars():
+            model.save_pretrained(part)  # type: ignore[operator]
+        tokenizer.save_pretrained(part)
+        if card is not None:
+            (part / "README.md").write_text(card, encoding="utf-8")
+        sync_files(part)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return target
+
+
+@contextmanager
+def without_bars(hidden: bool = True) -> Iterator[None]:
+    """Let transformers draw no progress bars here, such as one over the files that it writes."""
+    hidden &= logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
+
+
+def new_folder(folder: str | Path) -> Path:
+    """A path where a folder may be made, its parents present.
+
+    Raises:
+        FileExistsError: Something is there already.
+    """
+    target = Path(folder)
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise FileExistsError if something is there that is no empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
+
+
+def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The text of ``README.md`` in the exported folder, in the form that the Hugging Face hub reads.
+
+    Args:
+        options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
+        facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
+    """
+    model = options["model"]
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["lit-dpo", "dpo", "preference-tuning"]}
+    if isinstance(model, str):
+        head["base_model"] = model
+    settings = {
+        "starting model": model,
+        "loss": options["loss"],
+        "reference": options["reference"] or "default",
+        "adapter": options["adapter"] or "none: all weights trained",
+        "dtype of the weights": options["dtype"],
+        "code of the model's own": "ran while training (--trust-remote-code)"
+        if options.get("trust_remote_code")
+        else None,
+        **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
+        "optimizer steps": facts.get("step"),
+        "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head)}---",
+        "# A policy trained on preferences\n\nTrained with lit_dpo. Settings as the run had them:",
+        _table({name: _shown(value) for name, value in settings.items() if value is not None}),
+    ]
+    if facts.get("metrics"):
+        parts += ["Measured at the exported checkpoint:", _table({k: f"{v:.4g}" for k, v in facts["metrics"].items()})]
+    versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
+    return "\n\n".join([*parts, *([f"Versions: {versions}."] if versions else [])]) + "\n"
+
+
+def _shown(value: Any) -> str:
+    """A loss or reference as it would be written in Python, everything else as it prints."""
+    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
+        inside = ", ".join(f"{name}={_shown(option)}" for name, option in value["init_args"].items())
+        return f"{value['class_path'].rpartition('.')[2]}({inside})"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value)
+
+
+def _table(values: Mapping[str, str]) -> str:
+    rows = "".join(f"| {name} | `{value.replace('|', '/').replace('`', '')}` |\n" for name, value in values.items())
+    return f"| | |\n|---|---|\n{rows}".rstrip()
+
 
 _PREFIX = "policy."
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import get_total_norm
 
-from lit_dpo.checkpoints import is_sound
-from lit_dpo.finite import first_nonfinite
+from lit_dpo.checkpoints.finite import first_nonfinite
+from lit_dpo.checkpoints.shards import shard_tensors
+from lit_dpo.checkpoints.verify import is_sound
 from lit_dpo.pairs import PairLogps
-from lit_dpo.shards import shard_tensors
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from lit_dpo.losses import PreferenceLoss
-from lit_dpo.reference import Reference
+from lit_dpo.references.base import Reference
 
 
 def plain(value: Any) -> Any:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.audit import calm, check_rows, choose_layout
-from lit_dpo.foreign import believe_all
+from lit_dpo.adapters import LoRA, refuse_tied_adapters
+from lit_dpo.checkpoints.foreign import believe_all
 from lit_dpo.gradients import (
     SeenPairs,
     clip_to_norm,
@@ -30,17 +30,21 @@ from lit_dpo.gradients import (
 )
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair
-from lit_dpo.merging import refuse_tied_adapters
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
-from lit_dpo.models import Dtype, LoRA, ModelDescription, empty_model, load_model, load_tokenizer
+from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.parts import score_in_parts
-from lit_dpo.reference import AdapterReference, Filling, FrozenReference, Reference, Start
+from lit_dpo.pretrained import trusts_remote_code
+from lit_dpo.references.adapter import AdapterReference
+from lit_dpo.references.base import Filling, Reference, Start
+from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
-from lit_dpo.scoring import Layout, decoder_parts, score
-from lit_dpo.sources import trusts_remote_code
+from lit_dpo.scoring.audit import calm, check_rows, choose_layout
+from lit_dpo.scoring.decoder import decoder_parts
+from lit_dpo.scoring.parts import score_in_parts
+from lit_dpo.scoring.score import Layout, score
 from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
+from lit_dpo.tokenizers import load_tokenizer
 from lit_dpo.version import __version__
 
 STATE = "lit_dpo"
@@ -361,7 +365,7 @@ class PreferenceModule(LightningModule):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What a model card tells of the run so far, as plain values; see `lit_dpo.card.model_card`."""
+        """What a model card tells of the run so far, as plain values; see `lit_dpo.export.model_card`."""
         data = getattr(getattr(self.trainer, "datamodule", None), "sources", None)
         metrics = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name.startswith("val/")}
         packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_dpo.callbacks import ExportModel
-from lit_dpo.checkpoints import verify, write_json
+from lit_dpo.checkpoints.claim import is_first
+from lit_dpo.checkpoints.durable import write_json
+from lit_dpo.checkpoints.verify import verify
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.losses import SFTLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
-from lit_dpo.reference import FrozenReference
-from lit_dpo.runs import is_first
+from lit_dpo.references.frozen import FrozenReference
 
 
 def fit_stepwise(

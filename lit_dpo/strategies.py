@@ -20,10 +20,11 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from lit_dpo.checkpoints import verify
-from lit_dpo.content import check_content
-from lit_dpo.scoring import SHARDED_METHOD, completion_sums, decoder_parts, own_tensors
-from lit_dpo.shards import check_index
+from lit_dpo.checkpoints.content import check_content
+from lit_dpo.checkpoints.shards import check_index
+from lit_dpo.checkpoints.verify import verify
+from lit_dpo.scoring.decoder import decoder_parts, own_tensors
+from lit_dpo.scoring.score import SHARDED_METHOD, completion_sums
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -46,7 +47,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Check a checkpoint, then load it, as plain values and tensors alone; see `lit_dpo.checkpoints.verify`."""
+        """Check a checkpoint, then load it, as plain values and tensors alone; see `verify`."""
         path = Path(self.broadcast(checkpoint_path))
         verify(path)
         if path.is_dir():

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from lit_dpo import CachedReference, LoRA, PairBatch
-from lit_dpo.audit import choose_layout
 from lit_dpo.models import load_model
-from lit_dpo.reference import AdapterReference, FrozenReference
-from lit_dpo.scoring import score
+from lit_dpo.references.adapter import AdapterReference
+from lit_dpo.references.frozen import FrozenReference
+from lit_dpo.scoring.audit import choose_layout
+from lit_dpo.scoring.score import score
 from tests import runs
 from tests.architectures import described
 from tests.oracles import separate_logps

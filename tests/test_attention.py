@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lit_dpo import attention
-from lit_dpo.attention import pair_attention
+from lit_dpo.scoring import attention
+from lit_dpo.scoring.attention import pair_attention
 from tests.oracles import dense_attention, sees
 
 SHAPES = {

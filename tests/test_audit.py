@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from lit_dpo import CachedReference, PairBatch
-from lit_dpo.audit import calm, check_sizes, choose_layout
-from lit_dpo.models import LoRA, load_model
-from lit_dpo.reference import AdapterReference, FrozenReference
-from lit_dpo.scoring import flat_obstacle, score
+from lit_dpo.adapters import LoRA
+from lit_dpo.models import load_model
+from lit_dpo.references.adapter import AdapterReference
+from lit_dpo.references.frozen import FrozenReference
+from lit_dpo.scoring.audit import calm, check_sizes, choose_layout
+from lit_dpo.scoring.score import flat_obstacle, score
 from tests import runs
 from tests.models import tiny_model
 from tests.oracles import separate_logps

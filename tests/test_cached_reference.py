@@ -19,9 +19,10 @@ from lit_dpo import (
     PreferenceModule,
     RandomSplit,
 )
-from lit_dpo.cache import LogpsTable, content_keys, fingerprint
-from lit_dpo.models import load_model, load_tokenizer, train_tokenizer
-from lit_dpo.store import TensorStore
+from lit_dpo.checkpoints.tensor_store import TensorStore
+from lit_dpo.models import load_model
+from lit_dpo.references.table import LogpsTable, content_keys, fingerprint
+from lit_dpo.tokenizers import load_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*is_gradient_checkpointing.* is deprecated"
@@ -179,7 +180,7 @@ def test_changed_inputs_are_missed_and_unchanged_ones_reused(place, monkeypatch,
     if what == "truncation side":  # the same limit before, cutting at the other side
         assert run(place, data={"max_length": LIMIT})[0] == (ONE, ALL - ONE)
     if module == "format":
-        monkeypatch.setattr("lit_dpo.store.FORMAT", 2)
+        monkeypatch.setattr("lit_dpo.checkpoints.tensor_store.FORMAT", 2)
         module = None
     (scored, reused), _, _ = run(place, module=module and module(place), data=data and data(place))
     assert scored == expected

@@ -13,16 +13,11 @@ import pytest
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from lit_dpo import checkpoints
-from lit_dpo.checkpoints import (
-    DurableCheckpointIO,
-    keep_as,
-    make_durable,
-    manifest_of,
-    refuse_unwritable,
-    verify,
-    write_shards_manifest,
-)
+from lit_dpo.checkpoints import io
+from lit_dpo.checkpoints import verify as verifying
+from lit_dpo.checkpoints.durable import refuse_unwritable
+from lit_dpo.checkpoints.io import DurableCheckpointIO, keep_as, make_durable
+from lit_dpo.checkpoints.verify import manifest_of, verify, write_shards_manifest
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -69,11 +64,11 @@ def test_an_error_while_saving_leaves_the_previous_one_and_says_where(saved, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if moment == "write":
-        monkeypatch.setattr(checkpoints._Hashed, "write", full)
+        monkeypatch.setattr(io._Hashed, "write", full)
     elif moment == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     elif moment == "read back":
-        monkeypatch.setattr(checkpoints, "_sum_of_file", lambda path: "another")
+        monkeypatch.setattr(io, "_sum_of_file", lambda path: "another")
     else:
         monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=r"last\.ckpt` cannot be written .* bytes free; what stood there before is"):
@@ -121,7 +116,7 @@ def test_a_crash_between_the_two_renames_leaves_a_loadable_one(saved, monkeypatc
 
 KILLING = """
 import os, random, signal, sys, time, torch
-from lit_dpo.checkpoints import DurableCheckpointIO
+from lit_dpo.checkpoints.io import DurableCheckpointIO
 
 target, draw = sys.argv[1], random.Random(0)
 for round in range(20):
@@ -375,7 +370,7 @@ def test_no_malicious_pickle_is_executed(tmp_path, with_manifest):
         path = tmp_path / f"{name}.ckpt"
         torch.save({"state_dict": {}, "hyper_parameters": {"model": "x"}, **bad}, path)
         if with_manifest:
-            manifest_of(path).write_text(json.dumps({"sha256": checkpoints._sum_of_file(path), "previous": None}))
+            manifest_of(path).write_text(json.dumps({"sha256": verifying._sum_of_file(path), "previous": None}))
         for load in (
             lambda path: DurableCheckpointIO().load_checkpoint(path, weights_only=False),
             lambda path: export_checkpoint(str(path), str(tmp_path / "out")),

@@ -538,7 +538,7 @@ def files(tmp_path):
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(mistake, files, tmp_path, capsys, quick):
     more, words = MISTAKES[mistake]
     if mistake == "no chat template":
-        tokenizer = lit_dpo.models.quickstart_tokenizer()
+        tokenizer = lit_dpo.tokenizers.quickstart_tokenizer()
         tokenizer.chat_template = None
         tokenizer.save_pretrained(files / "plain_tokenizer")
     more = [arg.format(files) if "{}" in arg else arg for arg in more]

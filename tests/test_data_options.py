@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lit_dpo.cli import main
-from lit_dpo.models import quickstart_tokenizer
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 from tests.test_cli import command
 
@@ -72,7 +72,7 @@ def test_completions_end_with_the_eos_unless_told_not_to(tmp_path, monkeypatch, 
 
 def test_the_token_cache_knows_both(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lit_dpo.data.tokens.WORTH_KEEPING", 1)
+    monkeypatch.setattr("lit_dpo.data.token_cache.WORTH_KEEPING", 1)
     path, found = messages(tmp_path), {}
     # Without a special token at its end, a template leaves the end to the EOS.
     options = ({}, {"append_eos": False}, {"chat_template": TEMPLATE}, {"chat_template": TEMPLATE, "append_eos": False})

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from transformers import PreTrainedTokenizerBase
 
-import lit_dpo.checkpoints
+import lit_dpo.checkpoints.io
 from lit_dpo import PreferenceModule
 from lit_dpo.callbacks import BestCheckpoint, RunSummary
 from lit_dpo.cli import main
@@ -191,7 +191,7 @@ def interrupt(number):
 
 
 def broken_disk(monkeypatch):
-    monkeypatch.setattr(lit_dpo.checkpoints.torch, "save", lambda *args, **kwargs: refuse(OSError))
+    monkeypatch.setattr(lit_dpo.checkpoints.io.torch, "save", lambda *args, **kwargs: refuse(OSError))
 
 
 def broken_tokenizer(monkeypatch, act=lambda: refuse(OSError)):

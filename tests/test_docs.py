@@ -19,7 +19,7 @@ import yaml
 
 import lit_dpo
 from lit_dpo.cli import main
-from lit_dpo.data.layouts import parse_row
+from lit_dpo.data.rows import parse_row
 from tests import runs
 from tests.test_readme import ratios
 

@@ -8,9 +8,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_dpo import LoRA, PreferenceModule, WeightedLoss
-from lit_dpo.export import export_checkpoint
+from lit_dpo.export import export, export_checkpoint
 from lit_dpo.losses import DPOLoss, SFTLoss
-from lit_dpo.models import export, load_model, quickstart_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

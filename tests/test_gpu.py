@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lit_dpo import PairBatch, attention, score
+from lit_dpo import PairBatch, score
+from lit_dpo.scoring import attention
 from tests import interrupted, runs
 from tests.oracles import dense_attention, sees
 

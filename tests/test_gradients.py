@@ -13,10 +13,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from lit_dpo import CachedReference, FrozenReference
 from lit_dpo.callbacks import ExportModel, LastCheckpoint
+from lit_dpo.checkpoints.finite import first_nonfinite
+from lit_dpo.checkpoints.shards import read_shards
 from lit_dpo.cli import main
-from lit_dpo.finite import first_nonfinite
 from lit_dpo.gradients import clip_to_norm, gradient_norm
-from lit_dpo.shards import read_shards
 from tests import runs
 from tests.test_cli import command
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_dpo.logps import sum_by_completion, token_logps
+from lit_dpo.scoring.logps import sum_by_completion, token_logps
 
 TOKENS, WIDTH, VOCABULARY = 11, 5, 23
 HEADS = {
@@ -19,14 +19,14 @@ every_head = pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
 
 @pytest.fixture(params=[(3, 4), (11, 23), (1, 1), (100, 7)], ids=lambda t: f"tiles{t[0]}x{t[1]}")
 def _tiles(request, monkeypatch):
-    monkeypatch.setattr("lit_dpo.logps.TOKEN_TILE", request.param[0])
-    monkeypatch.setattr("lit_dpo.logps.VOCAB_TILE", request.param[1])
+    monkeypatch.setattr("lit_dpo.scoring.logps.TOKEN_TILE", request.param[0])
+    monkeypatch.setattr("lit_dpo.scoring.logps.VOCAB_TILE", request.param[1])
 
 
 @pytest.fixture
 def _small_tiles(monkeypatch):
-    monkeypatch.setattr("lit_dpo.logps.TOKEN_TILE", 4)
-    monkeypatch.setattr("lit_dpo.logps.VOCAB_TILE", 8)
+    monkeypatch.setattr("lit_dpo.scoring.logps.TOKEN_TILE", 4)
+    monkeypatch.setattr("lit_dpo.scoring.logps.VOCAB_TILE", 8)
 
 
 def made(with_bias=False, scale=1.0, softcap=None, dtype=torch.float64, seed=0):
@@ -168,8 +168,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_no_tensor_of_tokens_times_vocabulary(softcap, monkeypatch):
-    monkeypatch.setattr("lit_dpo.logps.TOKEN_TILE", 8)
-    monkeypatch.setattr("lit_dpo.logps.VOCAB_TILE", 16)
+    monkeypatch.setattr("lit_dpo.scoring.logps.TOKEN_TILE", 8)
+    monkeypatch.setattr("lit_dpo.scoring.logps.VOCAB_TILE", 16)
     tokens, width, vocabulary = 64, 3, 100
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight, bias = torch.randn(vocabulary, width, requires_grad=True), torch.randn(vocabulary, requires_grad=True)

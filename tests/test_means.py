@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_dpo import CachedReference, DPOLoss, FrozenReference, SFTLoss
-from lit_dpo.data.collate import BatchPlan
+from lit_dpo.data.dataset import BatchPlan
 from tests import runs
 
 pytestmark = runs.QUIET

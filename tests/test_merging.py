@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from lit_dpo.export import export_checkpoint
-from lit_dpo.models import LoRA, export, train_tokenizer
+from lit_dpo.adapters import LoRA
+from lit_dpo.export import export, export_checkpoint
+from lit_dpo.tokenizers import train_tokenizer
 from tests import runs
 from tests.models import tiny_model
 

@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_dpo.audit import choose_layout
-from lit_dpo.models import LoRA, empty_model, export, load_model, load_tokenizer, quickstart_tokenizer, train_tokenizer
+from lit_dpo.adapters import LoRA
+from lit_dpo.export import export
+from lit_dpo.models import empty_model, load_model
+from lit_dpo.scoring.audit import choose_layout
+from lit_dpo.tokenizers import load_tokenizer, quickstart_tokenizer, train_tokenizer
 from tests.models import DESCRIPTIONS, VOCABULARY, tiny_model
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "a cat and a dog"] * 5

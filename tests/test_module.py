@@ -23,8 +23,10 @@ from lit_dpo import (
     SFTLoss,
     WeightedLoss,
 )
+from lit_dpo.export import export
 from lit_dpo.losses import log_ratios
-from lit_dpo.models import export, load_model, quickstart_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lit_dpo import DPOLoss, IntermediateLoss, LoRA, PairBatch, score
-from lit_dpo import parts as parts_module
-from lit_dpo.parts import score_in_parts
+from lit_dpo.scoring import parts as parts_module
+from lit_dpo.scoring.parts import score_in_parts
 from tests import runs
 from tests.models import tiny_model
 

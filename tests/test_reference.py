@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lit_dpo import AdapterReference, DPOLoss, FrozenReference, LoRA, PairBatch, score
-from lit_dpo.models import load_model, quickstart_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import lit_dpo.cached_reference as subject
+import lit_dpo.references.cached as subject
 from lit_dpo import CachedReference, IntermediateLoss
-from lit_dpo.cache import LogpsTable
-from lit_dpo.store import Journal, TensorStore
+from lit_dpo.checkpoints.journal import Journal
+from lit_dpo.checkpoints.tensor_store import TensorStore
+from lit_dpo.references.table import LogpsTable
 from tests import runs
 
 pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")]

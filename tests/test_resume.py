@@ -21,7 +21,7 @@ from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
 from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, Stopped
-from lit_dpo.data.collate import PairSampler
+from lit_dpo.data.sampler import PairSampler
 from lit_dpo.export import export_checkpoint
 from lit_dpo.resume import rescale, seeded
 from tests import interrupted, runs

@@ -15,8 +15,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from lit_dpo.checkpoints.claim import RunFolder
+from lit_dpo.checkpoints.run import newest_run, rotate_metrics
 from lit_dpo.cli import main
-from lit_dpo.runs import RunFolder, newest_run, rotate_metrics
 from tests import runs
 from tests.test_cli import built, command, fails, quick  # noqa: F401 - fixtures
 from tests.test_decoys import ELSEWHERE, Elsewhere, csv_logger, seen

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from lit_dpo import PairBatch
-from lit_dpo.audit import choose_layout
-from lit_dpo.models import LoRA
-from lit_dpo.scoring import decoder_parts, flat_obstacle, own_attention, score
+from lit_dpo.adapters import LoRA
+from lit_dpo.scoring.audit import choose_layout
+from lit_dpo.scoring.decoder import decoder_parts
+from lit_dpo.scoring.score import flat_obstacle, own_attention, score
 from tests.models import VOCABULARY, tiny_model
 from tests.oracles import dense_attention, sees, separate_logps
 
@@ -408,7 +409,7 @@ def test_the_audit_catches_wrong_attention(rule, monkeypatch):
         return dense_attention(query, key, value, rule(shape), scale, softcap)
 
     model = tiny_model("llama")
-    monkeypatch.setattr("lit_dpo.scoring.pair_attention", sabotaged)
+    monkeypatch.setattr("lit_dpo.scoring.score.pair_attention", sabotaged)
     layout, reason = choose_layout(model)
     assert layout == "padded"
     assert "in the flat layout differ from its own logits by" in reason
@@ -420,7 +421,7 @@ def test_the_audit_lets_right_attention_pass(monkeypatch):
     def slow(query, key, value, shape, scale, softcap, dropout):
         return dense_attention(query, key, value, sees(shape), scale, softcap)
 
-    monkeypatch.setattr("lit_dpo.scoring.pair_attention", slow)
+    monkeypatch.setattr("lit_dpo.scoring.score.pair_attention", slow)
     assert choose_layout(tiny_model("llama")) == ("auto", None)
 
 
@@ -431,7 +432,7 @@ def test_the_audit_is_not_fooled_by_nan(place, monkeypatch):
         out[:, :, place] = torch.nan  # a prompt spoils both completions, a rejected one only itself
         return out
 
-    monkeypatch.setattr("lit_dpo.scoring.pair_attention", sabotaged)
+    monkeypatch.setattr("lit_dpo.scoring.score.pair_attention", sabotaged)
     layout, reason = choose_layout(tiny_model("llama"))
     assert layout == "padded"
     assert "nan" in reason

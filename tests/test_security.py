@@ -14,9 +14,10 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from lit_dpo.checkpoints import keep_as, verify, write_shards_manifest
+from lit_dpo.checkpoints.io import keep_as
+from lit_dpo.checkpoints.shards import check_index
+from lit_dpo.checkpoints.verify import verify, write_shards_manifest
 from lit_dpo.cli import main
-from lit_dpo.shards import check_index
 from tests import runs
 from tests.test_cli import CONFIGS, built, command, quick  # noqa: F401 - fixtures
 

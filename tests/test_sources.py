@@ -11,9 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lit_dpo import PreferenceModule, sources, trusting_remote_code
+from lit_dpo import PreferenceModule, trusting_remote_code
+from lit_dpo import pretrained as sources
 from lit_dpo.cli import main
-from lit_dpo.models import empty_model, export, load_model, load_tokenizer, quickstart_tokenizer
+from lit_dpo.export import export
+from lit_dpo.models import empty_model, load_model
+from lit_dpo.tokenizers import load_tokenizer, quickstart_tokenizer
 from tests import runs
 from tests.test_cli import ROOT, built, quick  # noqa: F401 - fixtures
 

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from lit_dpo import BySource, CachedReference, EasyToHard, FrozenReference, LoRA, OneShot, RandomSplit, score
 from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping
-from lit_dpo.models import load_model, quickstart_tokenizer
+from lit_dpo.models import load_model
 from lit_dpo.stepwise import fit_stepwise
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lit_dpo import CachedReference
-from lit_dpo.cache import LogpsTable
-from lit_dpo.data import tokens
+from lit_dpo.checkpoints.tensor_store import TensorStore
+from lit_dpo.data import token_cache as tokens
 from lit_dpo.data.encode import PairEncoder
 from lit_dpo.data.load import load_pairs
-from lit_dpo.models import quickstart_tokenizer
-from lit_dpo.store import TensorStore
+from lit_dpo.references.table import LogpsTable
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

@@ -8,9 +8,11 @@ from pathlib import Path
 import pyte
 import pytest
 
+from lit_dpo.adapters import LoRA
 from lit_dpo.callbacks import ExportModel, RunSummary, SampleCompletions
 from lit_dpo.cli import main
-from lit_dpo.models import LoRA, load_model, load_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import load_tokenizer
 from tests import runs
 from tests.terminal import Session, Terminal
 

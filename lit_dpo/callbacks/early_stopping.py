@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lit_dpo.checkpoints import make_durable
-from lit_dpo.foreign import believe
+from lit_dpo.checkpoints.foreign import believe
+from lit_dpo.checkpoints.io import make_durable
 
 
 class RewardEarlyStopping(EarlyStopping):

@@ -14,8 +14,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_dpo.checkpoints import keep_as, make_durable, refuse_unwritable, write_shards_manifest
-from lit_dpo.foreign import refuse_foreign
+from lit_dpo.checkpoints.durable import refuse_unwritable
+from lit_dpo.checkpoints.foreign import refuse_foreign
+from lit_dpo.checkpoints.io import keep_as, make_durable
+from lit_dpo.checkpoints.verify import write_shards_manifest
 from lit_dpo.watch import PeerLostError, failed, follow_launcher, leave, watch_over
 
 Handler = Callable[[int, FrameType | None], Any] | int | None

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from lit_dpo.callbacks.progress import finish_progress
 from lit_dpo.module import PreferenceModule
-from lit_dpo.scoring import own_attention
-from lit_dpo.sources import trusts_remote_code
+from lit_dpo.pretrained import trusts_remote_code
+from lit_dpo.scoring.score import own_attention
 
 
 class SampleCompletions(Callback):

@@ -24,33 +24,27 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, PolicyLine, ProgressLine, RunSummary, Stopped
-from lit_dpo.checkpoints import make_durable
+from lit_dpo.checkpoints.changes import refuse_changes, saved_config
+from lit_dpo.checkpoints.claim import RunFolder, agreed, forget_handed_down, handed_down, is_first, number_of
+from lit_dpo.checkpoints.foreign import refuse_foreign_checkpoint
+from lit_dpo.checkpoints.io import make_durable
+from lit_dpo.checkpoints.run import (
+    check_checkpoint,
+    folder_of_run,
+    is_stepwise,
+    last_checkpoint,
+    newest_run,
+    refuse_foreign_logs,
+    rotate_metrics,
+    run_of,
+)
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_run
-from lit_dpo.foreign import refuse_foreign_checkpoint
 from lit_dpo.module import PreferenceModule
-from lit_dpo.runs import (
-    RunFolder,
-    agreed,
-    check_checkpoint,
-    folder_of_run,
-    forget_handed_down,
-    handed_down,
-    is_first,
-    is_stepwise,
-    last_checkpoint,
-    newest_run,
-    number_of,
-    refuse_changes,
-    refuse_foreign_logs,
-    rotate_metrics,
-    run_of,
-    saved_config,
-)
-from lit_dpo.sources import trusting_remote_code
+from lit_dpo.pretrained import trusting_remote_code
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.watch import watch_over
 
@@ -258,10 +252,10 @@ class PreferenceCLI(LightningCLI):
 
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 _IMPORTABLE = (
-    *(f"lit_dpo.{name}" for name in ("losses", "reference", "cached_reference", "schedules", "callbacks")),
+    *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
     *(
         f"lit_dpo.{name}"
-        for name in ("data.partition", "models.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
+        for name in ("data.partition", "adapters.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
     ),
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
     *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined

@@ -17,11 +17,11 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lit_dpo.adapters import LoRA
 from lit_dpo.cli.messages import did_you_mean, one_sentence
 from lit_dpo.data import Partition
 from lit_dpo.losses import PreferenceLoss
-from lit_dpo.models import LoRA
-from lit_dpo.reference import Reference
+from lit_dpo.references.base import Reference
 
 PLUGGABLE = (PreferenceLoss, Reference, Partition)
 _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lit_dpo.models import without_bars
+from lit_dpo.export import without_bars
 
 _NO_NEWS = (
     ".*does not have many workers.*",  # pairs are in memory as token ids: worker processes would only cost

@@ -97,8 +97,8 @@ def pluggable() -> dict[str, dict[str, tuple[str, ...]]]:
     """By option: our classes that it can name, each with the names of its own options."""
     places = {
         "model.loss": ("losses/*.py", "PreferenceLoss"),
-        "model.reference": ("*reference.py", "Reference"),
-        "model.adapter": ("models.py", "LoRA"),
+        "model.reference": ("references/*.py", "Reference"),
+        "model.adapter": ("adapters.py", "LoRA"),
         "model.lr_scheduler": ("schedules.py", "WarmupDecay"),
         "data.partition": ("data/partition.py", "Partition"),
     }

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from lit_dpo.data.collate import DIGEST, PairDataset
+from lit_dpo.data.dataset import DIGEST, PairDataset
 
 _EXAMPLES = 5
 

@@ -15,15 +15,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_dpo.data.changes import record, refuse_changes
-from lit_dpo.data.collate import PairDataset, PairSampler
+from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
 from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, load_pairs
+from lit_dpo.data.loader import ResumableLoader
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
-from lit_dpo.data.tokens import TokenCache
+from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.token_cache import TokenCache
 from lit_dpo.data.validation import held_out, overlap
 from lit_dpo.pairs import PairBatch
-from lit_dpo.resume import ResumableLoader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

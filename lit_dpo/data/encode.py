@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
-from lit_dpo.data.layouts import Content, Message, Pair, RowError
+from lit_dpo.data.rows import Content, Message, Pair, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from lit_dpo.data.encode import Encoded
-from lit_dpo.data.layouts import LayoutError, Pair, RowError, parse_row
 from lit_dpo.data.read import MAX_LINE_BYTES, read_rows, source_name
+from lit_dpo.data.rows import LayoutError, Pair, RowError, parse_row
 
 OnBadRow = Literal["error", "skip"]
 _EXAMPLES = 3

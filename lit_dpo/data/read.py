@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lit_dpo.data.layouts import RowError
+from lit_dpo.data.rows import RowError
 from lit_dpo.files import refuse_special
 
 Row = tuple[str, dict[str, object]]

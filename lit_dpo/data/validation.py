@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_dpo.data.collate import PairDataset
+from lit_dpo.data.dataset import PairDataset
 
 
 def held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_dpo.logps import sum_by_completion
 from lit_dpo.losses.base import PreferenceLoss, check, log_ratios, token_log_ratios
 from lit_dpo.pairs import PairLogps
+from lit_dpo.scoring.logps import sum_by_completion
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
 from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping
-from lit_dpo.checkpoints import verify
+from lit_dpo.checkpoints.verify import verify
 from tests import runs
 
 pytestmark = runs.QUIET

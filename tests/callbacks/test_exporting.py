@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_dpo import LoRA
 from lit_dpo.callbacks import BestCheckpoint, ExportModel
-from lit_dpo.export import export_checkpoint
-from lit_dpo.models import export, load_model, quickstart_tokenizer
+from lit_dpo.export import export, export_checkpoint
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

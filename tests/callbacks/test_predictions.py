@@ -8,7 +8,8 @@ import torch
 
 from lit_dpo import DPOLoss, IPOLoss, PreferenceDataModule, score
 from lit_dpo.callbacks import PairPredictionWriter
-from lit_dpo.models import load_model, quickstart_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

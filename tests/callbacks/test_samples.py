@@ -6,7 +6,8 @@ from lit_dpo import LoRA, WeightedLoss
 from lit_dpo.callbacks import SampleCompletions
 from lit_dpo.callbacks.samples import complete
 from lit_dpo.losses import DPOLoss, SFTLoss
-from lit_dpo.models import load_model, quickstart_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET

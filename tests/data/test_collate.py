@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from lit_dpo.data.collate import BatchPlan, PairDataset, PairSampler
+from lit_dpo.data.dataset import BatchPlan, PairDataset
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow
+from lit_dpo.data.sampler import PairSampler
 
 
 def dataset(lengths):

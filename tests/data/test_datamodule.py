@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_dpo import BySource, PreferenceDataModule, RandomSplit
-from lit_dpo.models import quickstart_tokenizer
+from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -70,7 +70,7 @@ def test_a_prompt_that_is_cut_or_healed_never_stands_on_both_sides(make, tmp_pat
     ]
     path = runs.write(tmp_path / "rows.jsonl", rows)
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lit_dpo.data.tokens.WORTH_KEEPING", 1)
+    monkeypatch.setattr("lit_dpo.data.token_cache.WORTH_KEEPING", 1)
     limit = 18 if truncation == "keep_end" else 40
     if truncation == "keep_start":  # nothing is cut, but the last token goes with completions that begin in its middle
         rows = [

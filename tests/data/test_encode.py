@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_dpo.data.encode import PairEncoder
-from lit_dpo.data.layouts import Pair, RowError
+from lit_dpo.data.rows import Pair, RowError
 
 from . import tokenizers as tk
 

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from lit_dpo.data.layouts import LayoutError, RowError, detect, parse_row
+from lit_dpo.data.rows import LayoutError, RowError, detect, parse_row
 
 
 def user(text):

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_dpo.data.encode import Encoded, PairEncoder
-from lit_dpo.data.layouts import LayoutError, RowError
 from lit_dpo.data.load import load_pairs
+from lit_dpo.data.rows import LayoutError, RowError
 
 from . import tokenizers as tk
 

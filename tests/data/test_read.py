@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from lit_dpo.data.layouts import RowError
 from lit_dpo.data.read import read_rows, source_name
+from lit_dpo.data.rows import RowError
 
 ROWS = [{"prompt": "a\u2028b", "chosen": "007", "rejected": "null"}, {"prompt": "é", "chosen": "x", "rejected": "y"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

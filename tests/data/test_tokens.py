@@ -9,11 +9,11 @@ import pytest
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_dpo import PreferenceDataModule
-from lit_dpo.data import tokens
+from lit_dpo.data import token_cache as tokens
 from lit_dpo.data.encode import Encoded, PairEncoder
-from lit_dpo.data.layouts import Pair, RowError
 from lit_dpo.data.load import load_pairs
-from lit_dpo.data.tokens import TokenCache
+from lit_dpo.data.rows import Pair, RowError
+from lit_dpo.data.token_cache import TokenCache
 
 from . import tokenizers as tk
 from .test_encode import chat_pair, text_pair

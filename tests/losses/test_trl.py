@@ -28,7 +28,7 @@ from lit_dpo import (
     SPPOLoss,
     WeightedLoss,
 )
-from lit_dpo.scoring import score
+from lit_dpo.scoring.score import score
 from tests.losses.make_trl_golden import CASES, FROM_LOGPS, trl_loss
 from tests.models import tiny_model
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.scoring import Layout, score
+from lit_dpo.scoring.score import Layout, score
 
 
 def score_in_parts(

@@ -10,12 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,13 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lit_dpo.checkpoints.durable import _replace
 from lit_dpo.files import refuse_special
 
 if sys.platform != "win32":
     import fcntl
 
 FORMAT = 1
-_HEAD = struct.Struct("<Q16s")  # of a block in a journal: its length, its sum
 _PATIENCE = 10.0  # seconds to wait for another process that reads or writes; then go on, as sums tell of a mixture
 
 
@@ -120,79 +118,6 @@ class TensorStore:
         return json.dumps(record, sort_keys=True, indent=1).encode()
 
 
-class Journal:
-    """What a `TensorStore` will hold, written block by block as it is computed, so that a kill loses little.
-
-    Every writer has a file of its own, which it keeps locked; so a process can tell the journals of others that still
-    write from those that were left behind. A block carries a sum over its content and the store's identity, and what
-    comes behind the first block that is torn or damaged is ignored.
-
-    Args:
-        store: What it belongs to.
-
-    Raises:
-        OSError: The folder cannot be written to.
-    """
-
-    def __init__(self, store: TensorStore) -> None:
-        store.make_folder()
-        self._store = store
-        handle, path = tempfile.mkstemp(prefix=f"{store.key}.", suffix=".journal", dir=store.folder)
-        self.path, self._file = Path(path), os.fdopen(handle, "wb")
-        _lock(self._file, exclusive=True)
-
-    def append(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write one more block, down to the disk."""
-        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        self._file.write(_HEAD.pack(len(content), _sum(self._store, content)) + content)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Leave the file as it is, for a later run."""
-        with suppress(OSError):  # of a full disk, when what is left in the buffer cannot be written
-            self._file.close()
-
-    @staticmethod
-    def read_all(store: TensorStore) -> tuple[list[dict[str, Tensor]], dict[Path, int]]:
-        """The blocks of all journals of a store, and the files they are from with their sizes."""
-        blocks, sizes = [], {}
-        for path in sorted(store.folder.glob(f"{store.key}.*.journal")):
-            with suppress(OSError):
-                if path.is_file():
-                    content = path.read_bytes()
-                    blocks += list(_blocks(store, content))
-                    sizes[path] = len(content)
-        return blocks, sizes
-
-    @staticmethod
-    def clear(read: Mapping[Path, int]) -> None:
-        """Remove journals that were read, unless someone still writes them or has written more since."""
-        for path, size in read.items():
-            with suppress(OSError), path.open("rb") as file:
-                if _lock(file, exclusive=True) and os.fstat(file.fileno()).st_size == size:
-                    path.unlink()
-
-
-def _blocks(store: TensorStore, content: bytes) -> Iterator[dict[str, Tensor]]:
-    place = 0
-    while place + _HEAD.size <= len(content):
-        length, expected = _HEAD.unpack_from(content, place)
-        place += _HEAD.size
-        block = content[place : place + length]
-        place += length
-        if len(block) != length or _sum(store, block) != expected:
-            return
-        try:
-            yield load(block)
-        except (ValueError, KeyError, SafetensorError):
-            return
-
-
-def _sum(store: TensorStore, content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16, key=store.key.encode()).digest()
-
-
 def _lock(file: BinaryIO | int, exclusive: bool) -> bool:
     """Whether a lock was had at once."""
     if sys.platform == "win32":
@@ -219,17 +144,3 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise

@@ -19,13 +19,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.attention import NUMERICS, flash_here
-from lit_dpo.cache import LogpsTable, content_keys, fingerprint
+from lit_dpo.adapters import adapters_off
+from lit_dpo.checkpoints.journal import Journal
+from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.reference import Filling, Reference, Start, adapters_off
-from lit_dpo.scoring import Layout, own_tensors, score
-from lit_dpo.store import Journal, TensorStore, cache_folder
+from lit_dpo.references.base import Filling, Reference, Start
+from lit_dpo.references.table import LogpsTable, content_keys, fingerprint
+from lit_dpo.scoring.attention import NUMERICS, flash_here
+from lit_dpo.scoring.decoder import own_tensors
+from lit_dpo.scoring.score import Layout, score
 
 _SECONDS, _SHARE = 2.0, 0.05  # between two blocks of the journal: at most so long, and so much of what is scored
 

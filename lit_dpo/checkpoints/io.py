@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import json
 import os
-import pickle
 import shutil
-import socket
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +14,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.content import check_content
-from lit_dpo.files import read_json, refuse_special
-from lit_dpo.shards import SHARDS_META, check_form
+from lit_dpo.checkpoints.content import check_content
+from lit_dpo.checkpoints.durable import _forget_parts_of_the_dead, _part_of, _sync_folder, write_json
+from lit_dpo.checkpoints.shards import SHARDS_META
+from lit_dpo.checkpoints.verify import _known_sums, _problem, _sum_of_file, manifest_of, verify
 
 TO_RESUME_FROM = ("last.ckpt", "previous.ckpt")
 """Names of the checkpoints to resume from, the newer one first."""
@@ -106,39 +100,6 @@ def make_durable(trainer: Trainer) -> None:
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
 
 
-def verify(path: Path) -> None:
-    """Compare a checkpoint with its manifest; without one, at least check the archive's own sums.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: It is damaged; the message names the newest one in its folder that is not.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"There is no checkpoint `{path}`.{_offer(path)}")
-    problem = _problem(path)
-    if problem is not None:
-        raise ValueError(f"The checkpoint `{path}` is damaged ({problem}).{_offer(path)}")
-    if not manifest_of(path).exists():
-        rank_zero_info(f"`{path}` has no manifest beside it, so only its form could be checked.")
-
-
-def is_sound(path: Path) -> bool:
-    """Whether there is a checkpoint in which no damage is found."""
-    return path.exists() and _problem(path) is None
-
-
-def manifest_of(path: Path) -> Path:
-    """Where the manifest of a checkpoint is."""
-    return path / "manifest.json" if path.is_dir() else path.with_name(f"{path.name}.json")
-
-
-def write_shards_manifest(folder: Path) -> None:
-    """Write the manifest of a folder of shards; only for whoever has just saved it, when all processes have ended."""
-    sync_files(folder)
-    sums = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
-    write_json(manifest_of(folder), {"format": 1, "sha256": sums})
-
-
 def keep_as(path: Path, other: Path) -> None:
     """Let a sound checkpoint stand under a second name too, in the place of what stood there; one that is not, not.
 
@@ -176,31 +137,6 @@ def _remove(path: Path) -> None:
         manifest_of(path).unlink(missing_ok=True)
 
 
-def refuse_unwritable(folder: Path, needed: int) -> None:
-    """Find out now, and not after an hour of training, that a checkpoint could not be written.
-
-    Args:
-        folder: Where checkpoints will go.
-        needed: Bytes of one.
-
-    Raises:
-        OSError: The folder cannot be written to, or the disk has less space.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise OSError(f"Checkpoints cannot be written to `{folder}` ({reason}): choose another folder.") from error
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"A checkpoint needs about {needed:,} bytes and `{folder}` has {free:,} free: make room, or choose "
-            "another folder."
-        )
-
-
 # -- inside -----------------------------------------------------------------------------------------------------------
 
 
@@ -222,29 +158,6 @@ class _Hashed:
         self.file.flush()
 
 
-def _part_of(target: Path) -> Path:
-    """Where this process writes a file before it is renamed into its place; no other process does."""
-    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
-
-
-def _forget_parts_of_the_dead(target: Path) -> None:
-    """Remove what processes of this machine had written of a file when they were killed."""
-    for part in target.parent.glob(f"{glob.escape(f'.{target.name}.{socket.gethostname()}-')}*.part"):
-        process = part.name.removesuffix(".part").rpartition("-")[2]
-        if process.isdigit() and not _is_alive(int(process)):
-            part.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
-
-
 def _commit(part: Path, target: Path, new: str) -> None:
     """Rename a finished file into its place. At every moment the manifest knows the file that stands there."""
     manifest = manifest_of(target)
@@ -258,94 +171,6 @@ def _commit(part: Path, target: Path, new: str) -> None:
     write_json(manifest, {"format": 1, "sha256": new, "previous": old})
     os.replace(part, target)
     _sync_folder(target.parent)
-
-
-def _known_sums(manifest: Path) -> list[str]:
-    """Sums that a manifest accepts: of the newest file, and of the one before it (for a crash between two renames)."""
-    content = read_json(manifest)
-    return [content["sha256"], *([content["previous"]] if content.get("previous") else [])]
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, and to the disk before this returns."""
-    part = _part_of(path)
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def sync_files(folder: Path) -> None:
-    """Have every file of a folder on the disk before this returns."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _sum_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file != manifest_of(folder))
-
-
-_BAD_ZIP = (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, RuntimeError)  # of an encrypted part, too
-
-
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, if anything."""
-    manifest = manifest_of(path)
-    try:
-        if path.is_dir():
-            return _problem_of_shards(path)
-        refuse_special(path)
-        if manifest.exists():
-            return (
-                None if _sum_of_file(path) in _known_sums(manifest) else "its SHA-256 sum is not that of its manifest"
-            )
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        return None if broken is None else f"the part {broken} has another checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, *_BAD_ZIP) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-
-
-def _problem_of_shards(folder: Path) -> str | None:
-    manifest = manifest_of(folder)
-    if not (folder / SHARDS_META).exists():
-        return f"it has no `{SHARDS_META}`, so its writing did not come to an end"
-    if not manifest.exists():
-        check_form(folder)
-        return None
-    expected = read_json(manifest)["sha256"]
-    found = {str(file.relative_to(folder)): _sum_of_file(file) for file in _files(folder)}
-    bad = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    return f"{', '.join(bad)}: not what the manifest says" if bad else None
-
-
-def _offer(path: Path) -> str:
-    """A sentence that names the newest good checkpoint in the same folder, if there is one."""
-    others = [other for other in path.parent.glob("*.ckpt") if other != path] if path.parent.is_dir() else []
-    # `previous.ckpt` first, which was kept to resume from; then the newest.
-    for other in sorted(others, key=lambda file: (file.name == "previous.ckpt", file.stat().st_mtime), reverse=True):
-        if _problem(other) is None:
-            return f" Resume from `{other}`."
-    return " No other checkpoint is in its folder."
 
 
 def _cannot_save(target: Path, written: _Hashed, error: Exception) -> OSError:

@@ -1,14 +1,20 @@
-"""Adapters on a model: where they may sit, and folding them into its weights without changing what it says."""
+"""Low-rank adapters: attaching, switching off, and folding into the weights."""
 
 from __future__ import annotations
 
 import copy
 import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
 
-from lit_dpo.scoring import own_attention
+from lit_dpo.scoring.score import own_attention
 
 
 def refuse_tied_adapters(model: nn.Module) -> None:
@@ -75,3 +81,58 @@ def gives_no_tensor(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
         return False
     return not isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
+
+
+def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a policy's adapters, if it has any, do nothing."""
+    off: AbstractContextManager[None] = policy.disable_adapter() if hasattr(policy, "peft_config") else nullcontext()  # type: ignore[operator]
+    return off
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the policy's linear layers, through peft.
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+
+    Args:
+        rank: Rank of each update, at least 1; bigger adapts more and costs more.
+        alpha: Scale of the update, applied as ``alpha / rank``.
+        dropout: Probability of dropping an input of an adapter while training, in [0, 1).
+        target_modules: Names of the layers to adapt; ``all-linear`` is every linear layer but the output head.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def attach(self, model: PreTrainedModel, seed: int = 0) -> nn.Module:
+        """Wrap the model: its own weights are frozen, the adapters' train and start as no change at all.
+
+        Args:
+            model: The model, changed in place.
+            seed: Of the adapters' random half, so that every process starts from the same one.
+
+        Raises:
+            ImportError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ImportError('LoRA needs the package peft: pip install "lit-dpo[peft]".') from error
+        # Some routers are linear layers to peft, but give more than a product.
+        strange = [name for name, module in model.named_modules() if gives_no_tensor(module)]
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            exclude_modules=strange if strange and self.target_modules == "all-linear" else None,
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing. is deprecated")  # peft 0.21 asks for it
+            torch.manual_seed(seed)
+            wrapped: nn.Module = get_peft_model(model, config)
+        return wrapped

@@ -10,8 +10,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.checkpoints import TO_RESUME_FROM, manifest_of
-from lit_dpo.shards import SHARDS_META
+from lit_dpo.checkpoints.io import TO_RESUME_FROM
+from lit_dpo.checkpoints.shards import SHARDS_META
+from lit_dpo.checkpoints.verify import manifest_of
 
 
 def own_path(path: Any, folder: str | Path, ranked: bool = False) -> str:

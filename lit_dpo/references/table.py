@@ -1,7 +1,7 @@
 """Reference log-probs as a table: which rows, and who scored them.
 
 An entry belongs to a row by its *content*, so row order, subsets and partitions do not matter, and a changed row
-misses. `lit_dpo.store` keeps one table for each scorer, named by weights, configuration and numerics.
+misses. A `TensorStore` holds one table for each scorer, named by weights, configuration and numerics.
 """
 
 from __future__ import annotations

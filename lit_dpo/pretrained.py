@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.files import refuse_special
-from lit_dpo.finite import first_nonfinite
 
 NO_DECODER = "which is no decoder-only language model: use one, such as a Llama, Qwen or Gemma."
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)

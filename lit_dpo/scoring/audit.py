@@ -13,15 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from lit_dpo.logps import sum_by_completion
+from lit_dpo.adapters import adapters_off
 from lit_dpo.pairs import PairBatch
-from lit_dpo.reference import adapters_off
-from lit_dpo.scoring import (
+from lit_dpo.scoring.decoder import DecoderParts, decoder_parts
+from lit_dpo.scoring.logps import sum_by_completion
+from lit_dpo.scoring.score import (
     PAIR_ATTENTION,
     SHARDED_METHOD,
-    DecoderParts,
     Layout,
-    decoder_parts,
     flat_attention,
     flat_obstacle,
     length_turn,

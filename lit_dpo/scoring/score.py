@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,16 +19,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_dpo.attention import pair_attention
-from lit_dpo.logps import sum_by_completion, token_logps
 from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.scoring.attention import pair_attention
+from lit_dpo.scoring.decoder import DecoderParts, decoder_parts
+from lit_dpo.scoring.logps import sum_by_completion, token_logps
 
 Layout = Literal["auto", "flat", "padded"]
 """How a batch reaches the model: one padding-free line with each prompt once, or padded rows. ``auto`` picks."""
 
 PAIR_ATTENTION = "lit_dpo_pairs"
 SHARDED_METHOD = "completion_sums"
-_NORM_NAMES = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "final_norm")
 
 
 def score(
@@ -86,58 +86,6 @@ def completion_sums(
         assert norm is not None  # `_captured` has checked
         states[1:] = [_frozen(norm, state) if detach_head else norm(state) for state in states[1:]]
     return tuple(_head_sums(parts, states, batch, detach_head))
-
-
-@dataclass(frozen=True)
-class DecoderParts:
-    """The pieces of a causal language model that scoring touches.
-
-    Args:
-        model: The causal language model itself, adapters' wrapper taken off.
-        decoder: Token ids to final hidden states.
-        blocks: The decoder blocks in order.
-        norm: The norm behind the last block; ``None`` if it was not found, and then only the last layer can be scored.
-        head: Hidden states to logits.
-    """
-
-    model: PreTrainedModel
-    decoder: nn.Module
-    blocks: nn.ModuleList
-    norm: nn.Module | None
-    head: nn.Linear
-
-
-def decoder_parts(model: nn.Module) -> DecoderParts:
-    """Find decoder, blocks, final norm and head of a transformers causal language model.
-
-    Raises:
-        ValueError: A piece is missing or has a form that scoring would get wrong, such as an adapter on the head.
-    """
-    model = getattr(model, "_fsdp_wrapped_module", model)  # of FSDP1
-    base = model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-    if not isinstance(base, PreTrainedModel) or base.get_output_embeddings() is None:
-        raise ValueError(f"`model` must be a transformers causal language model, got {type(base).__name__}.")
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
-    if decoder is base or decoder is head:  # Llama 4 finds none and returns itself, ModernBERT its head
-        decoder = base.model
-    if not isinstance(head, nn.Linear):
-        raise ValueError(
-            f"The output head of {type(base).__name__} is a {type(head).__name__}, not a linear layer. "
-            "Leave the head out of the adapter's `target_modules`, or use a model with a linear head."
-        )
-    depth = base.config.get_text_config().num_hidden_layers
-    blocks = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not blocks:
-        raise ValueError(f"No list of {depth} decoder blocks found in {type(decoder).__name__}; use another model.")
-    norm = next((getattr(decoder, name) for name in _NORM_NAMES if hasattr(decoder, name)), None)
-    return DecoderParts(base, decoder, blocks[0], norm, head)
-
-
-def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A model's own parameters and buffers, adapters left out, by the names they have without adapters."""
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-        if "lora_" not in name:
-            yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
 
 
 def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:
@@ -323,7 +271,9 @@ def flat_attention(
 ) -> tuple[Tensor, None]:
     """Attention function of the flat line under transformers' signature; other calls go to the usual one."""
     if pair_shape is None and softcap is not None:
-        raise RuntimeError("This model caps its attention scores: call `lit_dpo.scoring.own_attention(model)` first.")
+        raise RuntimeError(
+            "This model caps its attention scores: call `own_attention(model)` of `lit_dpo.scoring.score`."
+        )
     if pair_shape is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         return out, None

@@ -1,0 +1,27 @@
+"""The policy itself, its adapters switched off, as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lit_dpo.adapters import adapters_off
+from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.references.base import Reference
+from lit_dpo.scoring.score import Layout, score
+
+
+class AdapterReference(Reference):
+    """The policy itself with its LoRA adapters switched off: no second model in memory."""
+
+    def check(self, policy: nn.Module) -> None:
+        """Raise ValueError for a policy without adapters."""
+        if not hasattr(policy, "peft_config"):
+            raise ValueError(
+                "`AdapterReference` needs a policy with adapters: set `adapter`, or use `FrozenReference` instead."
+            )
+
+    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+        with adapters_off(policy):
+            return score(policy, batch, layers, layout=layout)
