@@ -260,7 +260,7 @@ def say_one_sentence(capsys, args):
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("stage", ["fit", pytest.param("validate", marks=pytest.mark.slow), "export"])
+@pytest.mark.parametrize("stage", ["fit", *(pytest.param(s, marks=pytest.mark.slow) for s in ("validate", "export"))])
 @pytest.mark.parametrize("name", ODD)
 def test_a_forged_checkpoint_is_refused_in_one_sentence_or_does_no_harm(evil, checkpoint, capsys, name, stage):
     content = torch.load(checkpoint, weights_only=True)
