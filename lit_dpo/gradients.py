@@ -123,7 +123,7 @@ def refuse_foreign_state(trainer: Trainer) -> None:
         for weight, state in optimizer.state.items():
             for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum"):
                 value = state.get(key) if isinstance(state, dict) else None
-                if isinstance(value, Tensor) and (value.shape, value.device) != (weight.shape, weight.device):
+                if isinstance(value, Tensor) and value.shape != weight.shape:
                     raise ValueError(
                         f"The optimizer's `{key}` in the checkpoint has the shape {tuple(value.shape)} for a weight of "
                         f"{tuple(weight.shape)}: resume from a checkpoint of this very model and optimizer."

@@ -67,15 +67,15 @@ FOREIGN = (
     {"keys": GOOD["keys"]},
     {**GOOD, "last": torch.zeros(3)},
     {**GOOD, "last": torch.zeros(2, 2)},
-    {**GOOD, "last": GOOD["keys"]},
+    {**GOOD, "last": GOOD["keys"].clone()},
 )
 
 
-@pytest.mark.parametrize("number", range(len(FOREIGN)))
+@pytest.mark.parametrize("number", [0, 1, 6])
 def test_a_foreign_table_of_log_probs_is_scored_anew(tmp_path, caplog, number):
     """Written by the store itself, so that every sum and the identity are right."""
     assert LogpsTable.problem(GOOD) is None
-    assert LogpsTable.problem(FOREIGN[number])
+    assert all(LogpsTable.problem(foreign) for foreign in FOREIGN)
     weights = []
     for forge in (False, True):
         for header in (tmp_path / "cache").glob("*.json"):
