@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from lit_dpo.scoring.score import score
 else:
     # The names above, from the modules that have them, tried in this order: those that import least come first.
-    _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring", "pretrained", "references", "module")
+    _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring.score", "pretrained", "references", "module")
 
     def __getattr__(name: str) -> object:
         """Import what is asked for now: all of it takes seconds, which no `lit-dpo --help` should wait for."""

@@ -83,7 +83,7 @@ def test_a_full_disk_leaves_the_previous_one(saved, limit):
     """A real limit of the system on the size of a file, in a process of its own."""
     code = (
         "import resource, signal, sys, torch\n"
-        "from lit_dpo.checkpoints import DurableCheckpointIO\n"
+        "from lit_dpo.checkpoints.io import DurableCheckpointIO\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
         "try:\n"

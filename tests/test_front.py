@@ -253,8 +253,8 @@ def test_no_advice_names_an_option_that_does_not_exist():
     assert [found for found in sorted(named) if found[0] not in known] == []
 
 
-# Not ours: an option of torch's optimizers, a part of a model's description, and one that the data module still lacks.
-OTHERS = {"fused", "model_type", "append_eos"}
+# An option of torch's optimizers, a part of a model's description, and an option of `lit-dpo export`.
+OTHERS = {"fused", "model_type", "merge"}
 
 
 def test_no_advice_sets_an_option_that_does_not_exist():

@@ -7,7 +7,8 @@ import torch
 
 from lit_dpo.adapters import LoRA
 from lit_dpo.export import export, export_checkpoint
-from lit_dpo.tokenizers import train_tokenizer
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer, train_tokenizer
 from tests import runs
 from tests.models import tiny_model
 
@@ -81,10 +82,12 @@ def test_a_right_merge_passes_in_every_dtype(dtype, size, tmp_path):
 
 
 def test_a_checkpoint_of_an_older_release_with_a_tied_adapter_is_exported_unmerged_only(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    load_model(TIED, quickstart_tokenizer()).save_pretrained(base)
     with monkeypatch.context() as patch:
         patch.setattr("lit_dpo.module.refuse_tied_adapters", lambda model: None)
         adapter = LoRA(rank=2, target_modules=["embed_tokens"])
-        module = runs.module(TIED, lr=1.0, adapter=adapter)
+        module = runs.module(str(base), lr=1.0, adapter=adapter)
         run = runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=3)
         run.save_checkpoint(tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match="Merging the adapters would change the policy"):

@@ -56,8 +56,8 @@ def data() -> tuple[Parameter, ...]:
 
 
 def export() -> tuple[Parameter, ...]:
-    """Parameters of `export_checkpoint`."""
-    [function] = (node for node in _nodes(_PACKAGE / "export.py") if getattr(node, "name", "") == "export_checkpoint")
+    """Parameters of `lit-dpo export`."""
+    [function] = (node for node in _nodes(_PACKAGE / "export.py") if getattr(node, "name", "") == "export_run")
     assert isinstance(function, ast.FunctionDef)
     return _parameters(function, ast.get_docstring(function) or "")
 
