@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.checkpoints import believe_all
+from lit_dpo.foreign import believe_all
 from lit_dpo.gradients import SeenPairs, clip_to_norm, gradient_norm, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards

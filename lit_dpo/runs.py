@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from lit_dpo.checkpoints import TO_RESUME_FROM, own_path, verify
+from lit_dpo.checkpoints import TO_RESUME_FROM, verify
+from lit_dpo.foreign import own_path
 from lit_dpo.shards import SHARDS_META, check_index
 
 _STARTING = ("config.yaml", "hparams.yaml")  # what a run writes before it has anything to keep
@@ -175,22 +175,6 @@ def refuse_foreign_logs(logger: Logger, root: Path, ours: bool) -> None:
         raise FileExistsError(f"`{kind}` would write over `{folder / taken[0]}`: give it another `save_dir` or `name`.")
 
 
-def refuse_foreign_checkpoint(callback: Callback, resumed: str | None) -> None:
-    """Refuse Lightning's checkpoint on an exception where a file stands that it would write over, and remove.
-
-    Args:
-        callback: One of the user's.
-        resumed: What the run resumes from.
-
-    Raises:
-        FileExistsError: One does.
-    """
-    if not isinstance(callback, OnExceptionCheckpoint) or not os.path.lexists(callback.ckpt_path):
-        return
-    if resumed is None or Path(resumed).resolve() != Path(callback.ckpt_path).resolve():
-        raise FileExistsError(f"`{callback.ckpt_path}` exists: give `OnExceptionCheckpoint` another `filename`.")
-
-
 def newest_run(root: Path, what: str = "`ckpt_path: last`") -> Path:
     """The run that ``ckpt_path: last`` means: the newest ``version_N`` in a folder.
 
@@ -239,10 +223,9 @@ def best_checkpoint(run: Path) -> Path | None:
     last = last_checkpoint(run)
     if last is None:
         return None
+    file = last / SHARDS_META if last.is_dir() else last
     try:
-        content = torch.load(
-            last / SHARDS_META if last.is_dir() else last, map_location="cpu", weights_only=True, mmap=True
-        )
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         states = list(content["callbacks"].values())
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError):
         return None  # whoever loads it says what is wrong

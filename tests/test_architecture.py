@@ -21,6 +21,7 @@ FLOORS = {
     "checkpoints": 1,
     "resume": 2,
     "gradients": 2,
+    "foreign": 2,
     "runs": 2,
     "losses": 2,
     "metrics": 2,
@@ -45,6 +46,7 @@ FLOORS = {
 NEIGHBOURS = {
     ("models", "scoring"),
     ("checkpoints", "shards"),
+    ("runs", "foreign"),
     ("metrics", "losses"),
     ("hparams", "reference"),
     ("callbacks", "export"),

@@ -7,7 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lit_dpo.checkpoints import believe, make_durable
+from lit_dpo.checkpoints import make_durable
+from lit_dpo.foreign import believe
 
 
 class RewardEarlyStopping(EarlyStopping):

@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_dpo.checkpoints import keep_as, make_durable, refuse_foreign, refuse_unwritable, write_shards_manifest
+from lit_dpo.checkpoints import keep_as, make_durable, refuse_unwritable, write_shards_manifest
+from lit_dpo.foreign import refuse_foreign
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 

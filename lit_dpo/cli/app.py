@@ -29,6 +29,7 @@ from lit_dpo.cli.messages import PLUGGABLE, one_sentence, subclass_names, users_
 from lit_dpo.cli.parser import Parser, switching_forgets_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_run
+from lit_dpo.foreign import refuse_foreign_checkpoint
 from lit_dpo.module import PreferenceModule
 from lit_dpo.runs import (
     RunFolder,
@@ -43,7 +44,6 @@ from lit_dpo.runs import (
     newest_run,
     number_of,
     refuse_changes,
-    refuse_foreign_checkpoint,
     refuse_foreign_logs,
     rotate_metrics,
     run_of,
