@@ -47,16 +47,6 @@ TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoi
 # `references` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "scoring.audit", "models", "tokenizers", "adapters", "pretrained", "references"}
 KNOW_TRANSFORMERS |= {"module", "export"}
-    "scoring",
-    "scoring.audit",
-    "models",
-    "tokenizers",
-    "adapters",
-    "pretrained",
-    "references",
-    "module",
-    "export",
-}
 
 
 def imported(source, type_checking=False):

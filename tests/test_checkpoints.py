@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -379,3 +380,16 @@ def test_no_malicious_pickle_is_executed(tmp_path, with_manifest):
                 load(path)
             assert not canary.exists(), name
     assert "this_module_must_not_be_imported" not in sys.modules
+
+
+def test_part_files_have_unique_names_and_those_of_killed_processes_go(tmp_path):
+    """A neighbour's, another file's and a living process's stay."""
+    target, host = tmp_path / "last.ckpt", socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f".last.ckpt.{host}-{os.getppid()}.part", ".last.ckpt.part", f".other.ckpt.{host}-{dead.pid}.part"]
+    for name in (*names, f".last.ckpt.{host}-{dead.pid}.part"):
+        (tmp_path / name).write_text(name)
+    DurableCheckpointIO().save_checkpoint({"a": torch.ones(2)}, target)
+    left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.name.endswith(".part")}
+    assert left == {name: name for name in names}
