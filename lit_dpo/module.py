@@ -419,7 +419,10 @@ class PreferenceModule(LightningModule):
             )
         assert self.policy is not None
         if sets := getattr(getattr(self.trainer, "datamodule", None), "reference_sets", None):
-            check_rows([self.policy, *(self.reference.models() if self.reference is not None else [])], sets(stage))
+            check_rows(
+                [self.policy, *(self.reference.models() if self.reference is not None else [])],
+                sets(self.trainer.state.fn),
+            )
         if self.reference is not None:
             layers = tuple(int(layer) for layer in self.loss.layers)
             layout = self._settled or self.layout

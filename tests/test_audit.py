@@ -240,6 +240,16 @@ def test_rows_longer_than_learnt_positions_are_refused(kind, tmp_path):
         runs.fit(runs.module(description), runs.data(runs.pairs_file(tmp_path)), max_steps=1)
 
 
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_one_long_row_among_any_rows_of_a_fit_is_found(where, tmp_path):
+    short = runs.pairs_file(tmp_path, 8, "short.jsonl")
+    long = runs.write(tmp_path / "long.jsonl", [*runs.rows(7), {**runs.rows(1)[0], "chosen": " why" * 80}])
+    sources = {"train": short, "validation": short, where: long}
+    module = runs.module({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64})
+    with pytest.raises(ValueError, match="knows 64 positions"):
+        runs.fit(module, runs.data(**sources), max_steps=1)
+
+
 def test_rows_longer_than_rotary_positions_are_warned_of_once(tmp_path):
     module = runs.module({**runs.LLAMA, "max_position_embeddings": 16})
     with pytest.warns(UserWarning, match=r"has \d+ tokens.* 16 positions") as caught:
