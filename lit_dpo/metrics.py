@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
@@ -103,11 +104,11 @@ def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:
         validates: Whether there is validation.
     """
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)
-    layers = {int(layer): PairLogps(zero, zero, one, one) for layer in loss.layers}
-    nothing = PairLogps(zero, zero, one, one, layers)
+    single = PairLogps(zero, zero, one, one, tokens=torch.zeros(2), columns=dict.fromkeys(loss.columns, zero))
+    nothing = replace(single, layers={int(layer): single for layer in loss.layers})
     stages = ("train", "val") if validates else ("train",)
     names = {f"{stage}/{name}" for stage in stages for name in pair_metrics(loss, zero, nothing, nothing)}
-    return names | {"train/tokens_per_second", "train/grad_norm"}
+    return names | {"train/tokens_per_second", "train/grad_norm", "lr"}
 
 
 def check_monitors(trainer: Trainer, loss: PreferenceLoss) -> None:

@@ -49,7 +49,6 @@ def load_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _from_config(config, kind)
-    _refuse_half(model)
     _disable_dropout(model)
     _keep_softcap(model)
     model.eval()  # as `from_pretrained` gives it
@@ -106,15 +105,6 @@ def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"`model` describes no model that can be made ({reason}): correct its numbers.") from error
     return model
-
-
-def _refuse_half(model: PreTrainedModel) -> None:
-    """Refuse the decoder of an encoder-decoder, which transformers loads alone without a word."""
-    config = model.config
-    made_as = (getattr(config, "architectures", None) or [""])[0]
-    cut = made_as.endswith("ForConditionalGeneration") and made_as != type(model).__name__
-    if cut and getattr(config, "encoder_layers", None) is not None:
-        raise ValueError(f"`model` is a {config.model_type}, {NO_DECODER}")
 
 
 def _keep_softcap(model: PreTrainedModel) -> None:

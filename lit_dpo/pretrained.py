@@ -73,6 +73,7 @@ def read_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
         read_config(source)
         load: Any = AutoModelForCausalLM.from_pretrained
         model, info = load(source, trust_remote_code=trusts_remote_code(), dtype=dtype, output_loading_info=True)
+    _refuse_half(model)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"`model` {source!r} lacks weights that its configuration asks for ({_few(missing)}), and random ones "
@@ -107,6 +108,15 @@ def refuse_kernels(config: Any, source: object) -> None:
     """
     if "/" in str(getattr(config, "_attn_implementation", None)) and not trusts_remote_code():
         raise _SourceError(_needs_code("model", source))
+
+
+def _refuse_half(model: PreTrainedModel) -> None:
+    """Refuse the decoder of an encoder-decoder, which transformers loads alone without a word."""
+    config = model.config
+    made_as = (getattr(config, "architectures", None) or [""])[0]
+    cut = made_as.endswith("ForConditionalGeneration") and made_as != type(model).__name__
+    if cut and getattr(config, "encoder_layers", None) is not None:
+        raise ValueError(f"`model` is a {config.model_type}, {NO_DECODER}")
 
 
 class _SourceError(ValueError):

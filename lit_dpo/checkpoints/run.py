@@ -95,10 +95,9 @@ def best_checkpoint(run: Path) -> Path | None:
     last = last_checkpoint(run)
     if last is None:
         return None
+    file = last / SHARDS_META if last.is_dir() else last
     try:
-        content = torch.load(
-            last / SHARDS_META if last.is_dir() else last, map_location="cpu", weights_only=True, mmap=True
-        )
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         states = list(content["callbacks"].values())
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError, AttributeError):
         return None  # whoever loads it says what is wrong
