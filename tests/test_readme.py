@@ -31,13 +31,12 @@ COMMANDS = [
 
 
 def test_there_is_something_to_run():
-    assert len(PYTHON) >= 2
+    assert len(PYTHON) >= 1
     assert len(COMMANDS) >= 5
     assert blocks("python", "a\n```python\nx = 1\n```\n```bash\ny\n```\n") == ["x = 1\n"]
 
 
 RESULTS = "".join(path.read_text() for path in sorted((ROOT / "benchmarks" / "results").glob("throughput_*.md")))
-CLAIMS = re.findall(r"^\| .* \| `(trl_\w+)` \| ([\d.]+)x \| ([\d.]+)x \|$", TEXT, re.MULTILINE)
 
 
 def ratios(opponent, data="hh_harmless"):
@@ -49,19 +48,11 @@ def ratios(opponent, data="hh_harmless"):
     return float(cells[1]), float(cells[-1])
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim[0])
-def test_ratios_are_the_measured_ones(claim):
-    opponent, *shown = claim
-    speed, memory = ratios(opponent)
-    assert shown == [f"{speed:.1f}", f"{memory:.2f}"]
-
-
-def test_the_headline_is_its_tables():
-    assert [claim[0] for claim in CLAIMS][:2] == ["trl_default", "trl_best"]
-    speed, memory = CLAIMS[0][1:]
-    assert f"**{speed}x as fast as TRL 1.16 at its defaults, in {memory}x of the memory**" in TEXT
-    others = [ratios("trl_best", data)[0] for data in ("gsm8k_lowedit", "oasst_en")]
-    assert "it is {:.1f}x on GSM8K pairs, which need little padding, and {:.1f}x on".format(*others) in TEXT
+def test_the_headline_is_the_measured_one():
+    """The other settings stand in docs/scale.md; `test_docs.py` ties them."""
+    speed, memory = ratios("trl_default")
+    assert f"**{speed:.1f}x as fast as TRL 1.16 at its defaults, in {memory:.2f}x of the memory**" in TEXT
+    assert f"and {ratios('trl_best')[0]:.1f}x over its precomputed and sorted setting" in TEXT
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: next(line for line in code.splitlines() if line)[:40])
@@ -72,16 +63,12 @@ def test_python_runs(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command, tmp_path, monkeypatch, capsys):
+def test_commands_are_understood(command, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     _, *args = shlex.split(command.removeprefix("PYTHONPATH=. "), comments=True)
     if args[0] == "export":
         assert len(args) == 3
         return
-    for code in PYTHON:  # a loss of the reader's own stands in the README, too
-        if "(PreferenceLoss)" in code:
-            (tmp_path / "my_losses.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as stop:
         main([*args, "--print_config"])
     assert not stop.value.code, capsys.readouterr().err
@@ -89,7 +76,7 @@ def test_commands_are_understood(command, tmp_path, monkeypatch, capsys):
 
 def test_every_file_that_is_named_exists():
     for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+        assert target.startswith("http") or (ROOT / target.partition("#")[0]).exists(), target
     for config in re.findall(r"configs/[\w/]+\.yaml", TEXT):
         assert (ROOT / config).exists(), config
 
