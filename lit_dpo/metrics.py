@@ -103,8 +103,9 @@ def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:
         validates: Whether there is validation.
     """
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)
-    layers = {int(layer): PairLogps(zero, zero, one, one) for layer in loss.layers}
-    nothing = PairLogps(zero, zero, one, one, layers)
+    tokens = torch.zeros(2) if loss.needs_tokens else None
+    layers = {int(layer): PairLogps(zero, zero, one, one, tokens=tokens) for layer in loss.layers}
+    nothing = PairLogps(zero, zero, one, one, layers, tokens)
     stages = ("train", "val") if validates else ("train",)
     names = {f"{stage}/{name}" for stage in stages for name in pair_metrics(loss, zero, nothing, nothing)}
     return names | {"train/tokens_per_second", "train/grad_norm"}
