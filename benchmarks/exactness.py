@@ -51,7 +51,7 @@ def _logps_and_gradient(model: Any, batch: Any, way: str) -> tuple[torch.Tensor,
                 sums.append(logps.gather(1, completion[:, None]).sum())
         logps = torch.stack(sums)
     else:
-        pair = score(model, batch, layout=way)
+        pair = score(model, batch, form=way)
         logps = torch.stack([pair.chosen, pair.rejected], 1).flatten()
     (logps[0::2].sum() - 0.5 * logps[1::2].sum()).backward()
     gradient = torch.cat([p.grad.float().flatten() for p in model.parameters()])

@@ -114,7 +114,7 @@ def _lightning(model: Any, batches: Sequence[Any], options: argparse.Namespace) 
     class Zeros(Reference):
         """A reference that costs nothing, as a cached one."""
 
-        def _score(self, policy: Any, batch: Any, layers: Any, layout: Any) -> PairLogps:
+        def score(self, policy: Any, batch: Any, scorer: Any) -> PairLogps:
             zero = torch.zeros(len(batch), device=batch.input_ids.device)
             return PairLogps(zero, zero, batch.lengths[:, 1], batch.lengths[:, 2])
 
@@ -265,7 +265,7 @@ def main() -> None:
     title = f"{options.shape or 'All shapes'} on {about['hardware']}"
     append_section(report_path(options.out, "gpu", options.device), title, shown, about, notes)
     if any(record.get("ok") is False for record in records):
-        raise SystemExit("The layouts differ by more than the limits: no speed above means anything.")
+        raise SystemExit("The forms differ by more than the limits: no speed above means anything.")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ __all__ = [
     "RobustDPOLoss",
     "SFTLoss",
     "SPPOLoss",
+    "Scorer",
     "SimPOLoss",
     "WarmupDecay",
     "WeightedLoss",
@@ -90,7 +91,7 @@ if TYPE_CHECKING:
     from lit_dpo.references.cached import CachedReference
     from lit_dpo.references.frozen import FrozenReference
     from lit_dpo.schedules import WarmupDecay
-    from lit_dpo.scoring.score import score
+    from lit_dpo.scoring.score import Scorer, score
 else:
     # The names above, from the modules that have them, tried in this order: those that import least come first.
     _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring.score", "pretrained", "references", "module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,10 +38,9 @@ from lit_dpo.references.base import Filling, Reference, Start
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
-from lit_dpo.scoring.audit import calm, check_rows, choose_layout
+from lit_dpo.scoring.audit import calm, check_rows, choose_form
 from lit_dpo.scoring.decoder import decoder_parts
-from lit_dpo.scoring.parts import score_in_parts
-from lit_dpo.scoring.score import Layout, score
+from lit_dpo.scoring.score import BatchForm, Scorer
 from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
 from lit_dpo.tokenizers import load_tokenizer
 from lit_dpo.version import __version__
@@ -70,7 +68,7 @@ class PreferenceModule(LightningModule):
             learning rate constant.
         dtype: Of the weights. Keep float32 and set the Trainer's ``precision: bf16-mixed`` to compute in bfloat16: at
             the usual learning rates a bfloat16 weight does not move.
-        layout: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
+        form: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         max_tokens: Tokens of the flat line to compute at once. A batch of more is computed in parts, most of them again
             in the backward pass: the same gradient, and the longest batch of an epoch no longer decides what memory
@@ -93,7 +91,7 @@ class PreferenceModule(LightningModule):
         ),
         lr_scheduler: LRSchedulerCallable | None = WarmupDecay,
         dtype: Dtype = "float32",
-        layout: Layout = "auto",
+        form: BatchForm = "auto",
         gradient_checkpointing: bool = False,
         max_tokens: int | None = None,
         init_seed: int = 0,
@@ -109,12 +107,12 @@ class PreferenceModule(LightningModule):
         self.model, self.loss, self.adapter, self.dtype_name = model, loss, adapter, dtype
         self.tokenizer_source = tokenizer or str(model)
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.layout, self.gradient_checkpointing, self.init_seed = layout, gradient_checkpointing, init_seed
+        self.form, self.gradient_checkpointing, self.init_seed = form, gradient_checkpointing, init_seed
         self.max_tokens = max_tokens
         self.reference = self._default_reference() if reference is None else reference
         self.policy: nn.Module | None = None
         self.means = {stage: PairMeans() for stage in ("train", "val", "test")}  # no modules of the model's
-        self._settled: Layout | None = None
+        self._settled: BatchForm | None = None
         self._prepared_for: str | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens, self._since = 0, 0.0
@@ -211,18 +209,19 @@ class PreferenceModule(LightningModule):
 
     # -- the one step -------------------------------------------------------------------------------------------------
 
+    @property
+    def scorer(self) -> Scorer:
+        """How policy and reference are scored: as the loss asks, in the form that was settled."""
+        form = self._settled or self.form
+        return Scorer(self.loss.layers, self.loss.detach_head, form, self.max_tokens, self.loss.needs_tokens)
+
     def forward(self, batch: PairBatch) -> tuple[PairLogps, PairLogps]:
         """Log-probs of a batch under policy and reference; a loss without a reference gets zeros for it."""
         assert self.policy is not None
-        layout = self._settled or self.layout
-        reference = None
-        if self.reference is not None:
-            parts = [batch] if self.max_tokens is None else batch.split(self.max_tokens)
-            reference = PairLogps.cat(
-                [self.reference.score(self.policy, part, self.loss.layers, layout) for part in parts]
-            )
-        run = score if self.max_tokens is None else partial(score_in_parts, max_tokens=self.max_tokens)
-        policy = run(self.policy, batch, self.loss.layers, detach_head=self.loss.detach_head, layout=layout)
+        scorer = self.scorer
+        with torch.no_grad():
+            reference = None if self.reference is None else self.reference.score(self.policy, batch, scorer)
+        policy = scorer(self.policy, batch)
         return policy, reference or policy.detach().zeros()
 
     def _step(self, batch: PairBatch, stage: str) -> Tensor:
@@ -424,9 +423,7 @@ class PreferenceModule(LightningModule):
                 sets(self.trainer.state.fn),
             )
         if self.reference is not None:
-            layers = tuple(int(layer) for layer in self.loss.layers)
-            layout = self._settled or self.layout
-            self.reference.prepare(Start(self.trainer, self.policy, self._load, layers, layout))
+            self.reference.prepare(Start(self.trainer, self.policy, self._load, self.scorer))
 
     def _settle(self) -> None:
         if self.trainer.precision in ("bf16-true", "16-true"):
@@ -440,10 +437,10 @@ class PreferenceModule(LightningModule):
                 "`dtype: float64` and leave the Trainer at `32-true`."
             )
         assert self.policy is not None
-        self._settled, reason = choose_layout(self.policy, self.layout)
+        self._settled, reason = choose_form(self.policy, self.form)
         if self.trainer.precision != "32-true":  # the first audit was the strict one, this is of the run's own kernels
             with self.trainer.precision_plugin.forward_context():
-                self._settled, again = choose_layout(self.policy, self._settled)
+                self._settled, again = choose_form(self.policy, self._settled)
             reason = reason or again
         if reason is not None:
             rank_zero_info(f"Scoring pairs as padded rows: {reason}.")
@@ -452,7 +449,7 @@ class PreferenceModule(LightningModule):
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")
 
     def on_fit_start(self) -> None:
-        """Audit the scoring, settle the layout, and let the reference get ready.
+        """Audit the scoring, settle the form of batches, and let the reference get ready.
 
         Raises:
             ValueError: A callback watches a metric that does not exist, or the loss needs a reference and has none.

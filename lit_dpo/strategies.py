@@ -24,7 +24,7 @@ from lit_dpo.checkpoints.content import check_content
 from lit_dpo.checkpoints.shards import check_index
 from lit_dpo.checkpoints.verify import verify
 from lit_dpo.scoring.decoder import decoder_parts, own_tensors
-from lit_dpo.scoring.score import SHARDED_METHOD, completion_sums
+from lit_dpo.scoring.score import SHARDED_METHOD, completion_logps
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -70,7 +70,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: Any) -> None:
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in (*decoder_parts(model).blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
-    setattr(model, SHARDED_METHOD, partial(completion_sums, model))
+    setattr(model, SHARDED_METHOD, partial(completion_logps, model))
     register_fsdp_forward_method(model, SHARDED_METHOD)
 
 
@@ -100,7 +100,7 @@ def wrap(model: nn.Module, strategy: FSDPStrategy, precision: Any) -> nn.Module:
 
     @wraps(original)
     def forward(*args: Any, completions: tuple[Any, ...] | None = None, **kwargs: Any) -> Any:
-        return original(*args, **kwargs) if completions is None else completion_sums(model, *completions)
+        return original(*args, **kwargs) if completions is None else completion_logps(model, *completions)
 
     model.forward = forward  # FSDP1 gathers weights around `forward` alone
     options = {key: value for key, value in strategy.kwargs.items() if key != "auto_wrap_policy"}

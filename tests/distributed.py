@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 import lit_dpo
-from lit_dpo import CachedReference, EasyToHard, FrozenReference, LoRA
+from lit_dpo import ADPOLoss, CachedReference, EasyToHard, FrozenReference, IntermediateLoss, LDDPOLoss, LoRA
 from lit_dpo.callbacks import BestCheckpoint, ExportModel, PairPredictionWriter
 from lit_dpo.models import load_model
 from lit_dpo.stepwise import fit_stepwise
@@ -94,6 +94,11 @@ VARIANTS = {
     "lora beside a frozen copy": lambda folder: {"adapter": LoRA(rank=2, alpha=8), "reference": FrozenReference()},
     "another reference": lambda folder: {"reference": FrozenReference({**runs.LLAMA, "intermediate_size": 64})},
     "cached": lambda folder: {"reference": CachedReference(str(folder / "cache"))},
+    "tokens": lambda folder: {"loss": ADPOLoss(), "max_tokens": 60},
+    "cached tokens": lambda folder: {
+        "loss": IntermediateLoss(LDDPOLoss(), layers=(1,)),
+        "reference": CachedReference(str(folder / "tokens")),
+    },
     "neox": lambda folder: {"model": runs.NEOX, "gradient_checkpointing": True},
     "in parts": lambda folder: {"model": runs.NEOX, "max_tokens": 60},
 }

@@ -10,7 +10,7 @@ from lit_dpo import CachedReference, LoRA, PairBatch
 from lit_dpo.models import load_model
 from lit_dpo.references.adapter import AdapterReference
 from lit_dpo.references.frozen import FrozenReference
-from lit_dpo.scoring.audit import choose_layout
+from lit_dpo.scoring.audit import choose_form
 from lit_dpo.scoring.score import score
 from tests import runs
 from tests.architectures import described
@@ -34,7 +34,7 @@ PADDED = [
     "mamba", "mamba2", "marian", "mbart", "mimo_v2_flash", "minimax", "mpt", "nemotron", "olmo_hybrid", "openai-gpt",
     "pegasus", "qwen3_5_text", "qwen3_next", "rwkv", "stablelm", "trocr", "whisper", "xglm", "zaya",
 ]  # fmt: skip
-_HEAD = r"cannot be scored: its log-probs in the padded layout differ from its own logits"
+_HEAD = r"cannot be scored: its log-probs in the padded form differ from its own logits"
 REFUSED = {
     "bert": _HEAD,  # their head is a network, of which scoring would use the last layer alone
     "big_bird": _HEAD,
@@ -80,10 +80,10 @@ def wide(model_type):
 def test_a_batch_scores_as_its_sequences_do_alone(model_type):
     model = wide(model_type)
     untouched = copy.deepcopy(model)
-    layout, reason = choose_layout(model)
-    assert (layout == "auto") == (model_type in FLAT), reason
+    form, reason = choose_form(model)
+    assert (form == "auto") == (model_type in FLAT), reason
     pairs = made_pairs(((1, 1, 1), (5, 3, 7), (30, 20, 12), (2, 6, 1), (9, 4, 40)))
-    got = score(model, PairBatch.from_lists(pairs), layout=layout)
+    got = score(model, PairBatch.from_lists(pairs), form=form)
     expected = separate_logps(untouched, pairs)
     ours, theirs = torch.stack([got.chosen, got.rejected]), torch.stack(expected)
     assert ((ours - theirs).abs() / theirs.abs().clamp(min=1)).max() < 1e-3
@@ -119,7 +119,7 @@ def test_at_rate_0_every_loss_is_log_2(model_type, reference, tmp_path, monkeypa
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_cannot_be_scored_is_refused_in_a_sentence(model_type):
     with pytest.raises(ValueError, match=REFUSED[model_type]):
-        choose_layout(wide(model_type))
+        choose_form(wide(model_type))
 
 
 def test_there_are_enough():

@@ -10,7 +10,7 @@ from lit_dpo.adapters import LoRA
 from lit_dpo.models import load_model
 from lit_dpo.references.adapter import AdapterReference
 from lit_dpo.references.frozen import FrozenReference
-from lit_dpo.scoring.audit import calm, check_sizes, choose_layout
+from lit_dpo.scoring.audit import calm, check_sizes, choose_form
 from lit_dpo.scoring.score import flat_obstacle, score
 from tests import runs
 from tests.models import tiny_model
@@ -142,19 +142,19 @@ def tuned_model(std=0.02, dtype="float32", floor_scale=16):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(("make", "named"), [(conv_model, "another branch"), (tuned_model, "place")])
 def test_the_audit_sees_structure_however_small_its_effect_is(make, named, dtype):
-    layout, reason = choose_layout(make(dtype=dtype))
-    assert layout == "padded"
+    form, reason = choose_form(make(dtype=dtype))
+    assert form == "padded"
     assert named in reason
-    with pytest.raises(ValueError, match=f"flat layout cannot serve this model: .*{named}"):
-        choose_layout(make(dtype=dtype), "flat")
+    with pytest.raises(ValueError, match=f"flat form cannot serve this model: .*{named}"):
+        choose_form(make(dtype=dtype), "flat")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_audit_sees_a_place_on_the_line_under_no_known_name(dtype):
     model = tuned_model(dtype=dtype)
     model.config.floor_scale = 10_000  # the modules keep theirs
-    layout, reason = choose_layout(model)
-    assert layout == "padded"
+    form, reason = choose_form(model)
+    assert form == "padded"
     assert "depends on the place on the line" in reason
 
 
@@ -167,14 +167,14 @@ def test_padded_rows_serve_what_the_line_does_not(make):
         for sizes in ((5, 9, 20), (30, 4, 8), (2, 3, 1))
     ]
     chosen, rejected = separate_logps(model, pairs)
-    got = score(model, PairBatch.from_lists(pairs), layout=choose_layout(model)[0])
+    got = score(model, PairBatch.from_lists(pairs), form=choose_form(model)[0])
     assert (got.chosen - chosen).abs().max() < 1e-4  # their norms compute in float32
     assert (got.rejected - rejected).abs().max() < 1e-4
 
 
 def test_a_line_longer_than_a_tempered_model_allows_goes_in_rows():
     model = tuned_model(floor_scale=1000)
-    assert choose_layout(model) == ("auto", None)
+    assert choose_form(model) == ("auto", None)
     long = PairBatch.from_lists([([3] * 200, [4] * 200, [5] * 100)] * 2)
     assert "1000" in flat_obstacle(model, long)
     assert flat_obstacle(model, PairBatch.from_lists([([3] * 200, [4] * 200, [5] * 100)])) is None
@@ -197,9 +197,9 @@ def stretched(kind):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("form", ["auto", "padded"])
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_length_do_not_depend_on_the_batch(kind, layout):
+def test_positions_that_depend_on_the_length_do_not_depend_on_the_batch(kind, form):
     model = load_model({**stretched(kind), "vocab_size": 50}, dtype="float64")
     generator = torch.Generator().manual_seed(0)
     lengths = ((5, 9, 20), (30, 4, 8), (2, 3, 1), (8, 8, 8), (10, 3, 7))
@@ -210,7 +210,7 @@ def test_positions_that_depend_on_the_length_do_not_depend_on_the_batch(kind, la
             [[float(separate_logps(fresh.pop(), [pair])[side]) for side in (0, 1)] for pair in pairs]
         )
     for order in ([0, 1, 2, 3, 4], [4, 2, 3], [2], [1], [3, 0]):
-        got = score(model, PairBatch.from_lists([pairs[i] for i in order]), layout=layout)
+        got = score(model, PairBatch.from_lists([pairs[i] for i in order]), form=form)
         assert (got.chosen - expected[order, 0]).abs().max() < 1e-3
         assert (got.rejected - expected[order, 1]).abs().max() < 1e-3
         score(model, PairBatch.from_lists([([3] * 50, [4] * 9, [5])]))  # what came before leaves no trace

@@ -163,7 +163,7 @@ TABLE = {  # what changes: (options of the module, options of the data, rows tha
     "max_length": (None, lambda place: {"max_length": LIMIT}, ONE),
     "truncation side": (None, lambda place: {"max_length": LIMIT, "truncation": "keep_end"}, ONE),
     "dtype": (lambda place: {"dtype": "float64"}, None, ALL),
-    "attention": (lambda place: {"layout": "padded"}, None, ALL),
+    "attention": (lambda place: {"form": "padded"}, None, ALL),
     "adapter state": (lambda place: {"adapter": LoRA(rank=2)}, None, ALL),
     "row content": (None, one_row_changed, ONE),
     "row order": (None, lambda place: {"train": write(place / "train.jsonl", pairs(TRAIN)[::-1])}, 0),

@@ -97,14 +97,13 @@ def test_no_config_is_forgotten():
 
 
 # What these need of scoring and data is not connected yet; each mark goes with its connection.
-NO_TOKENS = pytest.mark.xfail(strict=True, reason="scoring does not hand on log-probs of single tokens yet")
 NO_COLUMNS = pytest.mark.xfail(strict=True, reason="the data module does not hand on columns of numbers yet")
 # Of every pair where the policy is the reference: what a run starts at. The others depend on the pairs.
 LOG_2 = math.log(2)
 STARTS = dict.fromkeys(["dpo", "dpo_norm", "dpo_shift", "dpop", "fdpo", "intermediate", "lddpo", "minor_dpo"], LOG_2)
 STARTS |= {"adpo": 4 * LOG_2, "bco_pair": 2 * LOG_2, "nca_pair": 2 * LOG_2, "robust_dpo": LOG_2}
 STARTS |= {"apo_down": 1.0, "apo_zero": 1.0, "hinge": 1.0, "exo": 2.76123, "ipo": 25.0, "sppo": 2 * 500.0**2}
-WAITING = {"adpo": NO_TOKENS, "lddpo": NO_TOKENS, "odpo": NO_COLUMNS}
+WAITING = {"odpo": NO_COLUMNS}
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=WAITING.get(m, ())) for m in METHODS if m != "sdpo"])
@@ -366,6 +365,28 @@ def test_a_changed_configuration_is_shown_and_refused(trained, tmp_path, capsys)
     assert re.search(r"optimizer\S* +│ 0\.01 +│ 0\.05 +│ 0\.01", said.out)
     assert "differs from that of the run to resume in model.optimizer.init_args.lr: undo that" in said.err
     main([*args, "--ckpt_path", "last", "--allow-changes"])
+
+
+def test_a_run_that_was_begun_with_release_0_1_0_goes_on(trained, tmp_path, capsys):
+    """Its configuration knows one option by another name and some not at all; a real change is refused all the same."""
+    folder = tmp_path / "runs"
+    shutil.copytree(trained[0].parent, folder)
+    path = folder / "version_0" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["layout"] = config["model"].pop("form")
+    del config["model"]["loss"]["init_args"]["length_normalize"], config["data"]["append_eos"]
+    path.write_text(yaml.safe_dump(config))
+    args = command("fit", folder, "dpo", "--model.optimizer.lr", 0.01, "--trainer.val_check_interval", 8)
+    args += ["--ckpt_path", "last"]
+    for option, name in (
+        ("--model.form=padded", "model.form"),
+        ("--model.loss.length_normalize=true", "model.loss.init_args.length_normalize"),
+        ("--data.append_eos=false", "data.append_eos"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*args, option])
+        assert f"differs from that of the run to resume in {name}: undo that" in capsys.readouterr().err
+    main(args)
 
 
 def test_ctrl_c_prints_the_command_to_go_on_with(tmp_path, capsys, monkeypatch):

@@ -44,7 +44,6 @@ WAITING = {
     "export-run": "`lit-dpo export` takes a run's folder or `last`",
     "fabric": "`score` takes a module that Fabric has wrapped",
     "first-reference": "`fit_stepwise(..., first_reference=True)`",
-    "form": "the module's option for the batch form is `form`",
     "more-losses": "losses beyond DPO, IPO, DPOP, SFT, intermediate and weighted ones",
     "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
     "new-flags": "`--trust-remote-code`, `--data.append_eos`, `--data.chat_template`",
@@ -53,12 +52,9 @@ WAITING = {
     "predict-train": "`--data.predict train`, and reference log-probs in predictions",
     "reference-score": "a reference is a dataclass and implements `score(policy, batch, scorer)`",
     "row-values": "numeric columns travel from the row to the loss",
-    "scorer": "`Scorer`",
-    "tokens": "per-token log-probs",
 }
 WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
 WAITING_OPTIONS = {
-    "--model.form": "form",
     "--model.revision": "model-options",
     "--model.attn_implementation": "model-options",
     "--model.quantization": "model-options",

@@ -189,7 +189,7 @@ SENTENCES = {
         "`model.gradient_checkpointing` must be true or false, got 'maybe'.",
     ),
     "choice": (
-        ["--model.layout", "flatt"], "`model.layout` must be one of auto, flat, padded, got 'flatt'. Did you mean flat?"
+        ["--model.form", "flatt"], "`model.form` must be one of auto, flat, padded, got 'flatt'. Did you mean flat?"
     ),
     "strategy": (
         ["--trainer.strategy", "fsdp3"], "`trainer.strategy`: there is no strategy `fsdp3`. Did you mean fsdp or fsdp2?"

@@ -73,7 +73,7 @@ def test_scoring_takes_the_flash_kernel_and_obeys_its_switch(monkeypatch, autoca
         torch.backends.cuda.enable_flash_sdp(flash)
         called.clear()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            found[flash] = score(policy, batch, layout="flat").chosen
+            found[flash] = score(policy, batch, form="flat").chosen
         assert bool(called) == flash
     torch.backends.cuda.enable_flash_sdp(True)
     assert torch.allclose(found[True], found[False], atol=0.3)

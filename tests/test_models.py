@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_dpo.adapters import LoRA
 from lit_dpo.export import export
 from lit_dpo.models import empty_model, load_model
-from lit_dpo.scoring.audit import choose_layout
+from lit_dpo.scoring.audit import choose_form
 from lit_dpo.tokenizers import load_tokenizer, quickstart_tokenizer, train_tokenizer
 from tests.models import DESCRIPTIONS, VOCABULARY, tiny_model
 
@@ -179,7 +179,7 @@ def test_export_loads_bit_for_bit(model_type, tokenizer, tmp_path):
     model = tiny_model(model_type)
     model.generation_config.max_new_tokens = 7
     before = model(IDS).logits
-    choose_layout(model)  # training has switched the attention
+    choose_form(model)  # training has switched the attention
     folder = export(model, tokenizer, tmp_path / "deep" / "out")
     assert folder == tmp_path / "deep" / "out"
     loaded = AutoModelForCausalLM.from_pretrained(folder)

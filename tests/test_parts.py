@@ -12,7 +12,6 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from lit_dpo import DPOLoss, IntermediateLoss, LoRA, PairBatch, score
 from lit_dpo.scoring import parts as parts_module
-from lit_dpo.scoring.parts import score_in_parts
 from tests import runs
 from tests.models import tiny_model
 
@@ -43,17 +42,17 @@ def weighted_sum(logps):
     return total + sum((0.3 * weights * (layer.chosen + 2 * layer.rejected)).sum() for layer in logps.layers.values())
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("most", [1, 9, 14, 1000])
-def test_log_probs_and_gradients_are_those_of_the_whole(layout, most):
+def test_log_probs_and_gradients_are_those_of_the_whole(form, most):
     model = tiny_model("llama", "float64").train()
     calls = []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(None))
     found = []
-    for run, budget in ((score, {}), (score_in_parts, {"max_tokens": most})):
+    for run, budget in ((score, {}), (score, {"max_tokens": most})):
         model.zero_grad()
         calls.clear()
-        logps = run(model, BATCH, layers=(1,), layout=layout, **budget)
+        logps = run(model, BATCH, layers=(1,), form=form, **budget)
         weighted_sum(logps).backward()
         found.append((logps, {name: p.grad.clone() for name, p in model.named_parameters()}))
     parts = len(BATCH.split(most))
@@ -84,7 +83,7 @@ def test_only_one_part_is_kept_for_the_backward_pass():
             run(model, batch)
         return sum(size for _, size in sizes.values())
 
-    parts = kept(lambda *args: score_in_parts(*args, max_tokens=60))
+    parts = kept(lambda *args: score(*args, max_tokens=60))
     assert parts < 0.2 * kept(score)  # an eighth, and each part's inputs
 
 
@@ -96,7 +95,7 @@ def test_dropout_draws_the_same_masks_again(device):
     for name, module in model.named_modules():
         if "layers.0.self_attn.q_proj.lora_dropout.default" in name:
             module.register_forward_hook(lambda module, args, out: drawn.append(out == 0))
-    score_in_parts(model, BATCH.to(device), max_tokens=14).chosen.sum().backward()
+    score(model, BATCH.to(device), max_tokens=14).chosen.sum().backward()
     parts = len(BATCH.split(14))
     assert parts > 2
     assert len(drawn) == 2 * parts - 1
@@ -109,7 +108,7 @@ def test_the_checkpoint_is_shown_the_device(monkeypatch):
     """It looks for tensors among its arguments, not inside of batches, to know whose random state to keep."""
     shown = []
     monkeypatch.setattr(parts_module, "checkpoint", lambda run, *args, **kw: shown.append(args[0]) or run(*args))
-    score_in_parts(tiny_model("llama"), BATCH, max_tokens=14)
+    score(tiny_model("llama"), BATCH, max_tokens=14)
     assert shown
     assert all(isinstance(tensor, torch.Tensor) for tensor in shown)
 
@@ -129,7 +128,7 @@ def test_gradients_of_parts_add_up_in_float32_under_autocast():
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     truth = gradient(score, False)
-    in_parts = partial(score_in_parts, max_tokens=15)
+    in_parts = partial(score, max_tokens=15)
     whole, parts = (float((gradient(run, True) - truth).norm() / truth.norm()) for run in (score, in_parts))
     assert parts < 1.1 * whole  # else 1.5 times
 

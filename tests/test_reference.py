@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_dpo import AdapterReference, DPOLoss, FrozenReference, LoRA, PairBatch, score
+from lit_dpo import AdapterReference, DPOLoss, FrozenReference, LoRA, PairBatch, Scorer, score
 from lit_dpo.models import load_model
 from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
@@ -52,7 +52,7 @@ def test_a_frozen_reference_takes_no_part_in_training(tmp_path):
 def test_scores_come_without_a_graph(tmp_path):
     module = runs.module()
     module.configure_model()
-    logps = module.reference.score(module.policy, BATCH, layers=(1,))
+    logps = module.reference.score(module.policy, BATCH, Scorer(layers=(1,)))
     assert not logps.chosen.requires_grad
     assert not logps.layers[1].rejected.requires_grad
 
@@ -66,7 +66,7 @@ def test_it_follows_the_module():
 
 def test_an_unbuilt_reference_says_so():
     with pytest.raises(RuntimeError, match="has not been built"):
-        FrozenReference().score(torch.nn.Identity(), BATCH)
+        FrozenReference().score(torch.nn.Identity(), BATCH, Scorer())
 
 
 def test_a_reference_of_its_own_folder(tmp_path, tokenizer):

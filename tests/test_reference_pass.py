@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lit_dpo.references.cached as subject
-from lit_dpo import CachedReference, IntermediateLoss
+from lit_dpo import CachedReference, IntermediateLoss, LDDPOLoss, Scorer
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.references.table import LogpsTable
@@ -28,22 +28,24 @@ ROOT = Path(__file__).parents[1]
 def start(folder, cache, kill_at=None, callbacks=(), **options):
     """A fit without a step, which scores the reference; kills its own process at a batch."""
     calls = []
-    original = subject.score
+    original = Scorer.__call__
 
-    def score(*args, **kwargs):
-        calls.append(len(args[1]))
+    def score(scorer, model, batch):
+        if not scorer.per_token:  # of the audit at the start
+            return original(scorer, model, batch)
+        calls.append(len(batch))
         if kill_at is not None and len(calls) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
+        return original(scorer, model, batch)
 
     reference = CachedReference(str(cache), audit_rows=0)
-    module = runs.module(reference=reference, loss=IntermediateLoss(layers=(1,)))
+    module = runs.module(reference=reference, loss=IntermediateLoss(LDDPOLoss(), layers=(1,)))
     data = runs.data(str(folder / "rows.jsonl"), validation=str(folder / "val.jsonl"), eval_batch_size=BATCH)
-    subject.score = score
+    Scorer.__call__ = score
     try:
         runs.trainer(folder, max_steps=0, **options).fit(module, data)
     finally:
-        subject.score = original
+        Scorer.__call__ = original
     return sum(calls), reference
 
 
@@ -87,7 +89,9 @@ def test_a_killed_reference_pass_goes_on_bit_for_bit(place, batch, caplog):
     assert "rows of a pass that was cut short are there" in caplog.text
     assert reference.scored + reference.reused == ROWS + 3 + 20
     expected, found = table(place / "whole"), table(place / "cache")
-    assert expected.keys() == found.keys() == {"keys", "last", "layer.1"}
+    layers = {"last", "layer.1"}
+    kept = {"keys", *layers, *(f"{what}.{layer}" for what in ("tokens", "counts") for layer in layers)}
+    assert expected.keys() == found.keys() == kept
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert {path.suffix for path in (place / "cache").iterdir()} == {".json", ".safetensors"}
     assert start(place, place / "cache")[0] == 0
@@ -158,7 +162,14 @@ def test_a_forged_cache_and_a_forged_journal_are_scored_anew(place, caplog):
     (header,) = (place / "cache").glob("*.json")
     identity = json.loads(header.read_text())["identity"]
     store = TensorStore(place / "cache", {k: v for k, v in identity.items() if k != "format"})
-    for forged in ({"a": torch.ones(2)}, {**expected, "last": expected["last"][1:]}):
+    short, negative = expected["tokens.last"][1:], torch.full_like(expected["counts.last"], -1)
+    for forged in (
+        {"a": torch.ones(2)},
+        {**expected, "last": expected["last"][1:]},
+        {**expected, "tokens.last": short},
+        {**expected, "counts.last": negative},
+        {name: value for name, value in expected.items() if name != "counts.last"},
+    ):
         store.write(forged)
         journal = Journal(store)
         journal.append(forged)

@@ -6,7 +6,7 @@ from torch import nn
 
 from lit_dpo import PairBatch
 from lit_dpo.adapters import LoRA
-from lit_dpo.scoring.audit import choose_layout
+from lit_dpo.scoring.audit import choose_form
 from lit_dpo.scoring.decoder import decoder_parts
 from lit_dpo.scoring.score import flat_obstacle, own_attention, score
 from tests.models import VOCABULARY, tiny_model
@@ -57,9 +57,9 @@ def assert_same_gradients(ours, expected, tolerance):
         assert float((gradient - expected[name]).abs().max()) <= tolerance * size, name
 
 
-def assert_scores_like_its_own_logits(model, batch, pairs, layout, tolerance):
+def assert_scores_like_its_own_logits(model, batch, pairs, form, tolerance):
     untouched = copy.deepcopy(model)
-    got = score(model, batch, layout=layout)
+    got = score(model, batch, form=form)
     chosen, rejected = separate_logps(untouched, pairs)
     assert_close(got.chosen, chosen, tolerance)
     assert_close(got.rejected, rejected, tolerance)
@@ -71,22 +71,22 @@ def assert_scores_like_its_own_logits(model, batch, pairs, layout, tolerance):
 # Flat, padded, one by one
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("model_type", EXACT)
-def test_agrees_in_float64_with_one_sequence_at_a_time(model_type, layout):
-    assert_scores_like_its_own_logits(tiny_model(model_type, "float64"), BATCH, PAIRS, layout, 1e-10)
+def test_agrees_in_float64_with_one_sequence_at_a_time(model_type, form):
+    assert_scores_like_its_own_logits(tiny_model(model_type, "float64"), BATCH, PAIRS, form, 1e-10)
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("model_type", FLAT)
-def test_agrees_in_float32_with_one_sequence_at_a_time(model_type, layout):
-    assert_scores_like_its_own_logits(tiny_model(model_type), BATCH, PAIRS, layout, 1e-4)
+def test_agrees_in_float32_with_one_sequence_at_a_time(model_type, form):
+    assert_scores_like_its_own_logits(tiny_model(model_type), BATCH, PAIRS, form, 1e-4)
 
 
 @pytest.mark.parametrize("model_type", SOFTCAPPED)
 def test_flat_and_padded_agree_where_the_models_own_softmax_is_float32(model_type):
     model = tiny_model(model_type, "float64")
-    flat, padded = (score(model, BATCH, layout=layout) for layout in ("flat", "padded"))
+    flat, padded = (score(model, BATCH, form=form) for form in ("flat", "padded"))
     assert_close(flat.chosen, padded.chosen, 1e-5)
     assert_close(flat.rejected, padded.rejected, 1e-5)
 
@@ -102,12 +102,12 @@ def test_counts_and_dtypes():
     assert score(tiny_model("llama", "bfloat16"), BATCH).chosen.dtype == torch.float32
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
-def test_bfloat16_and_autocast_stay_near_float32(layout):
-    exact = score(tiny_model("llama", initializer_range=0.05), BATCH, layout=layout)
-    half = score(tiny_model("llama", "bfloat16", initializer_range=0.05), BATCH, layout=layout)
+@pytest.mark.parametrize("form", ["flat", "padded"])
+def test_bfloat16_and_autocast_stay_near_float32(form):
+    exact = score(tiny_model("llama", initializer_range=0.05), BATCH, form=form)
+    half = score(tiny_model("llama", "bfloat16", initializer_range=0.05), BATCH, form=form)
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = score(tiny_model("llama", initializer_range=0.05), BATCH, layout=layout)
+        mixed = score(tiny_model("llama", initializer_range=0.05), BATCH, form=form)
     for other in (half, mixed):
         assert (other.chosen - exact.chosen).abs().max() < 0.1
         assert (other.rejected - exact.rejected).abs().max() < 0.1
@@ -128,7 +128,7 @@ def test_bfloat16_gradients_point_where_float32_ones_do(path, way):
         if path == "adapter":
             model = LoRA(rank=2).attach(model)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            got = score(model, BATCH, layers, layout="padded" if path == "padded" else "flat")
+            got = score(model, BATCH, layers, form="padded" if path == "padded" else "flat")
         every = [got, *got.layers.values()]
         found = gradients(model, sum(weighted(one.chosen, one.rejected) for one in every))
         return torch.cat([torch.cat([one.chosen, one.rejected]) for one in every]), torch.cat(
@@ -141,15 +141,15 @@ def test_bfloat16_gradients_point_where_float32_ones_do(path, way):
     assert float(half[1].norm() / exact[1].norm()) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
-def test_neither_order_nor_split_of_the_batch_matters(layout):
+@pytest.mark.parametrize("form", ["flat", "padded"])
+def test_neither_order_nor_split_of_the_batch_matters(form):
     model = tiny_model("llama", "float64")
-    whole = score(model, BATCH, layout=layout)
+    whole = score(model, BATCH, form=form)
     order = [2, 0, 3, 1]
-    moved = score(model, PairBatch.from_lists([PAIRS[i] for i in order]), layout=layout)
+    moved = score(model, PairBatch.from_lists([PAIRS[i] for i in order]), form=form)
     assert_close(moved.chosen, whole.chosen[order], 1e-10)
     assert_close(moved.rejected, whole.rejected[order], 1e-10)
-    halves = [score(model, PairBatch.from_lists(PAIRS[part]), layout=layout) for part in (slice(1), slice(1, 4))]
+    halves = [score(model, PairBatch.from_lists(PAIRS[part]), form=form) for part in (slice(1), slice(1, 4))]
     assert_close(torch.cat([half.chosen for half in halves]), whole.chosen, 1e-10)
     assert_close(torch.cat([half.rejected for half in halves]), whole.rejected, 1e-10)
 
@@ -165,12 +165,12 @@ def test_swapping_the_completions_swaps_their_log_probs():
 # Intermediate layers
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma"])
-def test_a_block_is_scored_through_final_norm_and_head(model_type, layout):
+def test_a_block_is_scored_through_final_norm_and_head(model_type, form):
     model = tiny_model(model_type, "float64")
     untouched = copy.deepcopy(model)
-    got = score(model, BATCH, layers=(2, 1, 3), layout=layout)
+    got = score(model, BATCH, layers=(2, 1, 3), form=form)
     assert list(got.layers) == [2, 1, 3]
     loss = expected_loss = 0.0
     for block in (1, 2, 3):
@@ -241,9 +241,9 @@ def test_without_a_known_final_norm_only_the_last_layer_is_scored():
         score(model, BATCH, layers=(1,))
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("form", ["flat", "padded"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(layout, reentrant):
+def test_gradient_checkpointing_changes_nothing(form, reentrant):
     model = tiny_model("llama", "float64").train()
     calls = []
     model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(None))
@@ -253,7 +253,7 @@ def test_gradient_checkpointing_changes_nothing(layout, reentrant):
             # transformers 5.23 renamed it
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": reentrant})
-        got = score(model, BATCH, layers=(2,), layout=layout)
+        got = score(model, BATCH, layers=(2,), form=form)
         between = got.layers[2]
         loss = weighted(got.chosen, got.rejected) + weighted(between.chosen, between.rejected)
         results.append((got.chosen, between.chosen, gradients(model, loss)))
@@ -281,14 +281,14 @@ def adapted(**overrides):
 
 
 @adapters
-@pytest.mark.parametrize("layout", ["flat", "padded"])
-def test_adapters_are_scored_and_switch_off(layout):
+@pytest.mark.parametrize("form", ["flat", "padded"])
+def test_adapters_are_scored_and_switch_off(form):
     model, base = adapted(), tiny_model("llama", "float64")
-    assert_scores_like_its_own_logits(model, BATCH, PAIRS, layout, 1e-10)
-    plain = score(base, BATCH, layers=(2,), layout=layout)
-    assert (score(model, BATCH, layout=layout).chosen - plain.chosen).abs().min() > 1e-3
+    assert_scores_like_its_own_logits(model, BATCH, PAIRS, form, 1e-10)
+    plain = score(base, BATCH, layers=(2,), form=form)
+    assert (score(model, BATCH, form=form).chosen - plain.chosen).abs().min() > 1e-3
     with model.disable_adapter():
-        off = score(model, BATCH, layers=(2,), layout=layout)
+        off = score(model, BATCH, layers=(2,), form=form)
     assert torch.equal(off.chosen, plain.chosen)
     assert torch.equal(off.rejected, plain.rejected)
     assert torch.equal(off.layers[2].chosen, plain.layers[2].chosen)
@@ -334,12 +334,12 @@ def test_only_causal_language_models_are_scored():
 def test_models_without_the_attention_interface_fall_back_to_padded_rows(model_type, reason):
     model = tiny_model(model_type)
     assert reason in flat_obstacle(model)
-    layout, why = choose_layout(model)
-    assert layout == "padded"
+    form, why = choose_form(model)
+    assert form == "padded"
     assert reason in why
     assert_scores_like_its_own_logits(model, BATCH, PAIRS, "auto", 1e-4)
-    for function in (lambda: score(model, BATCH, layout="flat"), lambda: choose_layout(model, "flat")):
-        with pytest.raises(ValueError, match=f"flat layout cannot serve this model: .*{reason}.*`layout: padded`"):
+    for function in (lambda: score(model, BATCH, form="flat"), lambda: choose_form(model, "flat")):
+        with pytest.raises(ValueError, match=f"flat form cannot serve this model: .*{reason}.*`form: padded`"):
             function()
 
 
@@ -357,8 +357,8 @@ def test_a_sequence_longer_than_the_window_falls_back(model_type, window, fits):
         message = f"a sequence of 12 tokens is longer than the model's attention window of {window}"
         assert flat_obstacle(model, batch) == message
         assert flat_obstacle(model) is None  # shorter batches still go flat
-        with pytest.raises(ValueError, match=f"{message}.*`layout: padded` or `auto`"):
-            score(model, batch, layout="flat")
+        with pytest.raises(ValueError, match=f"{message}.*`form: padded` or `auto`"):
+            score(model, batch, form="flat")
 
 
 # The audit
@@ -370,9 +370,9 @@ def test_the_audit_passes_and_leaves_everything_as_it_was(model_type):
     model.get_decoder().eval()
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
-    assert choose_layout(model) == ("auto", None)
-    assert choose_layout(model, "flat") == ("auto", None)
-    assert choose_layout(model, "padded") == ("padded", "the padded layout was asked for")
+    assert choose_form(model) == ("auto", None)
+    assert choose_form(model, "flat") == ("auto", None)
+    assert choose_form(model, "padded") == ("padded", "the padded form was asked for")
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
@@ -410,11 +410,11 @@ def test_the_audit_catches_wrong_attention(rule, monkeypatch):
 
     model = tiny_model("llama")
     monkeypatch.setattr("lit_dpo.scoring.score.pair_attention", sabotaged)
-    layout, reason = choose_layout(model)
-    assert layout == "padded"
-    assert "in the flat layout differ from its own logits by" in reason
-    with pytest.raises(ValueError, match=r"flat layout cannot serve this model: .* differ from its own logits"):
-        choose_layout(model, "flat")
+    form, reason = choose_form(model)
+    assert form == "padded"
+    assert "in the flat form differ from its own logits by" in reason
+    with pytest.raises(ValueError, match=r"flat form cannot serve this model: .* differ from its own logits"):
+        choose_form(model, "flat")
 
 
 def test_the_audit_lets_right_attention_pass(monkeypatch):
@@ -422,7 +422,7 @@ def test_the_audit_lets_right_attention_pass(monkeypatch):
         return dense_attention(query, key, value, sees(shape), scale, softcap)
 
     monkeypatch.setattr("lit_dpo.scoring.score.pair_attention", slow)
-    assert choose_layout(tiny_model("llama")) == ("auto", None)
+    assert choose_form(tiny_model("llama")) == ("auto", None)
 
 
 @pytest.mark.parametrize("place", [0, -2], ids=["prompt", "rejected"])
@@ -433,8 +433,8 @@ def test_the_audit_is_not_fooled_by_nan(place, monkeypatch):
         return out
 
     monkeypatch.setattr("lit_dpo.scoring.score.pair_attention", sabotaged)
-    layout, reason = choose_layout(tiny_model("llama"))
-    assert layout == "padded"
+    form, reason = choose_form(tiny_model("llama"))
+    assert form == "padded"
     assert "nan" in reason
 
 
@@ -442,8 +442,8 @@ def test_the_audit_is_not_fooled_by_nan(place, monkeypatch):
 def test_the_audit_catches_a_head_that_is_not_the_models(setting):
     model = tiny_model("llama")
     setattr(model.config, setting, 0.5)  # llama knows no such setting, so its own logits do not change
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be scored: .* padded layout differ .* own logits"):
-        choose_layout(model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be scored: .* padded form differ .* own logits"):
+        choose_form(model)
 
 
 @pytest.mark.parametrize(
@@ -455,19 +455,19 @@ def test_attention_that_takes_more_than_scores_falls_back(name, value, monkeypat
     for block in model.model.layers:
         forward = block.self_attn.forward
         monkeypatch.setattr(block.self_attn, "forward", lambda *a, f=forward, **k: f(*a, **k, **{name: value}))
-    layout, reason = choose_layout(model)
-    assert layout == "padded"
+    form, reason = choose_form(model)
+    assert form == "padded"
     assert name in reason
 
 
 def test_attention_that_cannot_run_on_the_flat_line_falls_back():
-    model = tiny_model("nemotron")  # its blocks keep the layout's arguments from the attention function
-    layout, reason = choose_layout(model)
-    assert layout == "padded"
+    model = tiny_model("nemotron")  # its blocks keep the form's arguments from the attention function
+    form, reason = choose_form(model)
+    assert form == "padded"
     assert reason
     assert_scores_like_its_own_logits(model, BATCH, PAIRS, "padded", 1e-4)
-    with pytest.raises(ValueError, match="flat layout cannot serve this model"):
-        choose_layout(model, "flat")
+    with pytest.raises(ValueError, match="flat form cannot serve this model"):
+        choose_form(model, "flat")
 
 
 # The model afterwards
@@ -489,7 +489,7 @@ def test_own_attention_is_given_back(model_type):
     name = model.config._attn_implementation
     ids = torch.randint(VOCABULARY, (2, 7))
     before = model(ids).logits
-    score(model, BATCH, layout="flat")
+    score(model, BATCH, form="flat")
     own_attention(model)
     assert model.config._attn_implementation == name
     assert torch.equal(model(ids).logits, before)
@@ -499,7 +499,7 @@ def test_own_attention_is_given_back(model_type):
 
 def test_a_cap_on_scores_is_not_lost_in_a_plain_pass():
     model = tiny_model("gemma2")
-    score(model, BATCH, layout="flat")
+    score(model, BATCH, form="flat")
     with pytest.raises(RuntimeError, match=r"call `lit_dpo\.scoring\.own_attention"):
         model(torch.randint(VOCABULARY, (2, 7)))
 
@@ -509,9 +509,9 @@ def test_a_second_model_of_the_same_config_is_scored_too():
     score(model, BATCH)
     second = type(model)(model.config).double()  # shares the config object
     second.load_state_dict(model.state_dict())
-    flat, padded = score(second, BATCH, layout="flat"), score(second, BATCH, layout="padded")
+    flat, padded = score(second, BATCH, form="flat"), score(second, BATCH, form="padded")
     assert_close(flat.chosen, padded.chosen, 1e-4)
-    assert_close(score(model, BATCH, layout="padded").chosen, padded.chosen, 1e-4)
+    assert_close(score(model, BATCH, form="padded").chosen, padded.chosen, 1e-4)
     own_attention(model)
     own_attention(second)
     assert model.config._attn_implementation == "sdpa"

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from lit_dpo.checkpoints.run import (
     run_of,
 )
 from lit_dpo.cli.messages import one_sentence, users_fault
-from lit_dpo.cli.parser import PLUGGABLE, Parser, subclass_names, switching_forgets_options
+from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_run
@@ -154,9 +155,10 @@ class PreferenceCLI(LightningCLI):
             return
         self._continued = run
         self.save_config_kwargs["resumed"] = run is not None
-        current = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        parser = self._parser(self.subcommand)
+        current = parser.dump(self.config[self.subcommand], skip_none=False)
         saved = saved_config(run, path)
-        changed = refuse_changes(saved, current, self._flags.allow_changes)
+        changed = refuse_changes(saved, current, self._flags.allow_changes, partial(completed, parser))
         self._changed = None if run is None or saved is None else changed
 
     def _as_before(self, option: str) -> bool:

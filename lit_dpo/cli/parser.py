@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, suppress
+from io import StringIO
 from typing import Any, NoReturn
 
 from jsonargparse import _typehints  # see switching_forgets_options
@@ -53,6 +54,14 @@ class Parser(LightningArgumentParser):
             text = f"{text.rstrip('.')}. Did you mean {' or '.join(near)}?"
         sys.stderr.write(f"lit-dpo: error: {text}\n")
         raise SystemExit(2)
+
+
+def completed(parser: Any, values: Mapping[str, Any]) -> str | None:
+    """A configuration as yaml, the options that it does not name at their defaults; ``None`` if it does not parse."""
+    with suppress(SystemExit), redirect_stderr(StringIO()):
+        text: str = parser.dump(parser.parse_object(dict(values)), skip_none=False)
+        return text
+    return None
 
 
 def nearest(message: str, parser: Any) -> list[str]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
 from lit_dpo.adapters import adapters_off
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Reference
-from lit_dpo.scoring.score import Layout, score
+from lit_dpo.scoring.score import Scorer
 
 
 class AdapterReference(Reference):
@@ -22,6 +20,7 @@ class AdapterReference(Reference):
                 "`AdapterReference` needs a policy with adapters: set `adapter`, or use `FrozenReference` instead."
             )
 
-    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+    def score(self, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
+        """Log-probs of a batch under the policy without its adapters."""
         with adapters_off(policy):
-            return score(policy, batch, layers, layout=layout)
+            return scorer(policy, batch)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.scoring.score import Layout
+from lit_dpo.scoring.score import Scorer
 
 
 @dataclass(frozen=True)
@@ -26,15 +25,13 @@ class Start:
         policy: In place and on its device; before the first step it has its starting weights unless a checkpoint was
             restored.
         reload: Loads the starting weights once more, as a model of its own.
-        layers: Decoder blocks whose log-probs the loss wants.
-        layout: How batches reach the model.
+        scorer: How the policy is scored, and what the loss wants to know.
     """
 
     trainer: Trainer
     policy: nn.Module
     reload: Callable[[], nn.Module]
-    layers: tuple[int, ...]
-    layout: Layout
+    scorer: Scorer
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,14 @@ class Reference(ABC):
         for model in self.models():
             model._apply(function, recurse)
 
-    @torch.no_grad()
-    def score(
-        self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float] = (), layout: Layout = "auto"
-    ) -> PairLogps:
-        """Log-probs of a batch under the reference, without a graph; see `lit_dpo.scoring.score.score`."""
-        return self._score(policy, batch, layers, layout)
-
     @abstractmethod
-    def _score(
-        self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout
-    ) -> PairLogps: ...
+    def score(self, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
+        """Log-probs of a batch under the reference; the training module calls it without gradients.
+
+        Args:
+            policy: The model in training.
+            batch: B pairs on its device.
+            scorer: How the policy itself is scored; ``scorer(model, batch)`` scores another model in the same way.
+                With `Scorer.per_token` the log-probs of single tokens are wanted too, and with `Scorer.layers` those
+                at intermediate blocks.
+        """

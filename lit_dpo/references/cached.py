@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
@@ -25,10 +26,11 @@ from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Filling, Reference, Start
-from lit_dpo.references.table import LogpsTable, content_keys, fingerprint
+from lit_dpo.references.table import LogpsTable, TokenLogps, content_keys, fingerprint, first_of_each, joined
 from lit_dpo.scoring.attention import NUMERICS, flash_here
 from lit_dpo.scoring.decoder import own_tensors
-from lit_dpo.scoring.score import Layout, score
+from lit_dpo.scoring.logps import sum_by_completion
+from lit_dpo.scoring.score import Scorer
 
 _SECONDS, _SHARE = 2.0, 0.05  # between two blocks of the journal: at most so long, and so much of what is scored
 
@@ -95,7 +97,7 @@ class CachedReference(Reference):
             "precision": str(start.trainer.precision),
             "device": start.trainer.strategy.root_device.type,
             "attention": [NUMERICS, "flash" if flash_here(start.trainer.strategy.root_device) else "pairs"],
-            "layout": start.layout,
+            "layout": start.scorer.form,  # the name of 0.1.0, whose values still serve
             "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
         }
         store = TensorStore(self.folder, identity)
@@ -105,7 +107,7 @@ class CachedReference(Reference):
         table = None if tensors is None else LogpsTable.from_tensors(tensors)
         if problem:
             rank_zero_info(f"Reference cache {store.data} is damaged ({problem}): scoring anew.")
-        columns = ["last", *(f"layer.{k}" for k in start.layers)]
+        columns, per_token = _columns(start.scorer), start.scorer.per_token
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         visits = [
             (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
@@ -113,18 +115,19 @@ class CachedReference(Reference):
         ]
         keep = True  # what others have stored meanwhile
         for rows, keys, loader in visits:
-            if table is not None and not self._agrees(model, start, table, loader, rows[table.known(keys, columns)]):
+            stored = _known(table, keys, columns, per_token)
+            if table is not None and not self._agrees(model, start, table, loader, rows[stored]):
                 rank_zero_info(f"Reference cache {store.data} differs from the model's own log-probs: scoring anew.")
                 table, keep = None, False
         self.scored, self.reused = 0, 0
-        missing = torch.cat([keys[~_known(table, keys, columns)] for _, keys, _ in visits]).unique(dim=0)
+        missing = torch.cat([keys[~_known(table, keys, columns, per_token)] for _, keys, _ in visits]).unique(dim=0)
         with _Pass(start.trainer, store, len(missing)) as under_way:
             for rows, keys, loader in visits:
-                known = _known(table, keys, columns)
+                known = _known(table, keys, columns, per_token)
                 if not known.all():
                     # Of equal rows the first: so what a pass that goes on has left to score is the end of the whole.
-                    places = _first_of_each(keys[~known])[1].sort().values
-                    fresh = _score_rows(model, start, loader(rows[~known][places]), columns, under_way)
+                    places = first_of_each(keys[~known])[1].sort().values
+                    fresh = _score_rows(model, start, loader(rows[~known][places]), start.scorer, under_way)
                     table = fresh if table is None else table.merged(fresh)
                 self.scored += int((~known).sum())
                 self.reused += int(known.sum())
@@ -154,29 +157,43 @@ class CachedReference(Reference):
         if not self.audit_rows or not len(rows):
             return True
         some = rows[torch.linspace(0, len(rows) - 1, min(self.audit_rows, len(rows))).long()]
-        fresh = _score_rows(model, start, loader(some), ["last"])
+        fresh = _score_rows(model, start, loader(some), replace(start.scorer, layers=()))
         places, there = table.find(fresh.keys)
-        stored, live = table.columns["last"][places], fresh.columns["last"]
-        limit = 1e-3 if live.dtype == torch.float64 or start.trainer.precision == "32-true" else 0.5  # nats
-        return bool(there.all()) and float((stored - live).abs().max()) <= limit
+        pairs = [(table.columns["last"][places], fresh.columns["last"])]
+        for name, live in fresh.tokens.items():
+            kept = table.tokens[name].take(places)
+            if not torch.equal(kept.counts, live.counts):
+                return False
+            pairs.append((kept.values, live.values))
+        exact = pairs[0][1].dtype == torch.float64 or start.trainer.precision == "32-true"
+        limit = 1e-3 if exact else 0.5  # nats
+        return bool(there.all()) and all(float((stored - live).abs().max()) <= limit for stored, live in pairs)
 
-    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+    def score(self, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
+        """The stored log-probs of a batch."""
         if self._table is None:
             raise RuntimeError("Nothing is cached yet: `prepare` comes before `score`.")
         if self._table.keys.device != batch.input_ids.device:
             self._table = self._table.to(batch.input_ids.device)
-        rows, there = self._table.find(content_keys(batch))
+        table = self._table
+        rows, there = table.find(content_keys(batch))
         if there.device.type == "cpu" and not there.all():
             missing = batch.row_ids[~there].tolist()
             raise RuntimeError(f"Rows {missing} were not there when the reference was scored.")
 
-        def logps(column: str) -> PairLogps:
-            values = self._table.columns[column][rows]  # type: ignore[union-attr]
-            values = torch.where(there[:, None], values, torch.nan)  # on a GPU, without waiting: never silently wrong
-            return PairLogps(values[:, 0], values[:, 1], batch.lengths[:, 1], batch.lengths[:, 2])
+        def logps(
+            column: str,
+        ) -> PairLogps:  # NaN where nothing is, without waiting for the device
+            tokens = None
+            if scorer.per_token:
+                tokens = table.tokens[column].of_batch(rows, there, batch)
+                values = sum_by_completion(tokens, batch.completion_lengths).view(-1, 2)  # as scoring adds them up
+            else:
+                values = torch.where(there[:, None], table.columns[column][rows], torch.nan)
+            return PairLogps(values[:, 0], values[:, 1], batch.lengths[:, 1], batch.lengths[:, 2], tokens=tokens)
 
-        last = logps("last")
-        return replace(last, layers={int(k): logps(f"layer.{k}") for k in layers})
+        last, *between = (logps(column) for column in _columns(scorer))
+        return replace(last, layers={int(k): found for k, found in zip(scorer.layers, between, strict=True)})
 
 
 class _Pass:
@@ -255,23 +272,12 @@ def _stored(store: TensorStore) -> tuple[dict[str, Tensor] | None, str | None, d
     except ValueError as error:
         problem = str(error)
     with suppress(ValueError):  # of a forged journal
-        journals = _joined([LogpsTable.from_tensors(block) for block in blocks])
+        journals = joined([LogpsTable.from_tensors(block) for block in blocks])
         if journals:
             rank_zero_info(f"Reference: {sum(map(len, journals))} rows of a pass that was cut short are there")
         # Where two know a value, the store's counts.
         table = reduce(LogpsTable.merged, [*journals, *([] if table is None else [table])]) if journals else table
     return None if table is None else table.tensors(), problem, sizes
-
-
-def _joined(blocks: list[LogpsTable]) -> list[LogpsTable]:
-    """Blocks as few tables, one for each set of columns; of equal keys the first counts."""
-    joined = []
-    for names in dict.fromkeys(tuple(block.columns) for block in blocks):
-        same = [block for block in blocks if tuple(block.columns) == names]
-        unique, first = _first_of_each(torch.cat([block.keys for block in same]))
-        columns = {name: torch.cat([block.columns[name] for block in same])[first] for name in names}
-        joined.append(LogpsTable(unique, columns))
-    return joined
 
 
 def _merge(there: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -282,43 +288,58 @@ def _merge(there: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Mapping[s
         return ours
 
 
-def _known(table: LogpsTable | None, keys: Tensor, columns: Sequence[str]) -> Tensor:
-    return torch.zeros(len(keys), dtype=torch.bool) if table is None else table.known(keys, columns)
+def _columns(scorer: Scorer) -> list[str]:
+    """Names in a table of what a scorer is asked for."""
+    return ["last", *(f"layer.{int(k)}" for k in scorer.layers)]
+
+
+def _known(table: LogpsTable | None, keys: Tensor, columns: Sequence[str], per_token: bool) -> Tensor:
+    return torch.zeros(len(keys), dtype=torch.bool) if table is None else table.known(keys, columns, per_token)
 
 
 @torch.no_grad()
 def _score_rows(
-    model: Callable[[], nn.Module], start: Start, loader: Any, columns: list[str], under_way: _Pass | None = None
+    model: Callable[[], nn.Module], start: Start, loader: Any, scorer: Scorer, under_way: _Pass | None = None
 ) -> LogpsTable:
     """Score every row of a loader, each process its share, and gather the results on all: now and then, to be kept."""
-    strategy, scorer = start.trainer.strategy, model()
-    keys, values, blocks = [], [], []
+    strategy, scored = start.trainer.strategy, model()
+    columns, blocks = _columns(scorer), []
+    found: list[tuple[Tensor, PairLogps]] = []  # content keys and log-probs of each batch since the last block
     began, due = time.perf_counter(), 1
     for number, batch in enumerate(loader, 1):
         batch = strategy.batch_to_device(batch)
-        with start.trainer.precision_plugin.forward_context(), adapters_off(scorer):
-            logps = score(scorer, batch, start.layers, layout=start.layout)
-        keys.append(content_keys(batch))
-        parts = {"last": logps, **{f"layer.{k}": v for k, v in logps.layers.items()}}
-        values.append(torch.stack([torch.stack([parts[c].chosen, parts[c].rejected], 1) for c in columns]))
+        with start.trainer.precision_plugin.forward_context(), adapters_off(scored):
+            found.append((content_keys(batch), scorer(scored, batch)))
         if under_way is not None:
             under_way.show(len(batch) * start.trainer.world_size)
         if number == due or number == len(loader):
-            all_keys = strategy.all_gather(torch.cat(keys)).reshape(-1, 2).cpu()
-            all_values = strategy.all_gather(torch.cat(values, 1).transpose(0, 1).contiguous())
-            all_values = all_values.reshape(-1, len(columns), 2).cpu()
-            unique, first = _first_of_each(all_keys)
-            blocks.append(LogpsTable(unique, {name: all_values[first, i] for i, name in enumerate(columns)}))
+            keys = torch.cat([keys for keys, _ in found])
+            logps = PairLogps.cat([logps for _, logps in found])
+            blocks.append(
+                _gathered(start.trainer, keys, dict(zip(columns, (logps, *logps.layers.values()), strict=True)))
+            )
             if under_way is not None:
                 under_way.keep(blocks[-1])
-            keys, values = [], []
+            found = []
             passed = time.perf_counter() - began
             due = number + strategy.broadcast(max(1, int(number * min(_SECONDS / passed, _SHARE))))
-    return _joined(blocks)[0]
+    return joined(blocks)[0]
 
 
-def _first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct keys, and where each stands first."""
-    unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
-    places = torch.full((len(unique),), len(keys)).scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
-    return unique, places
+def _gathered(trainer: Trainer, keys: Tensor, logps: Mapping[str, PairLogps]) -> LogpsTable:
+    """What the processes have scored, as many rows each, as one table on all of them."""
+    strategy = trainer.strategy
+    keys = strategy.all_gather(keys).reshape(-1, 2).cpu()
+    unique, first = first_of_each(keys)
+    columns, tokens = {}, {}
+    for name, found in logps.items():
+        sums = strategy.all_gather(torch.stack([found.chosen, found.rejected], 1))
+        columns[name] = sums.reshape(-1, 2).cpu()[first]
+        if found.tokens is not None:
+            counts = strategy.all_gather(found.chosen_tokens + found.rejected_tokens).reshape(trainer.world_size, -1)
+            totals = counts.sum(1).tolist()
+            values = F.pad(found.tokens, (0, max(totals) - len(found.tokens)))  # every process gathers as many
+            values = strategy.all_gather(values).reshape(trainer.world_size, -1).cpu()
+            values = torch.cat([line[:total] for line, total in zip(values, totals, strict=True)])
+            tokens[name] = TokenLogps(values, counts.flatten().cpu()).take(first)
+    return LogpsTable(unique, columns, tokens)

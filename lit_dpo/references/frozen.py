@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Filling, Reference
-from lit_dpo.scoring.score import Layout, score
+from lit_dpo.scoring.score import Scorer
 
 
 class FrozenReference(Reference):
@@ -59,7 +59,8 @@ class FrozenReference(Reference):
         assert self.model is not None
         self.model = function(self.model).eval()
 
-    def _score(self, policy: nn.Module, batch: PairBatch, layers: Sequence[int | float], layout: Layout) -> PairLogps:
+    def score(self, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
+        """Log-probs of a batch under the frozen model."""
         if self.model is None:
             raise RuntimeError("The reference has not been built: `build` comes before `score`.")
-        return score(self.model, batch, layers, layout=layout)
+        return scorer(self.model, batch)

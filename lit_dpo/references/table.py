@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from lit_dpo.pairs import PairBatch
 
 _BLOCK = 1 << 20
+_TOKENS, _COUNTS = "tokens.", "counts."  # names of stored tensors begin so
 
 
 def content_keys(batch: PairBatch) -> Tensor:
@@ -64,18 +66,58 @@ def _mix(values: Tensor) -> Tensor:
     return values ^ ((values >> 31) & 0x1FFFFFFFF)
 
 
+class TokenLogps(NamedTuple):
+    """Log-probs of single tokens, as many a row as its completions have.
+
+    Args:
+        values: Those of all rows one after the other, shape ``(tokens,)``.
+        counts: How many each row has, shape ``(rows,)`` int64; 0 where they are not known.
+    """
+
+    values: Tensor
+    counts: Tensor
+
+    def take(self, rows: Tensor) -> TokenLogps:
+        """Those of some rows, in their order."""
+        counts = self.counts[rows]
+        starts = self.counts.cumsum(0) - self.counts
+        places = torch.arange(int(counts.sum()), device=rows.device)
+        shift = starts[rows] - (counts.cumsum(0) - counts)
+        return TokenLogps(self.values[places + shift.repeat_interleave(counts)], counts)
+
+    def of_batch(self, rows: Tensor, there: Tensor, batch: PairBatch) -> Tensor:
+        """Those of a batch's completion tokens; NaN where they are not known. It does not wait for the device.
+
+        Args:
+            rows: Row number of each pair, shape ``(batch,)``.
+            there: Whether it is that pair's row, shape ``(batch,)``.
+            batch: B pairs.
+        """
+        counts = batch.lengths[:, 1:].sum(1)
+        pairs = batch.sequences // 2  # of each token
+        places = torch.arange(len(pairs), device=rows.device)
+        starts = self.counts.cumsum(0) - self.counts
+        places = (places + (starts[rows] - (counts.cumsum(0) - counts))[pairs]).clamp(max=len(self.values) - 1)
+        known = there & (self.counts[rows] == counts)
+        return torch.where(known[pairs], self.values[places], torch.nan)
+
+
 class LogpsTable:
     """Log-probs of rows by content key, for the last layer and intermediate ones.
 
     Args:
         keys: Content keys, shape ``(rows, 2)`` int64.
         columns: ``last`` and ``layer.K`` -> log-probs of chosen and rejected, shape ``(rows, 2)``; NaN where not known.
+        tokens: The same names -> log-probs of single tokens, where these were asked for.
     """
 
-    def __init__(self, keys: Tensor, columns: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, keys: Tensor, columns: Mapping[str, Tensor], tokens: Mapping[str, TokenLogps] | None = None
+    ) -> None:
         order = keys[:, 0].argsort(stable=True)
         self.keys = keys[order]
         self.columns = {name: values[order] for name, values in columns.items()}
+        self.tokens = {name: values.take(order) for name, values in (tokens or {}).items()}
         self._first = self.keys[:, 0].contiguous()
 
     def __len__(self) -> int:
@@ -90,7 +132,10 @@ class LogpsTable:
         """
         if wrong := cls.problem(tensors):
             raise ValueError(wrong)
-        return cls(tensors["keys"], {name: values for name, values in tensors.items() if name != "keys"})
+        names = [name.removeprefix(_COUNTS) for name in tensors if name.startswith(_COUNTS)]
+        tokens = {name: TokenLogps(tensors[_TOKENS + name], tensors[_COUNTS + name]) for name in names}
+        columns = {name: v for name, v in tensors.items() if name != "keys" and not name.startswith((_TOKENS, _COUNTS))}
+        return cls(tensors["keys"], columns, tokens)
 
     @staticmethod
     def problem(tensors: Mapping[str, Tensor]) -> str | None:
@@ -98,18 +143,37 @@ class LogpsTable:
         keys = tensors.get("keys")
         if keys is None or keys.dtype != torch.int64 or keys.shape[1:] != (2,):
             return "it has no keys of rows"
-        columns = {name: values for name, values in tensors.items() if name != "keys"}
+        columns = {name: v for name, v in tensors.items() if name != "keys" and not name.startswith((_TOKENS, _COUNTS))}
         if not columns or any(v.shape != keys.shape or not v.is_floating_point() for v in columns.values()):
             return "its columns do not fit its keys"
+        if {name.removeprefix(_TOKENS).removeprefix(_COUNTS) for name in tensors} - {"keys", *columns}:
+            return "it has tokens of a layer that it does not have"
+        for name in columns:
+            values, counts = tensors.get(_TOKENS + name), tensors.get(_COUNTS + name)
+            if values is None and counts is None:
+                continue
+            if (
+                values is None
+                or counts is None
+                or not values.is_floating_point()
+                or counts.dtype != torch.int64
+                or counts.shape != keys.shape[:1]
+                or values.shape != (int(counts.sum()),)
+                or bool((counts < 0).any())
+            ):
+                return "its tokens do not fit its keys"
         return None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it, to be stored."""
-        return {"keys": self.keys, **self.columns}
+        tokens = {_TOKENS + name: found.values for name, found in self.tokens.items()}
+        counts = {_COUNTS + name: found.counts for name, found in self.tokens.items()}
+        return {"keys": self.keys, **self.columns, **tokens, **counts}
 
     def to(self, device: torch.device) -> LogpsTable:
         """The same table on another device."""
-        return LogpsTable(self.keys.to(device), {name: v.to(device) for name, v in self.columns.items()})
+        tokens = {name: TokenLogps(*(v.to(device) for v in found)) for name, found in self.tokens.items()}
+        return LogpsTable(self.keys.to(device), {name: v.to(device) for name, v in self.columns.items()}, tokens)
 
     def find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Row numbers of keys, shape ``(n,)``, and whether each is really there, shape ``(n,)``."""
@@ -118,18 +182,20 @@ class LogpsTable:
         rows = torch.searchsorted(self._first, keys[:, 0].contiguous()).clamp(max=len(self) - 1)
         return rows, (self.keys[rows] == keys).all(1)
 
-    def known(self, keys: Tensor, columns: Iterable[str]) -> Tensor:
-        """Whether every one of these columns is known for each key, shape ``(n,)``."""
+    def known(self, keys: Tensor, columns: Iterable[str], per_token: bool = False) -> Tensor:
+        """Whether every one of these columns is known for each key, and with `per_token` its tokens; shape ``(n,)``."""
         rows, known = self.find(keys)
         for name in columns:
-            values = self.columns.get(name)
+            values, tokens = self.columns.get(name), self.tokens.get(name)
             known = known & (False if values is None or not len(self) else ~values[rows].isnan().any(1))
+            if per_token:
+                known = known & (False if tokens is None or not len(self) else tokens.counts[rows] > 0)
         return known
 
     def merged(self, other: LogpsTable) -> LogpsTable:
         """Both tables' rows; where both know a value, the other's."""
         keys = torch.unique(torch.cat([self.keys, other.keys]), dim=0)
-        columns = {}
+        columns, tokens = {}, {}
         for name in dict.fromkeys([*self.columns, *other.columns]):
             columns[name] = torch.full((len(keys), 2), torch.nan, dtype=next(iter(other.columns.values())).dtype)
             for table in (self, other):
@@ -138,4 +204,41 @@ class LogpsTable:
                     values = table.columns[name][rows].to(columns[name])
                     there = there & ~values.isnan().any(1)
                     columns[name] = torch.where(there[:, None], values, columns[name])
-        return LogpsTable(keys, columns)
+        for name in dict.fromkeys([*self.tokens, *other.tokens]):
+            have = [table for table in (self, other) if name in table.tokens and len(table)]
+            none = torch.zeros(1, dtype=torch.int64)  # one more row, without tokens
+            every = TokenLogps(
+                torch.cat([table.tokens[name].values.to(columns[name]) for table in have]),
+                torch.cat([none, *(table.tokens[name].counts for table in have)]),
+            )
+            picked, before = torch.zeros(len(keys), dtype=torch.int64), 1
+            for table in have:
+                rows, there = table.find(keys)
+                picked = torch.where(there & (table.tokens[name].counts[rows] > 0), before + rows, picked)
+                before += len(table)
+            tokens[name] = every.take(picked)
+        return LogpsTable(keys, columns, tokens)
+
+
+def joined(blocks: list[LogpsTable]) -> list[LogpsTable]:
+    """Blocks as few tables, one for each set of columns; of equal keys the first counts."""
+    kinds: dict[tuple[str, ...], list[LogpsTable]] = {}
+    for block in blocks:
+        kinds.setdefault((*block.columns, "tokens:", *block.tokens), []).append(block)
+    found = []
+    for same in kinds.values():
+        unique, first = first_of_each(torch.cat([block.keys for block in same]))
+        columns = {name: torch.cat([block.columns[name] for block in same])[first] for name in same[0].columns}
+        tokens = {}
+        for name in same[0].tokens:
+            values, counts = (torch.cat(part) for part in zip(*(block.tokens[name] for block in same), strict=True))
+            tokens[name] = TokenLogps(values, counts).take(first)
+        found.append(LogpsTable(unique, columns, tokens))
+    return found
+
+
+def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct keys, shape ``(n, 2)``, and where each stands first, shape ``(n,)``."""
+    unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
+    places = torch.full((len(unique),), len(keys)).scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
+    return unique, places

@@ -1,6 +1,6 @@
 """What is found out about a model before its first step, by what it does rather than by its name.
 
-Which layout serves it, whether training mode draws random numbers, whether the rows fit its positions and embedding.
+Which form serves it, whether training mode draws random numbers, whether the rows fit its positions and embedding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lit_dpo.scoring.logps import sum_by_completion
 from lit_dpo.scoring.score import (
     PAIR_ATTENTION,
     SHARDED_METHOD,
-    Layout,
+    BatchForm,
     flat_attention,
     flat_obstacle,
     length_turn,
@@ -33,8 +33,8 @@ _FAILURES = (NotImplementedError, TypeError, RuntimeError, ValueError, IndexErro
 
 
 @torch.inference_mode(False)  # a validation is in it, and the audit takes gradients
-def choose_layout(model: nn.Module, layout: Layout = "auto") -> tuple[Layout, str | None]:
-    """Audit the scoring of a few made-up pairs against the model's own logits, and settle the layout.
+def choose_form(model: nn.Module, form: BatchForm = "auto") -> tuple[BatchForm, str | None]:
+    """Audit the scoring of a few made-up pairs against the model's own logits, and settle the form.
 
     The flat line must also keep branches and pairs apart, whatever the size of the effect, and a pair must not depend
     on its place on the line.
@@ -43,21 +43,21 @@ def choose_layout(model: nn.Module, layout: Layout = "auto") -> tuple[Layout, st
         ``auto`` or ``padded``, and the reason where the flat line does not serve.
 
     Raises:
-        ValueError: The layout asked for, or every layout, gives other log-probs than the model itself.
+        ValueError: The form asked for, or every form, gives other log-probs than the model itself.
     """
     parts = decoder_parts(model)
     batch = _made_up(parts, [(3, 2, 1), (1, 1, 4), (4, 2, 2)])
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        if layout != "padded":
+        if form != "padded":
             reason = flat_obstacle(model, batch) or _flat_problem(model, parts, batch)
             if reason is None:
                 return "auto", None
-            if layout == "flat":
-                raise ValueError(f"The flat layout cannot serve this model: {reason}. Use `layout: padded` or `auto`.")
+            if form == "flat":
+                raise ValueError(f"The flat form cannot serve this model: {reason}. Use `form: padded` or `auto`.")
         else:
-            reason = "the padded layout was asked for"
+            reason = "the padded form was asked for"
         try:
             problem = _difference(model, parts, batch, "padded")
         except _FAILURES as error:
@@ -72,7 +72,7 @@ def choose_layout(model: nn.Module, layout: Layout = "auto") -> tuple[Layout, st
             module.training = training
 
 
-def calm(model: nn.Module, layout: Layout = "auto") -> list[str]:
+def calm(model: nn.Module, form: BatchForm = "auto") -> list[str]:
     """Switch off what makes training mode score otherwise than evaluation mode, so that nothing is random in it.
 
     A few made-up pairs are scored in both modes. If random numbers are drawn or log-probs differ, the classes of
@@ -93,14 +93,14 @@ def calm(model: nn.Module, layout: Layout = "auto") -> list[str]:
     try:
         with adapters_off(model):
             model.eval()
-            quiet, drawn = _scored(model, batch, layout, 1)
-            if drawn and not _alike(quiet, _scored(model, batch, layout, 2)[0]):
+            quiet, drawn = _scored(model, batch, form, 1)
+            if drawn and not _alike(quiet, _scored(model, batch, form, 2)[0]):
                 raise ValueError(
                     f"{name} gives random log-probs even in evaluation mode: set what makes them so to 0 in its config."
                 )
 
             def noisy() -> bool:
-                found, drawn = _scored(model, batch, layout, 3)
+                found, drawn = _scored(model, batch, form, 3)
                 return drawn or not _alike(found, quiet)
 
             model.train()
@@ -202,7 +202,7 @@ def _first_line(error: Exception) -> str:
     return [*str(error).strip().splitlines(), type(error).__name__][0]
 
 
-# -- the layout -------------------------------------------------------------------------------------------------------
+# -- the form -------------------------------------------------------------------------------------------------------
 
 
 def _flat_problem(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> str | None:
@@ -214,7 +214,7 @@ def _flat_problem(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> st
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, parts: DecoderParts, batch: PairBatch, layout: Layout) -> str | None:
+def _difference(model: nn.Module, parts: DecoderParts, batch: PairBatch, form: BatchForm) -> str | None:
     """Compare scoring with the model's own logits over one sequence at a time; say what differs, if anything."""
     own_attention(model)
     ids, mask, sources = batch.padded()
@@ -226,14 +226,14 @@ def _difference(model: nn.Module, parts: DecoderParts, batch: PairBatch, layout:
         logps.append(logits[places - row * batch.longest].double().log_softmax(-1))
     values = torch.cat(logps).gather(1, batch.targets[:, None])[:, 0]
     expected = sum_by_completion(values, batch.completion_lengths)
-    got = score(model, batch, layout=layout)
+    got = score(model, batch, form=form)
     gaps = (torch.stack([got.chosen, got.rejected], 1).flatten() - expected).abs()
     limits = 1e-3 * expected.abs().clamp(min=1) if exact else torch.full_like(expected, 0.5)
     worst = int((gaps / limits).nan_to_num(torch.inf).argmax())
     if gaps[worst] <= limits[worst]:
         return None
     return (
-        f"its log-probs in the {layout} layout differ from its own logits by {float(gaps[worst]):.3g} nats "
+        f"its log-probs in the {form} form differ from its own logits by {float(gaps[worst]):.3g} nats "
         f"(limit {float(limits[worst]):.2g})"
     )
 
@@ -251,7 +251,7 @@ def _crossing(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> str | 
     handle = parts.model.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            logps = score(model, batch, layout="flat")
+            logps = score(model, batch, form="flat")
             pair = 1
             start = sum(sum(sizes) for sizes in batch.shape[:pair])
             prompt, chosen, rejected = batch.shape[pair]
@@ -303,7 +303,7 @@ def _attended(model: nn.Module, batch: PairBatch, rows: list[int]) -> list[Tenso
 
     AttentionInterface.register(PAIR_ATTENTION, noted)
     try:
-        score(model, batch, layout="flat")
+        score(model, batch, form="flat")
     finally:
         AttentionInterface.register(PAIR_ATTENTION, flat_attention)
     return found
@@ -313,13 +313,13 @@ def _attended(model: nn.Module, batch: PairBatch, rows: list[int]) -> list[Tenso
 
 
 @torch.no_grad()
-def _scored(model: nn.Module, batch: PairBatch, layout: Layout, seed: int) -> tuple[Tensor, bool]:
+def _scored(model: nn.Module, batch: PairBatch, form: BatchForm, seed: int) -> tuple[Tensor, bool]:
     """Log-probs, shape (2, batch), and whether random numbers were drawn for them."""
     device = batch.input_ids.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         before = _random_state(device)
-        logps = score(model, batch, layout=layout)
+        logps = score(model, batch, form=form)
         drawn = not torch.equal(before, _random_state(device))
     return torch.stack([logps.chosen, logps.rejected]), drawn
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,88 @@ from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.scoring.attention import pair_attention
 from lit_dpo.scoring.decoder import DecoderParts, decoder_parts
 from lit_dpo.scoring.logps import sum_by_completion, token_logps
+from lit_dpo.scoring.parts import in_parts
 
-Layout = Literal["auto", "flat", "padded"]
+BatchForm = Literal["auto", "flat", "padded"]
 """How a batch reaches the model: one padding-free line with each prompt once, or padded rows. ``auto`` picks."""
 
 PAIR_ATTENTION = "lit_dpo_pairs"
-SHARDED_METHOD = "completion_sums"
+SHARDED_METHOD = "completion_logps"
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How a batch of pairs is scored; ``scorer(model, batch)`` scores it.
+
+    The decoder runs once over the batch. Only completion tokens reach the output head, tile by tile, so nothing of
+    size (tokens, vocabulary) is ever alive. Gradients are exact.
+
+    With `max_tokens` a batch of more tokens is scored part by part. Only the last part, whose backward pass comes
+    first, keeps its activations; those of the others are computed again when their turn comes. Log-probs and gradients
+    are the same, and a batch within the budget costs what it costs without one. The gradient of a weight is complete
+    only when all parts are done, so that it stands beside what `accumulate_grad_batches` has gathered before.
+
+    Args:
+        layers: 1-based numbers of decoder blocks to score besides the last: their output goes through the model's
+            own final norm and head.
+        detach_head: Keep the gradient of `layers` out of final norm and head.
+        form: ``flat`` shares prompts and computes no padding; ``padded`` serves every causal language model;
+            ``auto`` takes the flat line wherever `flat_obstacle` finds nothing against it.
+        max_tokens: Tokens of the flat line to compute at once, at least 1; a pair of more is a part of its own.
+            ``None`` computes the whole batch at once. Not for sharded models, whose shards are gathered once a forward
+            pass.
+        per_token: Keep the log-prob of every completion token, in `PairLogps.tokens`, at every layer asked for.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    layers: tuple[int | float, ...] = ()
+    detach_head: bool = False
+    form: BatchForm = "auto"
+    max_tokens: int | None = None
+    per_token: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.form not in get_args(BatchForm):
+            raise ValueError(f"`form` must be one of {', '.join(get_args(BatchForm))}, got {self.form!r}.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"`max_tokens` must be at least 1, got {self.max_tokens}.")
+
+    def __call__(self, model: nn.Module, batch: PairBatch) -> PairLogps:
+        """Log-probs of both completions of every pair under a transformers causal language model.
+
+        Args:
+            model: A transformers causal language model, or a peft wrapper around one.
+            batch: B pairs on the model's device.
+
+        Returns:
+            Sums over completion tokens, shape ``(batch,)`` each, float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: The flat form was asked for and cannot serve this model or batch, or a layer does not exist.
+        """
+        if self.max_tokens is None:
+            return self._whole(model, batch)
+        return in_parts(partial(self._whole, model), batch, self.max_tokens)
+
+    def _whole(self, model: nn.Module, batch: PairBatch) -> PairLogps:
+        form = self.form
+        if form == "auto":
+            form = "padded" if flat_obstacle(model, batch) else "flat"
+        elif form == "flat" and (why := flat_obstacle(model, batch)):
+            raise ValueError(f"The flat form cannot serve this model: {why}. Use `form: padded` or `auto`.")
+        # A sharded model gathers its weights only around calls of its own methods (see `lit_dpo.strategies`).
+        run = getattr(model, SHARDED_METHOD, partial(completion_logps, model))
+        last, *between = (self._summed(tokens, batch) for tokens in run(batch, replace(self, form=form)))
+        return replace(last, layers={int(layer): logps for layer, logps in zip(self.layers, between, strict=True)})
+
+    def _summed(self, tokens: Tensor, batch: PairBatch) -> PairLogps:
+        sums = sum_by_completion(tokens, batch.completion_lengths)  # (2B,)
+        _, chosen_tokens, rejected_tokens = batch.lengths.unbind(1)
+        kept = tokens if self.per_token else None
+        return PairLogps(sums[0::2], sums[1::2], chosen_tokens, rejected_tokens, tokens=kept)
 
 
 def score(
@@ -37,45 +113,36 @@ def score(
     layers: Sequence[int | float] = (),
     *,
     detach_head: bool = False,
-    layout: Layout = "auto",
+    form: BatchForm = "auto",
+    max_tokens: int | None = None,
+    per_token: bool = False,
 ) -> PairLogps:
-    """Log-probs of both completions of every pair under a transformers causal language model.
-
-    The decoder runs once over the batch. Only completion tokens reach the output head, tile by tile, so nothing of
-    size (tokens, vocabulary) is ever alive. Gradients are exact.
+    """Log-probs of both completions of every pair: the short form of `Scorer`, which explains the options.
 
     Args:
         model: A transformers causal language model, or a peft wrapper around one.
         batch: B pairs on the model's device.
-        layers: 1-based numbers of decoder blocks to score besides the last: their output goes through the model's
-            own final norm and head.
-        detach_head: Keep the gradient of `layers` out of final norm and head.
-        layout: ``flat`` shares prompts and computes no padding; ``padded`` serves every causal language model;
-            ``auto`` takes the flat line wherever `flat_obstacle` finds nothing against it.
+        layers: See `Scorer`.
+        detach_head: See `Scorer`.
+        form: See `Scorer`.
+        max_tokens: See `Scorer`.
+        per_token: See `Scorer`.
 
     Returns:
         Sums over completion tokens, shape ``(batch,)`` each, float32 (float64 for a float64 model).
 
     Raises:
-        ValueError: The flat layout was asked for and cannot serve this model or batch, or a layer does not exist.
+        ValueError: As `Scorer` and its call.
     """
-    if layout == "auto":
-        layout = "padded" if flat_obstacle(model, batch) else "flat"
-    elif layout == "flat" and (why := flat_obstacle(model, batch)):
-        raise ValueError(f"The flat layout cannot serve this model: {why}. Use `layout: padded` or `auto`.")
-    # A sharded model gathers its weights only around calls of its own methods (see `lit_dpo.strategies`).
-    sums = getattr(model, SHARDED_METHOD, partial(completion_sums, model))(batch, layers, detach_head, layout)
-    last, *between = (_pair_logps(values, batch) for values in sums)
-    return replace(last, layers={int(layer): logps for layer, logps in zip(layers, between, strict=True)})
+    return Scorer(tuple(layers), detach_head, form, max_tokens, per_token)(model, batch)
 
 
-def completion_sums(
-    model: nn.Module, batch: PairBatch, layers: Sequence[int | float], detach_head: bool, layout: Layout
-) -> tuple[Tensor, ...]:
-    """The part of `score` that touches weights: summed log-probs of the 2B completions, one ``(2B,)`` a layer."""
-    parts = decoder_parts(model)
+def completion_logps(model: nn.Module, batch: PairBatch, scorer: Scorer) -> tuple[Tensor, ...]:
+    """The part of scoring that touches weights: log-probs of all completion tokens, one ``(tokens,)`` a layer."""
+    parts, layers = decoder_parts(model), scorer.layers
+    detach_head = scorer.detach_head and torch.is_grad_enabled()  # without a graph there is nothing to keep out
     columns: list[list[Tensor]] = [[] for _ in (None, *layers)]  # states of the last layer, then of `layers`
-    for inputs, sources in _calls(parts, batch, layout):
+    for inputs, sources in _calls(parts, batch, scorer.form):
         with _captured(parts, layers) as between:
             last = parts.decoder(**inputs, use_cache=False).last_hidden_state
         for column, state in zip(columns, (last, *(between[int(layer)] for layer in layers)), strict=True):
@@ -85,11 +152,11 @@ def completion_sums(
     if layers:
         assert norm is not None  # `_captured` has checked
         states[1:] = [_frozen(norm, state) if detach_head else norm(state) for state in states[1:]]
-    return tuple(_head_sums(parts, states, batch, detach_head))
+    return tuple(_head_logps(parts, states, batch.targets, detach_head))
 
 
 def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:
-    """Why the flat layout cannot serve this model, or this batch on it; ``None`` if it can."""
+    """Why the flat form cannot serve this model, or this batch on it; ``None`` if it can."""
     parts = decoder_parts(model)
     base = parts.model
     if getattr(base, "_is_stateful", False):
@@ -129,15 +196,15 @@ def own_attention(model: nn.Module) -> None:
     _use_attention(decoder_parts(model).model, None)
 
 
-def _calls(parts: DecoderParts, batch: PairBatch, layout: Layout) -> Iterable[tuple[dict[str, Any], Tensor]]:
+def _calls(parts: DecoderParts, batch: PairBatch, form: BatchForm) -> Iterable[tuple[dict[str, Any], Tensor]]:
     """Arguments of each call of the decoder, and which of its states predict targets; mostly one call."""
     turn = length_turn(parts)
     if turn is None:
-        return [_flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)]
+        return [_flat_inputs(parts, batch) if form == "flat" else _padded_inputs(parts, batch)]
     if batch.longest > turn:
         return _one_by_one(parts, batch)
     _forget_lengths(parts)
-    return [_flat_inputs(parts, batch) if layout == "flat" else _padded_inputs(parts, batch)]
+    return [_flat_inputs(parts, batch) if form == "flat" else _padded_inputs(parts, batch)]
 
 
 def _one_by_one(parts: DecoderParts, batch: PairBatch) -> Iterator[tuple[dict[str, Any], Tensor]]:
@@ -232,8 +299,8 @@ def _frozen(module: nn.Module, state: Tensor) -> Tensor:
     return result
 
 
-def _head_sums(parts: DecoderParts, states: list[Tensor], batch: PairBatch, detach_head: bool) -> list[Tensor]:
-    """Sums of target log-probs for each layer's states, one (2B,) tensor a layer."""
+def _head_logps(parts: DecoderParts, states: list[Tensor], targets: Tensor, detach_head: bool) -> list[Tensor]:
+    """Log-probs of the targets from each layer's states, one (completion tokens,) tensor a layer."""
     config = parts.model.config.get_text_config()
     weight, bias = parts.head.weight, parts.head.bias
     scale = float(getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
@@ -242,19 +309,13 @@ def _head_sums(parts: DecoderParts, states: list[Tensor], batch: PairBatch, deta
     def logps(group: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         if not group:
             return []
-        targets = batch.targets.repeat(len(group))
-        values = token_logps(torch.cat(group), weight, targets, bias, scale, softcap)
-        return [sum_by_completion(v, batch.completion_lengths) for v in values.chunk(len(group))]
+        values = token_logps(torch.cat(group), weight, targets.repeat(len(group)), bias, scale, softcap)
+        return list(values.chunk(len(group)))
 
     if not detach_head:
         return logps(states, weight, bias)
     detached = None if bias is None else bias.detach()
     return logps(states[:1], weight, bias) + logps(states[1:], weight.detach(), detached)
-
-
-def _pair_logps(sums: Tensor, batch: PairBatch) -> PairLogps:
-    _, chosen_tokens, rejected_tokens = batch.lengths.unbind(1)
-    return PairLogps(sums[0::2], sums[1::2], chosen_tokens, rejected_tokens)
 
 
 def flat_attention(
