@@ -104,7 +104,7 @@ def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:
     """
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)
     layers = {int(layer): PairLogps(zero, zero, one, one) for layer in loss.layers}
-    nothing = PairLogps(zero, zero, one, one, layers)
+    nothing = PairLogps(zero, zero, one, one, layers, columns=dict.fromkeys(loss.columns, zero))
     stages = ("train", "val") if validates else ("train",)
     names = {f"{stage}/{name}" for stage in stages for name in pair_metrics(loss, zero, nothing, nothing)}
     return names | {"train/tokens_per_second", "train/grad_norm"}

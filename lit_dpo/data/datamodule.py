@@ -53,6 +53,9 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: A chat template in the place of the tokenizer's own: the path of a ``.jinja`` file, or its text.
             Checkpoints and exports keep it.
         columns: Own names for the columns, as ``{prompt: question, chosen: good, rejected: bad}``.
+        values: Names of columns of numbers that travel with the rows to the loss. ``weight`` multiplies the loss of
+            its pair, whatever the loss; the mean is still taken over the number of pairs. Every row has to have them,
+            those of `predict` apart, which meet no loss.
         on_bad_row: ``error`` stops at the first malformed row, ``skip`` counts and reports them.
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
         num_workers: Processes that make batches; pairs are in memory as token ids, so 0 is rarely slower.
@@ -84,6 +87,7 @@ class PreferenceDataModule(LightningDataModule):
         append_eos: bool = True,
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
+        values: list[str] | None = None,
         on_bad_row: OnBadRow = "error",
         partition: Partition | None = None,
         num_workers: int = 0,
@@ -100,6 +104,9 @@ class PreferenceDataModule(LightningDataModule):
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be at least 0 and less than 1, got {validation_fraction}.")
+        if isinstance(values, str) or len({*(values or ())}) < len(values or ()):
+            raise ValueError(f"`values` must be a list of different column names, got {values!r}.")
+        self.values = list(values or ())
         self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
         self.validation_fraction = validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
@@ -203,7 +210,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
-        options = (self.columns, self.on_bad_row, self.max_line_bytes)
+        options = (self.columns, self.on_bad_row, self.max_line_bytes, () if name == "predict" else self.values)
         if not self.cache_tokens:
             return *load_pairs(self._specs(name), self._encoder(), *options), 0
         tokens = TokenCache(self._encoder(), self._specs(name))

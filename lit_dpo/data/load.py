@@ -24,11 +24,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A pair's token ids, the name of the data set it is from, and its location there."""
+    """A pair's token ids, the name of the data set it is from, its location there, and its numbers by column name."""
 
     encoded: Encoded
     source: str
     row: str
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -88,6 +89,7 @@ def load_pairs(
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
     max_line_bytes: int = MAX_LINE_BYTES,
+    values: Sequence[str] = (),
 ) -> tuple[list[EncodedRow], LoadReport]:
     """Read, parse and encode data sets, in the order given.
 
@@ -97,10 +99,12 @@ def load_pairs(
         columns: Our column name -> the files', for names that are not known.
         on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
         max_line_bytes: See `read_rows`.
+        values: The files' names of columns of numbers to keep, which every row must have.
 
     Raises:
         RowError: A row must not be trained on, and `on_bad_row` is `error`; or a file is damaged.
-        LayoutError: The same for unknown columns; with `skip` too, if no row of a data set has known ones.
+        LayoutError: The same for unknown columns and missing `values`; with `skip` too, if no row of a data set has
+            what is needed.
         ValueError: No row is left to train on.
     """
     if on_bad_row not in ("error", "skip"):
@@ -121,7 +125,7 @@ def load_pairs(
             result = next(encoded) if isinstance(item, Pair) else item
             if isinstance(item, Pair) and isinstance(result, Encoded):
                 report.kept += 1
-                rows.append(EncodedRow(result, source, item.row))
+                rows.append(EncodedRow(result, source, item.row, item.values))
                 _note(result, report, seen)
             elif isinstance(result, RowError):
                 if on_bad_row == "error":
@@ -136,7 +140,7 @@ def load_pairs(
         try:
             for where, row in read_rows(spec, chunk.append, max_line_bytes):
                 try:
-                    chunk.append(parse_row(row, source, where, columns))
+                    chunk.append(parse_row(row, source, where, columns, values))
                     known = True
                 except LayoutError as error:
                     unknown = unknown or error

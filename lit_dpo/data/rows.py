@@ -5,9 +5,11 @@ arranged its way; the first that answers wins. Layouts only arrange: what makes 
 checked once, for all of them, in `parse_row`.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
 from typing import TypedDict
 
 
@@ -35,6 +37,7 @@ class Pair:
         rejected: The other completion; never blank, never equal to `chosen`.
         source: Name of the data set, for partitions and per-source metrics.
         row: Where a person finds the row, such as `path/file.jsonl:17`.
+        values: Numbers of the row that were asked for, by column name; all finite.
 
     Example:
         >>> pair = parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "sums", "sums.jsonl:1")
@@ -47,6 +50,7 @@ class Pair:
     rejected: Content
     source: str
     row: str
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 class RowError(ValueError):
@@ -132,9 +136,24 @@ class Cells:
             raise self.error(column, "text is not valid Unicode", "remove its lone surrogates") from None
         return value
 
+    def number(self, column: str) -> float:
+        """The cell as a finite number; text that spells one counts, since CSV knows nothing else."""
+        cell = self.row[column]
+        try:
+            number = math.nan if isinstance(cell, bool) or not isinstance(cell, Real | str) else float(cell)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise self.error(column, "not a finite number", f"write a number instead of {cell!r:.40}")
+        if column == WEIGHT and number < 0:
+            raise self.error(column, "a weight below 0", "write 0 to leave the pair out of the loss, or more")
+        return number
+
 
 Layout = Callable[[Cells], Parts | None]
 
+WEIGHT = "weight"
+"""The column of numbers that multiplies the loss of its pair."""
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _ADD_PROMPT = "add a `prompt` column, or name the column that holds it by `columns: {prompt: ...}`"
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
@@ -221,7 +240,13 @@ def detect(row: Mapping[str, object], where: str = "row") -> str:
     return _arrange(Cells(row, where))[0].__name__
 
 
-def parse_row(row: Mapping[str, object], source: str, where: str, columns: Mapping[str, str] | None = None) -> Pair:
+def parse_row(
+    row: Mapping[str, object],
+    source: str,
+    where: str,
+    columns: Mapping[str, str] | None = None,
+    values: Sequence[str] = (),
+) -> Pair:
     """Turn a row of any known layout into a pair that is fit to be trained on.
 
     Extra columns are ignored, except a filled `tools`, which would change the prompt. An empty system
@@ -233,11 +258,15 @@ def parse_row(row: Mapping[str, object], source: str, where: str, columns: Mappi
         source: Name of the data set.
         where: Location of the row, for messages.
         columns: Our column name -> the file's, for names we do not know: `{"prompt": "q", "chosen": "good"}`.
+        values: The file's names of columns of numbers to keep.
 
     Raises:
-        LayoutError: No layout has these columns.
+        LayoutError: No layout has these columns, or one of `values` is not there.
         RowError: The row is malformed.
     """
+    if missing := [name for name in values if name not in row]:
+        reason = f"`values` names {_names(missing)}, which is not there"
+        raise LayoutError(where, None, reason, f"the row has {_names(row)}")
     cells = Cells(_rename(row, columns, where) if columns else row, where)
     prompt, chosen, rejected = _arrange(cells)[1]
     if cells.row.get("tools"):
@@ -251,7 +280,8 @@ def parse_row(row: Mapping[str, object], source: str, where: str, columns: Mappi
         _check_completion(completion, column, cells)
     if chosen == rejected:
         raise cells.error("rejected", "chosen and rejected are identical", "remove the row, it holds no preference")
-    return Pair(prompt, chosen, rejected, source, where)
+    numbers = Cells(row, where)
+    return Pair(prompt, chosen, rejected, source, where, {name: numbers.number(name) for name in values})
 
 
 def _arrange(cells: Cells) -> tuple[Layout, Parts]:
