@@ -5,11 +5,9 @@ arranged its way; the first that answers wins. Layouts only arrange: what makes 
 checked once, for all of them, in `parse_row`.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TypedDict
 
 
@@ -136,24 +134,9 @@ class Cells:
             raise self.error(column, "text is not valid Unicode", "remove its lone surrogates") from None
         return value
 
-    def number(self, column: str) -> float:
-        """The cell as a finite number; text that spells one counts, since CSV knows nothing else."""
-        cell = self.row[column]
-        try:
-            number = math.nan if isinstance(cell, bool) or not isinstance(cell, Real | str) else float(cell)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise self.error(column, "not a finite number", f"write a number instead of {cell!r:.40}")
-        if column == WEIGHT and number < 0:
-            raise self.error(column, "a weight below 0", "write 0 to leave the pair out of the loss, or more")
-        return number
-
 
 Layout = Callable[[Cells], Parts | None]
 
-WEIGHT = "weight"
-"""The column of numbers that multiplies the loss of its pair."""
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _ADD_PROMPT = "add a `prompt` column, or name the column that holds it by `columns: {prompt: ...}`"
 _TOOL_ROLES = ("tool", "function", "function_call", "observation")
@@ -240,13 +223,7 @@ def detect(row: Mapping[str, object], where: str = "row") -> str:
     return _arrange(Cells(row, where))[0].__name__
 
 
-def parse_row(
-    row: Mapping[str, object],
-    source: str,
-    where: str,
-    columns: Mapping[str, str] | None = None,
-    values: Sequence[str] = (),
-) -> Pair:
+def parse_row(row: Mapping[str, object], source: str, where: str, columns: Mapping[str, str] | None = None) -> Pair:
     """Turn a row of any known layout into a pair that is fit to be trained on.
 
     Extra columns are ignored, except a filled `tools`, which would change the prompt. An empty system
@@ -258,15 +235,11 @@ def parse_row(
         source: Name of the data set.
         where: Location of the row, for messages.
         columns: Our column name -> the file's, for names we do not know: `{"prompt": "q", "chosen": "good"}`.
-        values: The file's names of columns of numbers to keep.
 
     Raises:
-        LayoutError: No layout has these columns, or one of `values` is not there.
+        LayoutError: No layout has these columns.
         RowError: The row is malformed.
     """
-    if missing := [name for name in values if name not in row]:
-        reason = f"`values` names {_names(missing)}, which is not there"
-        raise LayoutError(where, None, reason, f"the row has {_names(row)}")
     cells = Cells(_rename(row, columns, where) if columns else row, where)
     prompt, chosen, rejected = _arrange(cells)[1]
     if cells.row.get("tools"):
@@ -280,8 +253,7 @@ def parse_row(
         _check_completion(completion, column, cells)
     if chosen == rejected:
         raise cells.error("rejected", "chosen and rejected are identical", "remove the row, it holds no preference")
-    numbers = Cells(row, where)
-    return Pair(prompt, chosen, rejected, source, where, {name: numbers.number(name) for name in values})
+    return Pair(prompt, chosen, rejected, source, where)
 
 
 def _arrange(cells: Cells) -> tuple[Layout, Parts]:
