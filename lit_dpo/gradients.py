@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.shards import shard_tensors
 from lit_dpo.checkpoints.verify import is_sound
-from lit_dpo.pairs import PairLogps
+from lit_dpo.pairs import PairLogps, pair_data
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,8 @@ def _culprits(trainer: Trainer, seen: Sequence[SeenPairs]) -> str:
 
 
 def _origin(trainer: Trainer, rows: Sequence[int]) -> list[str]:
-    origin = getattr(getattr(trainer, "datamodule", None), "origin", None)
-    return ["a pair"] * len(rows) if origin is None else origin(rows, training=True)
+    data = pair_data(trainer)
+    return ["a pair"] * len(rows) if data is None else data.origin(rows, training=True)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ from lit_dpo.gradients import (
     refuse_nonfinite,
 )
 from lit_dpo.hparams import alive, plain
-from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair
+from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair, refuse_missing
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
 from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
-from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.pairs import PairBatch, PairLogps, pair_data
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.references.adapter import AdapterReference
 from lit_dpo.references.base import Filling, Reference, Start
@@ -216,17 +217,24 @@ class PreferenceModule(LightningModule):
         return Scorer(self.loss.layers, self.loss.detach_head, form, self.max_tokens, self.loss.needs_tokens)
 
     def forward(self, batch: PairBatch) -> tuple[PairLogps, PairLogps]:
-        """Log-probs of a batch under policy and reference; a loss without a reference gets zeros for it."""
+        """Log-probs of a batch under policy and reference, with the numbers of its rows.
+
+        A loss without a reference gets zeros for it.
+        """
         assert self.policy is not None
         scorer = self.scorer
         with torch.no_grad():
             reference = None if self.reference is None else self.reference.score(self.policy, batch, scorer)
         policy = scorer(self.policy, batch)
-        return policy, reference or policy.detach().zeros()
+        reference = reference or policy.detach().zeros()
+        return replace(policy, columns=batch.columns), replace(reference, columns=batch.columns)
 
     def _step(self, batch: PairBatch, stage: str) -> Tensor:
+        refuse_missing(self.loss, batch.columns)
         policy, reference = self(batch)
         losses = per_pair(self.loss, policy, reference)  # (batch,)
+        if "weight" in batch.columns:
+            losses = losses * batch.columns["weight"]
         if stage == "train":
             self._seen.append(SeenPairs(batch.row_ids, losses.detach(), policy.detach(), reference))
         with torch.no_grad():
@@ -355,21 +363,21 @@ class PreferenceModule(LightningModule):
             FloatingPointError: A weight or optimizer state is not finite; nothing is written then.
         """
         refuse_broken_state(self.trainer, self.policy)
-        means = self._means("train")
+        means, data = self._means("train"), pair_data(self.trainer)
         checkpoint[STATE] = {
             "names": list(means.names),
             "sums": self.trainer.strategy.reduce(means.sums.clone(), reduce_op="sum").cpu(),
-            "chat_template": getattr(getattr(self.trainer, "datamodule", None), "chat_template", None),
+            "chat_template": None if data is None else data.chat_template,
             **self.facts(),
         }
 
     def facts(self) -> dict[str, Any]:
         """What a model card tells of the run so far, as plain values; see `lit_dpo.export.model_card`."""
-        data = getattr(getattr(self.trainer, "datamodule", None), "sources", None)
+        data = pair_data(self.trainer)
         metrics = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name.startswith("val/")}
         packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
         return {
-            "data": data,
+            "data": None if data is None else data.sources,
             "step": self.trainer.global_step,
             "step_layout": self._step_layout(),
             "metrics": metrics,
@@ -387,7 +395,7 @@ class PreferenceModule(LightningModule):
         state = checkpoint.get(STATE)
         if state is None or self._trainer is None or self.trainer.state.fn != "fit":
             return
-        if type(getattr(self.trainer, "datamodule", None)).__qualname__ not in checkpoint:
+        if type(self.trainer.datamodule).__qualname__ not in checkpoint:  # type: ignore[attr-defined]
             rank_zero_info("The checkpoint keeps nothing of its rows, so whether they have changed cannot be noticed.")
         layout = self._step_layout()
         if layout is not None and state["step_layout"] is not None:
@@ -398,8 +406,8 @@ class PreferenceModule(LightningModule):
         means._update_count = 1  # else torchmetrics warns that nothing was added
 
     def _step_layout(self) -> dict[str, int] | None:
-        layout = getattr(getattr(self.trainer, "datamodule", None), "step_layout", None)
-        return layout() if layout is not None and self.trainer.state.fn == "fit" else None
+        data = pair_data(self.trainer)
+        return data.step_layout() if data is not None and self.trainer.state.fn == "fit" else None
 
     # -- start of a run -----------------------------------------------------------------------------------------------
 
@@ -417,11 +425,11 @@ class PreferenceModule(LightningModule):
                 "`module.reference` in its place, or use a loss that needs none, such as `SFTLoss`."
             )
         assert self.policy is not None
-        if sets := getattr(getattr(self.trainer, "datamodule", None), "reference_sets", None):
-            check_rows(
-                [self.policy, *(self.reference.models() if self.reference is not None else [])],
-                sets(self.trainer.state.fn),
-            )
+        if data := pair_data(self.trainer):
+            if stage != "predict":  # which calls no loss
+                refuse_missing(self.loss, data.values)
+            models = [self.policy, *(self.reference.models() if self.reference is not None else [])]
+            check_rows(models, data.reference_sets(stage))
         if self.reference is not None:
             self.reference.prepare(Start(self.trainer, self.policy, self._load, self.scorer))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ class PairBatch:
             is a filler: it is scored, so that every process does equal work, and counts nowhere.
         shape: The rows of ``lengths`` as Python integers, read from ``lengths`` when left out. It travels with the
             batch so that no later step needs to wait for the device.
+        columns: Numbers of the rows, each of shape ``(batch,)``, float32, by the name of their column. One called
+            ``weight`` multiplies the loss of its pair.
+
+    Raises:
+        ValueError: A column has not one number a pair.
     """
 
     input_ids: Tensor
@@ -36,10 +42,17 @@ class PairBatch:
     row_ids: Tensor
     weights: Tensor | None = None
     shape: tuple[tuple[int, int, int], ...] = ()
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.shape:
             object.__setattr__(self, "shape", tuple((p, c, r) for p, c, r in self.lengths.tolist()))
+        for name, column in self.columns.items():
+            if column.shape != (len(self),):
+                raise ValueError(
+                    f"The column `{name}` must have one number for each of {len(self)} pairs, got a tensor of shape "
+                    f"{tuple(column.shape)}."
+                )
 
     def __len__(self) -> int:
         return len(self.shape)
@@ -50,11 +63,12 @@ class PairBatch:
         pairs: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]],
         row_ids: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
+        columns: Mapping[str, Sequence[float]] | None = None,
     ) -> PairBatch:
         """Lay out token-id lists ``(prompt, chosen, rejected)`` as one flat batch.
 
         Raises:
-            ValueError: A prompt or completion is empty, or there is no pair at all.
+            ValueError: A prompt or completion is empty, there is no pair at all, or a column has not one number a pair.
 
         >>> batch = PairBatch.from_lists([([1, 2], [3, 4], [5])])
         >>> batch.input_ids.tolist(), batch.position_ids.tolist()
@@ -69,11 +83,17 @@ class PairBatch:
             torch.tensor([[len(segment) for segment in pair] for pair in pairs]),
             torch.arange(len(pairs)) if row_ids is None else torch.tensor(row_ids),
             None if weights is None else torch.tensor(weights),
+            {name: torch.tensor(column, dtype=torch.float32) for name, column in (columns or {}).items()},
         )
 
     @classmethod
     def from_tokens(
-        cls, input_ids: Tensor, lengths: Tensor, row_ids: Tensor, weights: Tensor | None = None
+        cls,
+        input_ids: Tensor,
+        lengths: Tensor,
+        row_ids: Tensor,
+        weights: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
     ) -> PairBatch:
         """A batch from its line of tokens, which lies in the host's memory; see the class for shapes.
 
@@ -86,7 +106,7 @@ class PairBatch:
         chosen = lengths[:, 1].repeat_interleave(total)
         rejected_start = (lengths[:, 0] + lengths[:, 1]).repeat_interleave(total)
         position_ids = place - torch.where(place >= rejected_start, chosen, 0)
-        return cls(input_ids.long(), position_ids, lengths, row_ids, weights)
+        return cls(input_ids.long(), position_ids, lengths, row_ids, weights, columns=columns or {})
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PairBatch:
         """The same batch on another device; asynchronous from pinned memory."""
@@ -99,7 +119,8 @@ class PairBatch:
     def _map(self, function: object) -> PairBatch:
         assert callable(function)
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
+        columns = {name: function(column) for name, column in self.columns.items()}
+        return replace(self, columns=columns, **{k: function(v) for k, v in values.items() if isinstance(v, Tensor)})
 
     def split(self, max_tokens: int) -> list[PairBatch]:
         """The same pairs in batches of at most so many tokens each, in their order; a longer pair stands alone.
@@ -123,15 +144,17 @@ class PairBatch:
         shapes = [self.shape[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)]
         tokens = [sum(map(sum, shape)) for shape in shapes]
         weights = [None] * len(counts) if self.weights is None else self.weights.split(counts)
-        columns = (
+        cut = {name: column.split(counts) for name, column in self.columns.items()}
+        parts = (
             self.input_ids.split(tokens),
             self.position_ids.split(tokens),
             self.lengths.split(counts),
             self.row_ids.split(counts),
             weights,
             shapes,
+            [{name: columns[i] for name, columns in cut.items()} for i in range(len(counts))],
         )
-        return [PairBatch(*values) for values in zip(*columns, strict=True)]
+        return [PairBatch(*values) for values in zip(*parts, strict=True)]
 
     @property
     def longest(self) -> int:
@@ -303,3 +326,39 @@ class PairLogps:
         zero = torch.zeros_like(self.chosen)
         tokens = None if self.tokens is None else torch.zeros_like(self.tokens)
         return replace(self, chosen=zero, rejected=zero, layers=layers, tokens=tokens)
+
+
+@runtime_checkable
+class PairData(Protocol):
+    """What the module and its callbacks ask of a data module besides loaders of `PairBatch`.
+
+    `PreferenceDataModule` is one. A data module that is none trains, too. Its rows have no names in messages and
+    predictions, cannot be scored before a run, and a resumed run must have as many processes as before.
+    """
+
+    @property
+    def sources(self) -> Mapping[str, object]:
+        """What the pairs of each stage come from, as plain values, for the record."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template in the place of the tokenizer's own, if there is one."""
+
+    @property
+    def values(self) -> Sequence[str]:
+        """Names of the columns in `PairBatch.columns`."""
+
+    def step_layout(self) -> dict[str, int]:
+        """How optimizer steps are cut into batches: ``pairs_per_step``, ``accumulate``, ``batches`` of an epoch."""
+
+    def origin(self, row_ids: Sequence[int], training: bool = False) -> list[str]:
+        """Where rows of the prediction set, or of the training set, come from, as ``file:line``."""
+
+    def reference_sets(self, stage: str) -> Iterable[tuple[Any, Tensor, Callable[[Tensor], Iterable[PairBatch]]]]:
+        """What a stage will see: data set, row numbers, and a function from row numbers to a loader."""
+
+
+def pair_data(trainer: object) -> PairData | None:
+    """The data module of a Trainer, if it answers what `PairData` asks."""
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, PairData) else None

@@ -51,7 +51,6 @@ WAITING = {
     "partition-next": "a partition implements `next(step, pool)`",
     "predict-train": "`--data.predict train`, and reference log-probs in predictions",
     "reference-score": "a reference is a dataclass and implements `score(policy, batch, scorer)`",
-    "row-values": "numeric columns travel from the row to the loss",
 }
 WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
 WAITING_OPTIONS = {

@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.pairs import pair_data
+
 
 class PairPredictionWriter(BasePredictionWriter):
     """Write rewards and log-probs of every predicted pair to a jsonl file, in the order of the data.
@@ -62,8 +64,8 @@ class PairPredictionWriter(BasePredictionWriter):
         parts = [self._part(rank) for rank in range(trainer.world_size)]
         rows = [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
         rows = sorted({row["row_id"]: row for row in rows}.values(), key=lambda row: row["row_id"])
-        if trainer.datamodule is not None and hasattr(trainer.datamodule, "origin"):  # type: ignore[attr-defined]
-            origins = trainer.datamodule.origin([row["row_id"] for row in rows])  # type: ignore[attr-defined]
+        if data := pair_data(trainer):
+            origins = data.origin([row["row_id"] for row in rows])
             rows = [{"row": origin, **row} for origin, row in zip(origins, rows, strict=True)]
         whole = self._part(trainer.world_size)
         _write(whole, rows)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lit_dpo.data.changes import record, refuse_changes
 from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
-from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, load_pairs
+from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, Rows, load_pairs, sources_of
 from lit_dpo.data.loader import ResumableLoader
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
@@ -38,7 +38,8 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         train: Data sources: local files (jsonl, json, csv, parquet, gzipped too), folders, ``save_to_disk`` folders,
-            hub names; ``name:split`` picks a split. ``quickstart`` is the small embedded set.
+            hub names; ``name:split`` picks a split. ``quickstart`` is the small embedded set. In Python also rows in
+            memory: a list of dictionaries or a `datasets.Dataset`, here and for the other three.
         validation: Sources of the validation pairs; without any, `validation_fraction` of the training pairs.
         test: Sources for ``test``, and for ``predict`` unless `predict` is given; without any, the validation pairs.
         predict: Sources for ``predict``.
@@ -53,6 +54,9 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: A chat template in the place of the tokenizer's own: the path of a ``.jinja`` file, or its text.
             Checkpoints and exports keep it.
         columns: Own names for the columns, as ``{prompt: question, chosen: good, rejected: bad}``.
+        values: Names of columns of numbers that travel with the rows to the loss. ``weight`` multiplies the loss of
+            its pair, whatever the loss; the mean is still taken over the number of pairs. Every row has to have them,
+            those of `predict` apart, which meet no loss.
         on_bad_row: ``error`` stops at the first malformed row, ``skip`` counts and reports them.
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
         num_workers: Processes that make batches; pairs are in memory as token ids, so 0 is rarely slower.
@@ -84,6 +88,7 @@ class PreferenceDataModule(LightningDataModule):
         append_eos: bool = True,
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
+        values: list[str] | None = None,
         on_bad_row: OnBadRow = "error",
         partition: Partition | None = None,
         num_workers: int = 0,
@@ -100,7 +105,13 @@ class PreferenceDataModule(LightningDataModule):
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be at least 0 and less than 1, got {validation_fraction}.")
-        self.sources = {"train": train, "validation": validation, "test": test, "predict": predict}
+        if isinstance(values, str) or len({*(values or ())}) < len(values or ()):
+            raise ValueError(f"`values` must be a list of different column names, got {values!r}.")
+        self.values = list(values or ())
+        given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self._given = {name: sources_of(sources, name) for name, sources in given.items()}
+        rows = {name: [str(s) for s in self._given[name]] for name in given if _in_memory(self._given[name])}
+        self.sources = {**given, **rows}  # plain values: they go into checkpoints and model cards
         self.validation_fraction = validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.max_length, self.truncation, self.columns, self.on_bad_row = max_length, truncation, columns, on_bad_row
@@ -203,17 +214,15 @@ class PreferenceDataModule(LightningDataModule):
 
     def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
-        options = (self.columns, self.on_bad_row, self.max_line_bytes)
+        options = (self.columns, self.on_bad_row, self.max_line_bytes, () if name == "predict" else self.values)
         if not self.cache_tokens:
-            return *load_pairs(self._specs(name), self._encoder(), *options), 0
-        tokens = TokenCache(self._encoder(), self._specs(name))
-        rows, report = load_pairs(self._specs(name), tokens, *options)
+            return *load_pairs(self._given[name], self._encoder(), *options), 0
+        tokens = TokenCache(
+            self._encoder(), [s if isinstance(s, str) else f"rows: {s.name}" for s in self._given[name]]
+        )
+        rows, report = load_pairs(self._given[name], tokens, *options)
         tokens.keep()
         return rows, report, tokens.reused
-
-    def _specs(self, name: str) -> list[str]:
-        source = self.sources[name]
-        return [source] if isinstance(source, str) else list(source or [])
 
     def _encoder(self) -> PairEncoder:
         return PairEncoder(self._tokenizer(), self.max_length, self.truncation, self.append_eos, self.chat_template)
@@ -385,6 +394,10 @@ class PreferenceDataModule(LightningDataModule):
             if name in self._sets:
                 return [self._sets[name].origins[row] for row in row_ids]
         raise RuntimeError("No data are loaded: `setup` comes before `origin`.")
+
+
+def _in_memory(sources: list[str | Rows]) -> bool:
+    return any(isinstance(source, Rows) for source in sources)
 
 
 def _leave_signals(worker: int) -> None:

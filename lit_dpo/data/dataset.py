@@ -33,7 +33,10 @@ class PairDataset(Dataset[PairBatch]):
     """Encoded pairs in one int32 tensor; indexed by a `BatchPlan`, it gives a `PairBatch`.
 
     Args:
-        rows: The encoded rows.
+        rows: The encoded rows, all with numbers of the same columns.
+
+    Attributes:
+        columns: The rows' numbers, each of shape ``(rows,)``, float64, by column name.
     """
 
     def __init__(self, rows: Sequence[EncodedRow]) -> None:
@@ -45,6 +48,10 @@ class PairDataset(Dataset[PairBatch]):
         self.sources = [row.source for row in rows]
         self.origins = [row.row for row in rows]
         self.prompts = [row.encoded.prompt_key for row in rows]  # equal where the uncut prompts are
+        self.columns = {
+            name: torch.tensor([row.values[name] for row in rows], dtype=torch.float64)
+            for name in sorted(rows[0].values if rows else ())
+        }
         self._digests: list[bytes] = []
 
     def __len__(self) -> int:
@@ -56,8 +63,14 @@ class PairDataset(Dataset[PairBatch]):
         prompt, chosen, rejected = self.tokens[start : start + sum(lengths)].split(lengths)
         return prompt.tolist(), chosen.tolist(), rejected.tolist()
 
-    def digest(self, row: int, swapped: bool = False) -> bytes:
-        """A hash of a row's token ids and their boundaries; `swapped`, with its completions in each other's place."""
+    def digest(self, row: int, swapped: bool = False, numbers: bool = True) -> bytes:
+        """A hash of a row's token ids, their boundaries, and its numbers with their columns' names.
+
+        Args:
+            row: The row's number.
+            swapped: Hash the row with its completions in each other's place.
+            numbers: Whether the numbers count.
+        """
         start, (prompt, chosen, rejected) = int(self.starts[row]), self.lengths[row].tolist()
         tokens, middle = self.tokens[start : start + prompt + chosen + rejected].numpy(), prompt + chosen
         parts = [tokens[:prompt], tokens[prompt:middle], tokens[middle:]]
@@ -66,10 +79,14 @@ class PairDataset(Dataset[PairBatch]):
         found = hashlib.blake2b(str([len(part) for part in parts]).encode(), digest_size=DIGEST)
         for part in parts:
             found.update(part.tobytes())
+        for name, column in self.columns.items() if numbers else ():
+            found.update(repr((name, float(column[row]))).encode())
         return found.digest()
 
-    def digests(self) -> list[bytes]:
-        """The hash of every row, in order, computed at the first call."""
+    def digests(self, numbers: bool = True) -> list[bytes]:
+        """The hash of every row, in order, computed at the first call; see `digest`."""
+        if self.columns and not numbers:
+            return [self.digest(row, numbers=False) for row in range(len(self))]
         self._digests = self._digests or [self.digest(row) for row in range(len(self))]
         return self._digests
 
@@ -83,6 +100,6 @@ class PairDataset(Dataset[PairBatch]):
         lengths = self.lengths[rows]
         spans = zip(self.starts[rows].tolist(), lengths.sum(1).tolist(), strict=True)
         tokens = torch.cat([self.tokens[start : start + size] for start, size in spans])
-        return PairBatch.from_tokens(
-            tokens, lengths, rows, None if plan.weights is None else torch.tensor(plan.weights)
-        )
+        weights = None if plan.weights is None else torch.tensor(plan.weights)
+        columns = {name: column[rows].float() for name, column in self.columns.items()}
+        return PairBatch.from_tokens(tokens, lengths, rows, weights, columns)

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.read import MAX_LINE_BYTES, read_rows, source_name
 from lit_dpo.data.rows import LayoutError, Pair, RowError, parse_row
+from lit_dpo.data.values import with_values
 
 OnBadRow = Literal["error", "skip"]
 _EXAMPLES = 3
@@ -22,13 +23,66 @@ class Encoder(Protocol):
         """Token ids of each pair, or why it was refused."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A source of rows that are in memory already.
+
+    Args:
+        rows: A list of dictionaries, a `datasets.Dataset`, or anything else that gives its rows whenever it is asked.
+        name: What to call the source.
+
+    Raises:
+        ValueError: It gives no rows, or gives them only once.
+    """
+
+    rows: Iterable[Mapping[str, object]]
+    name: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, Mapping | Iterator) or not isinstance(self.rows, Iterable):
+            raise ValueError(
+                f"`{self.name}` must be a data set, got a {type(self.rows).__name__}: give a list of dictionaries, a "
+                "`datasets.Dataset` (of a `DatasetDict`, one of its splits), or the name of a file."
+            )
+
+    def __str__(self) -> str:
+        count = f"{len(self.rows)} rows" if isinstance(self.rows, Sized) else "rows"
+        return f"{self.name}: {count} in memory ({type(self.rows).__name__})"
+
+    def __iter__(self) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """Every row with its location, as `read_rows`."""
+        for index, row in enumerate(self.rows, start=1):
+            where = f"{self.name}, row {index}"
+            if not isinstance(row, Mapping):
+                raise RowError(where, None, "the row has no columns", f"give a dictionary, not a {type(row).__name__}")
+            yield where, row
+
+
+def sources_of(given: object, name: str) -> list[str | Rows]:
+    """What an option names, as a list: names as they are, rows in memory as `Rows`.
+
+    Args:
+        given: A name, rows in memory, a list of such, or ``None``.
+        name: The option.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    items: list[Any] = [] if given is None else [given]
+    if isinstance(given, list | tuple) and not (given and isinstance(given[0], Mapping)):
+        items = list(given)
+    names = [f"{name} {number}" for number in range(1, len(items) + 1)] if len(items) > 1 else [name]
+    return [item if isinstance(item, str) else Rows(item, of) for item, of in zip(items, names, strict=False)]
+
+
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """A pair's token ids, the name of the data set it is from, and its location there."""
+    """A pair's token ids, the name of the data set it is from, its location there, and its numbers by column name."""
 
     encoded: Encoded
     source: str
     row: str
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -83,24 +137,27 @@ class LoadReport:
 
 
 def load_pairs(
-    specs: Sequence[str],
+    specs: Sequence[str | Rows],
     encoder: Encoder,
     columns: Mapping[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
     max_line_bytes: int = MAX_LINE_BYTES,
+    values: Sequence[str] = (),
 ) -> tuple[list[EncodedRow], LoadReport]:
     """Read, parse and encode data sets, in the order given.
 
     Args:
-        specs: Data sets, as `read_rows` takes them.
+        specs: Data sets, as `read_rows` takes them, or rows in memory.
         encoder: A `PairEncoder`, or a `TokenCache` around one.
         columns: Our column name -> the files', for names that are not known.
         on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
         max_line_bytes: See `read_rows`.
+        values: The files' names of columns of numbers to keep, which every row must have.
 
     Raises:
         RowError: A row must not be trained on, and `on_bad_row` is `error`; or a file is damaged.
-        LayoutError: The same for unknown columns; with `skip` too, if no row of a data set has known ones.
+        LayoutError: The same for unknown columns and missing `values`; with `skip` too, if no row of a data set has
+            what is needed.
         ValueError: No row is left to train on.
     """
     if on_bad_row not in ("error", "skip"):
@@ -121,7 +178,7 @@ def load_pairs(
             result = next(encoded) if isinstance(item, Pair) else item
             if isinstance(item, Pair) and isinstance(result, Encoded):
                 report.kept += 1
-                rows.append(EncodedRow(result, source, item.row))
+                rows.append(EncodedRow(result, source, item.row, item.values))
                 _note(result, report, seen)
             elif isinstance(result, RowError):
                 if on_bad_row == "error":
@@ -129,14 +186,15 @@ def load_pairs(
                 report.skip(result)
 
     for spec in specs:
-        source = source_name(spec)
+        source = spec.name if isinstance(spec, Rows) else source_name(spec)
         unknown: LayoutError | None = None
         known = False
         chunk: list[Pair | RowError] = []
         try:
-            for where, row in read_rows(spec, chunk.append, max_line_bytes):
+            found = spec if isinstance(spec, Rows) else read_rows(spec, chunk.append, max_line_bytes)
+            for where, row in found:
                 try:
-                    chunk.append(parse_row(row, source, where, columns))
+                    chunk.append(with_values(parse_row(row, source, where, columns), row, values))
                     known = True
                 except LayoutError as error:
                     unknown = unknown or error
@@ -153,7 +211,9 @@ def load_pairs(
         if unknown and not known:
             raise unknown
     if not rows:
-        raise ValueError(f"No row to train on in {', '.join(specs) or 'an empty list'}; correct the data. {report}.")
+        raise ValueError(
+            f"No row to train on in {', '.join(map(str, specs)) or 'an empty list'}; correct the data. {report}."
+        )
     return rows, report
 
 

@@ -7,7 +7,7 @@ checked once, for all of them, in `parse_row`.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 
@@ -35,6 +35,7 @@ class Pair:
         rejected: The other completion; never blank, never equal to `chosen`.
         source: Name of the data set, for partitions and per-source metrics.
         row: Where a person finds the row, such as `path/file.jsonl:17`.
+        values: Numbers of the row that were asked for, by column name; all finite.
 
     Example:
         >>> pair = parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "sums", "sums.jsonl:1")
@@ -47,6 +48,7 @@ class Pair:
     rejected: Content
     source: str
     row: str
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 class RowError(ValueError):

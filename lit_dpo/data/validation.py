@@ -34,9 +34,10 @@ def held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:
 
 def overlap(train: PairDataset, validation: PairDataset) -> str | None:
     """What of a validation set is in the training set too, in words; None if nothing is."""
-    pairs, prompts = {*train.digests()}, {*train.prompts}
+    first, second = train.digests(numbers=False), validation.digests(numbers=False)
+    pairs, prompts = {*first}, {*train.prompts}
     counts = {
-        "are also trained on": sum(digest in pairs for digest in validation.digests()),
+        "are also trained on": sum(digest in pairs for digest in second),
         "have the prompt of a training pair": sum(prompt in prompts for prompt in validation.prompts),
     }
     found = [f"{count} of {len(validation)} pairs {what}" for what, count in counts.items() if count]

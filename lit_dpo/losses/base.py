@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -90,6 +91,23 @@ def per_pair(loss: PreferenceLoss, policy: PairLogps, reference: PairLogps) -> T
         f"`{type(loss).__name__}` must return one value a pair, shape {wanted}, got {got}: leave out its own mean or "
         "sum, since the mean is taken over the pairs of a whole optimizer step."
     )
+
+
+def refuse_missing(loss: PreferenceLoss, columns: Collection[str]) -> None:
+    """Refuse a loss that reads columns of the rows which do not come with them.
+
+    Args:
+        loss: Says in its `columns` what it reads.
+        columns: Names of those that come along.
+
+    Raises:
+        ValueError: One is missing.
+    """
+    if missing := [f"`{name}`" for name in loss.columns if name not in columns]:
+        raise ValueError(
+            f"`{type(loss).__name__}` needs the numbers {', '.join(missing)} of every row: name their columns in "
+            "--data.values (in Python: the data module's `values`)."
+        )
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
