@@ -50,7 +50,6 @@ WAITING = {
     "objects": "models, tokenizers and data sets are given as objects",
     "partition-next": "a partition implements `next(step, pool)`",
     "predict-train": "`--data.predict train`, and reference log-probs in predictions",
-    "reference-score": "a reference is a dataclass and implements `score(policy, batch, scorer)`",
     "row-values": "numeric columns travel from the row to the loss",
 }
 WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
