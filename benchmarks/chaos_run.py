@@ -22,9 +22,9 @@ import torch
 from common import Record
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-import lit_dpo.references.cached
 from lit_dpo import CachedReference, LoRA, PreferenceDataModule, PreferenceModule, RandomSplit, WarmupDecay
 from lit_dpo.callbacks import BestCheckpoint, ExportModel, LastCheckpoint
+from lit_dpo.references import reference_pass
 from lit_dpo.stepwise import fit_stepwise
 
 _FULL = 300_000  # bytes a file may have on the full disk: a checkpoint has more, every other file less
@@ -96,7 +96,7 @@ def slow_down_scoring(folder: Path) -> None:
     mark = folder / "slow_scoring"
     if not mark.exists():
         return
-    left, score = int(mark.read_text()), lit_dpo.references.cached.score
+    left, content_keys = int(mark.read_text()), reference_pass.content_keys
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         nonlocal left
@@ -105,9 +105,9 @@ def slow_down_scoring(folder: Path) -> None:
             (folder / "standing_still").touch()
             time.sleep(600)
         time.sleep(0.1)
-        return score(*args, **kwargs)
+        return content_keys(*args, **kwargs)
 
-    lit_dpo.references.cached.score = slowly  # type: ignore[attr-defined]
+    reference_pass.content_keys = slowly  # called once a batch that is scored
 
 
 def train(folder: Path, options: Namespace) -> None:

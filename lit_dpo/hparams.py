@@ -11,11 +11,15 @@ from lit_dpo.references.base import Reference
 
 def plain(value: Any) -> Any:
     """Options as numbers, strings, lists and dicts; a loss or reference becomes its class path and options."""
-    if isinstance(value, Reference):
-        return _spec(value, value.options)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        options = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return _spec(value, options) if isinstance(value, PreferenceLoss) else options
+        options = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        own = vars(type(value))
+        if isinstance(value, Reference) and "__init__" in own and "__dataclass_fields__" not in own:
+            raise ValueError(
+                f"`{type(value).__name__}` must be a dataclass, so that a checkpoint can keep its options: put "
+                "`@dataclass(eq=False)` on it, and fields in the place of `__init__`."
+            )
+        return _spec(value, options) if isinstance(value, PreferenceLoss | Reference) else options
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 

@@ -55,7 +55,8 @@ def fit_stepwise(
         ValueError: The reference is a model of its own, or the partitions to go on with held other rows.
         FileExistsError: `folder` holds partitions already, and it was not said to resume.
     """
-    if isinstance(module.reference, FrozenReference) and module.reference.source is not None:
+    reference = getattr(module.reference, "of", None) or module.reference  # the cached one, if it is
+    if isinstance(reference, FrozenReference) and reference.model is not None:
         raise ValueError(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )

@@ -94,6 +94,9 @@ VARIANTS = {
     "lora beside a frozen copy": lambda folder: {"adapter": LoRA(rank=2, alpha=8), "reference": FrozenReference()},
     "another reference": lambda folder: {"reference": FrozenReference({**runs.LLAMA, "intermediate_size": 64})},
     "cached": lambda folder: {"reference": CachedReference(str(folder / "cache"))},
+    "cached, of another": lambda folder: {
+        "reference": CachedReference(str(folder / "of"), of=FrozenReference({**runs.LLAMA, "intermediate_size": 64})),
+    },
     "tokens": lambda folder: {"loss": ADPOLoss(), "max_tokens": 60},
     "cached tokens": lambda folder: {
         "loss": IntermediateLoss(LDDPOLoss(), layers=(1,)),

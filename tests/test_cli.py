@@ -389,6 +389,21 @@ def test_a_run_that_was_begun_with_release_0_1_0_goes_on(trained, tmp_path, caps
     main(args)
 
 
+def test_references_nest_on_the_command_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    policy = tmp_path / "policy"
+    main(command("fit", tmp_path, "dpo", "--trainer.max_steps", 1, "--model.optimizer.lr", 0.01))
+    main(["export", str(tmp_path / "version_0" / "checkpoints" / "last.ckpt"), str(policy)])
+    given = ("--model.reference", "CachedReference", "--model.reference.of", "FrozenReference")
+    args = command("fit", tmp_path, "dpo", *given, "--model.reference.of.model", policy, "--trainer.max_steps", 1)
+    main(args)
+    assert metrics(tmp_path / "version_1")["train/loss"][0] != pytest.approx(math.log(2), abs=1e-6)
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 1
+    with caplog.at_level("INFO"):
+        main([*args, "--ckpt_path", "last"])
+    assert "Reference: 0 rows scored" in caplog.text
+
+
 def test_ctrl_c_prints_the_command_to_go_on_with(tmp_path, capsys, monkeypatch):
     """And that command, pasted, goes on in the same folder."""
 

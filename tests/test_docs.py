@@ -41,16 +41,12 @@ EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 WAITING = {
     "configs-by-name": "`--config dpo` finds a shipped configuration by name",
     "configs-command": "`lit-dpo configs`",
-    "export-run": "`lit-dpo export` takes a run's folder or `last`",
     "fabric": "`score` takes a module that Fabric has wrapped",
     "first-reference": "`fit_stepwise(..., first_reference=True)`",
-    "more-losses": "losses beyond DPO, IPO, DPOP, SFT, intermediate and weighted ones",
     "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
-    "new-flags": "`--trust-remote-code`, `--data.append_eos`, `--data.chat_template`",
     "objects": "models, tokenizers and data sets are given as objects",
     "partition-next": "a partition implements `next(step, pool)`",
     "predict-train": "`--data.predict train`, and reference log-probs in predictions",
-    "reference-score": "a reference is a dataclass and implements `score(policy, batch, scorer)`",
 }
 WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
 WAITING_OPTIONS = {

@@ -52,7 +52,7 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
             self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("train/")})
-        reference = pl_module.reference.model.training if pl_module.reference is not None else None
+        reference = pl_module.reference.models()[0].training if pl_module.reference is not None else None
         self.modes.add((pl_module.policy.training, reference))
 
 
@@ -313,7 +313,7 @@ def test_a_checkpoint_holds_plain_values_and_builds_the_module_again(pairs, tmp_
     again = PreferenceModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert again.loss.resolve(2) == loss.resolve(2)
     assert runs.same(runs.weights(again.policy), runs.weights(module.policy))
-    assert runs.digest(again.reference.model) == runs.digest(module.reference.model)
+    assert runs.digest(again.reference.models()[0]) == runs.digest(module.reference.models()[0])
     assert validated(again, runs.data(pairs)) == validated(module, runs.data(pairs))
 
 
@@ -334,7 +334,7 @@ def test_a_checkpoint_remembers_its_reference(pairs, tmp_path):
     run = runs.fit(module, runs.data(pairs), max_steps=1)
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = PreferenceModule.load_from_checkpoint(tmp_path / "a.ckpt")
-    assert runs.digest(again.reference.model) == runs.digest(other.policy)
+    assert runs.digest(again.reference.models()[0]) == runs.digest(other.policy)
 
 
 def test_a_checkpoint_imports_nothing(pairs, tmp_path):

@@ -28,18 +28,18 @@ def trained(tmp_path, **options):
 def test_a_frozen_reference_stays_what_the_policy_was(tmp_path):
     module = runs.module()
     module.configure_model()
-    model = module.reference.model
+    model = module.reference.models()[0]
     before, start = runs.digest(model), runs.digest(module.policy)
     assert before == start
     runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=4)
-    assert module.reference.model is model
+    assert module.reference.models()[0] is model
     assert runs.digest(model) == before
     assert runs.digest(module.policy) != start
 
 
 def test_a_frozen_reference_takes_no_part_in_training(tmp_path):
     module = trained(tmp_path)
-    model = module.reference.model
+    model = module.reference.models()[0]
     assert not model.training
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in module.parameters()}
@@ -61,7 +61,7 @@ def test_it_follows_the_module():
     module = runs.module()
     module.configure_model()
     module.to(torch.float64)
-    assert next(module.reference.model.parameters()).dtype == torch.float64
+    assert next(module.reference.models()[0].parameters()).dtype == torch.float64
 
 
 def test_an_unbuilt_reference_says_so():
@@ -74,7 +74,7 @@ def test_a_reference_of_its_own_folder(tmp_path, tokenizer):
     other.save_pretrained(tmp_path / "other")
     module = runs.module(reference=FrozenReference(str(tmp_path / "other")))
     module.configure_model()
-    assert runs.digest(module.reference.model) == runs.digest(other)
+    assert runs.digest(module.reference.models()[0]) == runs.digest(other)
     assert runs.digest(module.policy) != runs.digest(other)
     policy, reference = module(BATCH)
     with torch.no_grad():

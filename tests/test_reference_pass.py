@@ -114,7 +114,7 @@ def test_two_passes_at_a_time_neither_spoil_nor_lose_each_others_values(place, m
     other.mkdir()
     runs.write(other / "rows.jsonl", runs.rows(12, start=500))
     runs.write(other / "val.jsonl", runs.rows(4, start=600))
-    original, seen = subject._Pass.keep, []
+    original, seen = subject.Pass.keep, []
 
     def keep(self, block):
         original(self, block)
@@ -123,7 +123,7 @@ def test_two_passes_at_a_time_neither_spoil_nor_lose_each_others_values(place, m
             seen.append(start(other, place / "cache")[0])
             assert len(list((place / "cache").glob("*.journal"))) == 1  # that of the pass under way
 
-    monkeypatch.setattr(subject._Pass, "keep", keep)
+    monkeypatch.setattr(subject.Pass, "keep", keep)
     start(place, place / "cache")
     assert seen == [True, 16]
     assert not list((place / "cache").glob("*.journal"))
@@ -133,7 +133,7 @@ def test_two_passes_at_a_time_neither_spoil_nor_lose_each_others_values(place, m
 
 def test_a_cache_that_cannot_be_written_is_noticed_before_scoring(place, monkeypatch):
     (place / "file").write_text("in the way")
-    monkeypatch.setattr(subject, "_score_rows", lambda *a, **k: pytest.fail("scored in vain"))
+    monkeypatch.setattr(subject, "score_rows", lambda *a, **k: pytest.fail("scored in vain"))
     with pytest.raises(OSError, match=r"The reference cache `.*file/cache` cannot be written to .*: name another"):
         start(place, place / "file" / "cache")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
 from lit_dpo.adapters import adapters_off
@@ -10,6 +12,7 @@ from lit_dpo.references.base import Reference
 from lit_dpo.scoring.score import Scorer
 
 
+@dataclass(eq=False)
 class AdapterReference(Reference):
     """The policy itself with its LoRA adapters switched off: no second model in memory."""
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -13,6 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.references.table import fingerprint
+from lit_dpo.scoring.decoder import own_tensors
 from lit_dpo.scoring.score import Scorer
 
 
@@ -47,17 +48,16 @@ class Filling:
     from_shards: Callable[[nn.Module, nn.Module], None]
 
 
+@dataclass(eq=False)
 class Reference(ABC):
     """The model that rewards are measured from: it never trains, and a subclass says where its log-probs come from.
+
+    Subclass it as a dataclass with ``@dataclass(eq=False)``; the fields are its options, in Python and on the command
+    line, and a subclass needs nothing but `score`. A field may hold another reference.
 
     The training module owns one and calls `build` once, `move` whenever it moves itself, and `score` once a batch. A
     reference is no `nn.Module`, and so it adds nothing to checkpoints, optimizers, or the policy's train and eval mode.
     """
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Constructor arguments as plain values, for checkpoints."""
-        return {}
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:  # noqa: B027
         """Get ready, given the freshly loaded policy before adapters are attached to it."""
@@ -82,6 +82,16 @@ class Reference(ABC):
 
     def replace_models(self, function: Callable[[nn.Module], nn.Module]) -> None:  # noqa: B027
         """Let a strategy wrap each model of its own."""
+
+    def identity(self) -> Mapping[str, object]:
+        """What decides its values besides the rows and the policy's starting weights, for a cache; as plain values.
+
+        Unless overridden: its class, its fields, and fingerprints of its `models`. Every process takes part.
+        """
+        options = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        named = {k: v.identity() if isinstance(v, Reference) else v for k, v in options.items()}
+        models = [fingerprint(own_tensors(model)) for model in self.models()]
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **named, "models": models}
 
     def move(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> None:
         """Apply a change of device or dtype to its own models."""

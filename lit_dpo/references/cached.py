@@ -6,47 +6,49 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_dpo.adapters import adapters_off
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.models import Dtype
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Filling, Reference, Start
-from lit_dpo.references.table import LogpsTable, TokenLogps, content_keys, fingerprint, first_of_each, joined
+from lit_dpo.references.reference_pass import Pass, columns_of, score_rows
+from lit_dpo.references.table import LogpsTable, content_keys, fingerprint, first_of_each, joined
 from lit_dpo.scoring.attention import NUMERICS, flash_here
 from lit_dpo.scoring.decoder import own_tensors
 from lit_dpo.scoring.logps import sum_by_completion
-from lit_dpo.scoring.score import Scorer
-
-_SECONDS, _SHARE = 2.0, 0.05  # between two blocks of the journal: at most so long, and so much of what is scored
+from lit_dpo.scoring.score import SHARDED_METHOD, Scorer
 
 
+@dataclass(eq=False)
 class CachedReference(Reference):
     """Reference log-probs computed once and kept: no second model in memory, no second forward pass a step.
 
-    Every row is scored at the start of a run by the policy itself, before its first step (with LoRA: adapters off), so
-    rewards are zero there by construction. The values are stored and reused by later runs and epochs, whatever their
-    loss, beta, learning rate, seed or LoRA rank; they are missed as soon as weights, configuration, token ids, dtype,
-    precision, layout or device differ. Damaged files are noticed and rebuilt; a few reused rows are scored again and
-    compared. What is scored is kept as it comes: a pass that was killed goes on where it stood, to the same values.
+    Every row is scored at the start of a run, by the reference `of`, or else by the policy itself before its first step
+    (with LoRA: adapters off), so that rewards are zero there by construction. The values are stored and reused by later
+    runs and epochs, whatever their loss, beta, learning rate, seed or LoRA rank; they are missed as soon as weights,
+    configuration, token ids, dtype, precision, form, device or what `of` says of itself differ. Damaged files are
+    noticed and rebuilt; a few reused rows are scored again and compared. What is scored is kept as it comes: a pass
+    that was killed goes on where it stood, to the same values. Log-probs of single tokens are kept where a loss needs
+    them; what holds sums alone is then scored again.
 
     Args:
         folder: Where the values are kept; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
         audit_rows: Reused rows to score again at the start of a run.
+        of: The reference whose values are kept; ``None`` is the policy before its first step. Its models wait in the
+            CPU's memory while the policy trains, unless they are sharded.
+
+    Raises:
+        ValueError: `of` is no reference, or keeps its own values.
 
     Attributes:
         scored: Rows scored at the start of the last run.
@@ -54,17 +56,16 @@ class CachedReference(Reference):
         seconds: Wall time that took.
     """
 
-    def __init__(self, folder: str | None = None, audit_rows: int = 4) -> None:
-        self.folder = Path(folder).expanduser() if folder else cache_folder()
-        self.audit_rows = audit_rows
+    folder: str | None = None
+    audit_rows: int = 4
+    of: Reference | None = None
+
+    def __post_init__(self) -> None:
+        if self.of is not None and (not isinstance(self.of, Reference) or isinstance(self.of, CachedReference)):
+            raise ValueError(f"`of` must be a reference that is not cached itself, got {self.of!r}.")
         self.scored, self.reused, self.seconds = 0, 0, 0.0
         self._who: dict[str, Any] = {}
         self._table: LogpsTable | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Where the values are kept, and how many are checked."""
-        return {"folder": str(self.folder), "audit_rows": self.audit_rows}
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
         """Remember who will have scored: the policy's starting weights and configuration."""
@@ -74,10 +75,34 @@ class CachedReference(Reference):
         if policy.device.type != "meta":
             self._who["weights"] = fingerprint(own_tensors(policy))
         self._table = None
+        if self.of is not None:
+            self.of.build(policy, tokenizer, dtype)
 
     def fill(self, policy: nn.Module, filling: Filling) -> None:
         """Remember the weights that are sharded."""
         self._who["weights"] = fingerprint(own_tensors(policy))
+        if self.of is not None:
+            self.of.fill(policy, filling)
+
+    def check(self, policy: nn.Module) -> None:
+        """As `of` does."""
+        if self.of is not None:
+            self.of.check(policy)
+
+    def models(self) -> list[nn.Module]:
+        """Those of `of`."""
+        return [] if self.of is None else self.of.models()
+
+    def replace_models(self, function: Callable[[nn.Module], nn.Module]) -> None:
+        """Wrap those of `of`."""
+        if self.of is not None:
+            self.of.replace_models(function)
+
+    def _move_models(self, device: torch.device) -> None:
+        """Take the models of `of` to a device, unless they are sharded."""
+        for model in self.models():
+            if not hasattr(model, SHARDED_METHOD):
+                model.to(device)
 
     def prepare(self, start: Start) -> None:
         """Read what is stored, score what is missing, write it back.
@@ -92,6 +117,9 @@ class CachedReference(Reference):
                 "`CachedReference` needs a `PreferenceDataModule`; with other loaders use `FrozenReference`."
             )
         began = time.perf_counter()
+        if self.of is not None:
+            self.of.prepare(start)
+        self._move_models(start.trainer.strategy.root_device)
         identity = {
             **self._who,
             "precision": str(start.trainer.precision),
@@ -100,14 +128,16 @@ class CachedReference(Reference):
             "layout": start.scorer.form,  # the name of 0.1.0, whose values still serve
             "adapter": "off" if hasattr(start.policy, "peft_config") else "none",
         }
-        store = TensorStore(self.folder, identity)
+        if self.of is not None:
+            identity["of"] = json.loads(json.dumps(self.of.identity(), default=str))
+        store = TensorStore(Path(self.folder).expanduser() if self.folder else cache_folder(), identity)
         first = start.trainer.is_global_zero
         tensors, problem, journals = _stored(store) if first else (None, None, {})
         tensors, problem = start.trainer.strategy.broadcast((tensors, problem))
         table = None if tensors is None else LogpsTable.from_tensors(tensors)
         if problem:
             rank_zero_info(f"Reference cache {store.data} is damaged ({problem}): scoring anew.")
-        columns, per_token = _columns(start.scorer), start.scorer.per_token
+        columns, per_token = columns_of(start.scorer), start.scorer.per_token
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         visits = [
             (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
@@ -121,17 +151,18 @@ class CachedReference(Reference):
                 table, keep = None, False
         self.scored, self.reused = 0, 0
         missing = torch.cat([keys[~_known(table, keys, columns, per_token)] for _, keys, _ in visits]).unique(dim=0)
-        with _Pass(start.trainer, store, len(missing)) as under_way:
+        with Pass(start.trainer, store, len(missing)) as under_way:
             for rows, keys, loader in visits:
                 known = _known(table, keys, columns, per_token)
                 if not known.all():
                     # Of equal rows the first: so what a pass that goes on has left to score is the end of the whole.
                     places = first_of_each(keys[~known])[1].sort().values
-                    fresh = _score_rows(model, start, loader(rows[~known][places]), start.scorer, under_way)
+                    fresh = score_rows(self.of, model, start, loader(rows[~known][places]), start.scorer, under_way)
                     table = fresh if table is None else table.merged(fresh)
                 self.scored += int((~known).sum())
                 self.reused += int(known.sum())
         self._table = table
+        self._move_models(torch.device("cpu"))
         kept = ""
         if first and table is not None and (self.scored or journals):
             try:
@@ -157,7 +188,7 @@ class CachedReference(Reference):
         if not self.audit_rows or not len(rows):
             return True
         some = rows[torch.linspace(0, len(rows) - 1, min(self.audit_rows, len(rows))).long()]
-        fresh = _score_rows(model, start, loader(some), replace(start.scorer, layers=()))
+        fresh = score_rows(self.of, model, start, loader(some), replace(start.scorer, layers=()))
         places, there = table.find(fresh.keys)
         pairs = [(table.columns["last"][places], fresh.columns["last"])]
         for name, live in fresh.tokens.items():
@@ -192,74 +223,8 @@ class CachedReference(Reference):
                 values = torch.where(there[:, None], table.columns[column][rows], torch.nan)
             return PairLogps(values[:, 0], values[:, 1], batch.lengths[:, 1], batch.lengths[:, 2], tokens=tokens)
 
-        last, *between = (logps(column) for column in _columns(scorer))
+        last, *between = (logps(column) for column in columns_of(scorer))
         return replace(last, layers={int(k): found for k, found in zip(scorer.layers, between, strict=True)})
-
-
-class _Pass:
-    """Scoring under way: what there is of it is written to a journal, and a terminal shows how far it is.
-
-    Args:
-        trainer: Whose processes score.
-        store: Where the values will go.
-        rows: How many are to be scored; without any, nothing is opened.
-
-    Raises:
-        OSError: (on entering, on every process) The cache cannot be written to.
-    """
-
-    def __init__(self, trainer: Trainer, store: TensorStore, rows: int) -> None:
-        self.trainer, self.store, self.rows = trainer, store, rows
-        self._writer: Journal | None = None
-        self._full = False
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> _Pass:
-        problem = None
-        if self.rows and self.trainer.is_global_zero:
-            try:
-                self._writer = Journal(self.store)
-            except OSError as error:
-                problem = str(error)
-        if problem := self.trainer.strategy.broadcast(problem):
-            raise OSError(
-                f"The reference cache `{self.store.folder}` cannot be written to ({problem}): name another `folder` of "
-                "`CachedReference`, or set the environment variable LIT_DPO_CACHE."
-            )
-        console = Console(stderr=True)
-        quiet = self.trainer.progress_bar_callback is None or self.trainer.state.fn != "fit"  # else it has begun
-        if self._writer is not None and console.is_terminal and not quiet:
-            shown = (BarColumn(), MofNCompleteColumn(), TextColumn("rows, left:"), TimeRemainingColumn())
-            self._bar = Progress("Reference", *shown, console=console, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self.rows)
-        return self
-
-    def show(self, rows: int) -> None:
-        """So many more rows are scored."""
-        if self._bar is not None:
-            self._bar.advance(self._task, rows)
-
-    def keep(self, block: LogpsTable) -> None:
-        """Write a block, on the first process; if that fails, this pass is not kept, but it goes on."""
-        if self._writer is None or self._full:
-            return
-        try:
-            self._writer.append(block.tensors())
-        except OSError as error:
-            self._full = True
-            rank_zero_info(f"Reference: what is scored from now on would not survive a kill ({error}).")
-
-    def remove(self) -> None:
-        """Remove the journal, as everything is in the store."""
-        if self._writer is not None:
-            self._writer.path.unlink(missing_ok=True)
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        if self._bar is not None:
-            self._bar.stop()
 
 
 def _stored(store: TensorStore) -> tuple[dict[str, Tensor] | None, str | None, dict[Path, int]]:
@@ -288,58 +253,5 @@ def _merge(there: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> Mapping[s
         return ours
 
 
-def _columns(scorer: Scorer) -> list[str]:
-    """Names in a table of what a scorer is asked for."""
-    return ["last", *(f"layer.{int(k)}" for k in scorer.layers)]
-
-
 def _known(table: LogpsTable | None, keys: Tensor, columns: Sequence[str], per_token: bool) -> Tensor:
     return torch.zeros(len(keys), dtype=torch.bool) if table is None else table.known(keys, columns, per_token)
-
-
-@torch.no_grad()
-def _score_rows(
-    model: Callable[[], nn.Module], start: Start, loader: Any, scorer: Scorer, under_way: _Pass | None = None
-) -> LogpsTable:
-    """Score every row of a loader, each process its share, and gather the results on all: now and then, to be kept."""
-    strategy, scored = start.trainer.strategy, model()
-    columns, blocks = _columns(scorer), []
-    found: list[tuple[Tensor, PairLogps]] = []  # content keys and log-probs of each batch since the last block
-    began, due = time.perf_counter(), 1
-    for number, batch in enumerate(loader, 1):
-        batch = strategy.batch_to_device(batch)
-        with start.trainer.precision_plugin.forward_context(), adapters_off(scored):
-            found.append((content_keys(batch), scorer(scored, batch)))
-        if under_way is not None:
-            under_way.show(len(batch) * start.trainer.world_size)
-        if number == due or number == len(loader):
-            keys = torch.cat([keys for keys, _ in found])
-            logps = PairLogps.cat([logps for _, logps in found])
-            blocks.append(
-                _gathered(start.trainer, keys, dict(zip(columns, (logps, *logps.layers.values()), strict=True)))
-            )
-            if under_way is not None:
-                under_way.keep(blocks[-1])
-            found = []
-            passed = time.perf_counter() - began
-            due = number + strategy.broadcast(max(1, int(number * min(_SECONDS / passed, _SHARE))))
-    return joined(blocks)[0]
-
-
-def _gathered(trainer: Trainer, keys: Tensor, logps: Mapping[str, PairLogps]) -> LogpsTable:
-    """What the processes have scored, as many rows each, as one table on all of them."""
-    strategy = trainer.strategy
-    keys = strategy.all_gather(keys).reshape(-1, 2).cpu()
-    unique, first = first_of_each(keys)
-    columns, tokens = {}, {}
-    for name, found in logps.items():
-        sums = strategy.all_gather(torch.stack([found.chosen, found.rejected], 1))
-        columns[name] = sums.reshape(-1, 2).cpu()[first]
-        if found.tokens is not None:
-            counts = strategy.all_gather(found.chosen_tokens + found.rejected_tokens).reshape(trainer.world_size, -1)
-            totals = counts.sum(1).tolist()
-            values = F.pad(found.tokens, (0, max(totals) - len(found.tokens)))  # every process gathers as many
-            values = strategy.all_gather(values).reshape(trainer.world_size, -1).cpu()
-            values = torch.cat([line[:total] for line, total in zip(values, totals, strict=True)])
-            tokens[name] = TokenLogps(values, counts.flatten().cpu()).take(first)
-    return LogpsTable(unique, columns, tokens)

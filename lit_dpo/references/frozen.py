@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,6 +16,7 @@ from lit_dpo.references.base import Filling, Reference
 from lit_dpo.scoring.score import Scorer
 
 
+@dataclass(eq=False)
 class FrozenReference(Reference):
     """A second model: a frozen copy of the policy as it starts, or another model.
 
@@ -24,43 +25,39 @@ class FrozenReference(Reference):
             It must share the policy's tokenizer.
     """
 
-    def __init__(self, model: str | ModelDescription | None = None) -> None:
-        self.source = model
-        self.model: nn.Module | None = None
+    model: str | ModelDescription | None = None
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Which model."""
-        return {"model": self.source}
+    def __post_init__(self) -> None:
+        self._built: nn.Module | None = None
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
         """Copy or load the model and freeze it."""
-        if self.source is None:
+        if self.model is None:
             model = copy.deepcopy(policy)
         else:
-            model = (empty_model if policy.device.type == "meta" else load_model)(self.source, tokenizer, dtype)
-            self._load = partial(load_model, self.source, tokenizer, dtype)
-        self.model = model.requires_grad_(False).eval()
+            model = (empty_model if policy.device.type == "meta" else load_model)(self.model, tokenizer, dtype)
+            self._load = partial(load_model, self.model, tokenizer, dtype)
+        self._built = model.requires_grad_(False).eval()
 
     def fill(self, policy: nn.Module, filling: Filling) -> None:
         """Copy the policy's own shards, or read the other model."""
-        assert self.model is not None
-        if self.source is None:
-            filling.from_shards(policy, self.model)
+        assert self._built is not None
+        if self.model is None:
+            filling.from_shards(policy, self._built)
         else:
-            filling.from_first(self.model, self._load)
+            filling.from_first(self._built, self._load)
 
     def models(self) -> list[nn.Module]:
         """The frozen model."""
-        return [] if self.model is None else [self.model]
+        return [] if self._built is None else [self._built]
 
     def replace_models(self, function: Callable[[nn.Module], nn.Module]) -> None:
         """Wrap the frozen model."""
-        assert self.model is not None
-        self.model = function(self.model).eval()
+        assert self._built is not None
+        self._built = function(self._built).eval()
 
     def score(self, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
         """Log-probs of a batch under the frozen model."""
-        if self.model is None:
+        if self._built is None:
             raise RuntimeError("The reference has not been built: `build` comes before `score`.")
-        return scorer(self.model, batch)
+        return scorer(self._built, batch)
