@@ -50,7 +50,6 @@ WAITING = {
     "new-flags": "`--trust-remote-code`, `--data.append_eos`, `--data.chat_template`",
     "objects": "models, tokenizers and data sets are given as objects",
     "partition-next": "a partition implements `next(step, pool)`",
-    "predict-train": "`--data.predict train`, and reference log-probs in predictions",
     "reference-score": "a reference is a dataclass and implements `score(policy, batch, scorer)`",
     "scorer": "`Scorer`",
     "tokens": "per-token log-probs",
