@@ -22,6 +22,7 @@ __all__ = [
     "EasyToHard",
     "FDPOLoss",
     "FrozenReference",
+    "HardToEasy",
     "HingeLoss",
     "IPOLoss",
     "IntermediateLoss",
@@ -55,7 +56,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from lit_dpo.adapters import LoRA
-    from lit_dpo.data import BySource, EasyToHard, OneShot, Partition, PreferenceDataModule, RandomSplit
+    from lit_dpo.data import BySource, EasyToHard, HardToEasy, OneShot, Partition, PreferenceDataModule, RandomSplit
     from lit_dpo.losses import (
         ADPOLoss,
         APODownLoss,

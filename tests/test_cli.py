@@ -331,6 +331,24 @@ def test_predict_writes_one_line_a_pair(trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("held_out", [0, 0.25])
+def test_predict_takes_the_training_rows_in_their_order(held_out, trained, tmp_path, monkeypatch):
+    """And only those that are trained on; files that are named like the stages do not stand in the way."""
+    monkeypatch.chdir(tmp_path)
+    runs.write(tmp_path / "train", runs.rows(3, start=80))
+    _, checkpoint = trained
+    pairs, out = runs.pairs_file(tmp_path, 24), tmp_path / "out.jsonl"
+    more = ("--data.train", pairs, "--data.predict", "train", "--data.validation_fraction", held_out)
+    main(command("predict", tmp_path / "run", "dpo", "--ckpt_path", checkpoint, *more, "--predictions", out))
+    found = [json.loads(line)["row"] for line in out.read_text().splitlines()]
+    everything = [f"{pairs}:{n}" for n in range(1, 25)]
+    data = runs.data(pairs, validation_fraction=held_out, tokenizer=runs.module().tokenizer)
+    data.setup("fit")
+    trained_on = sorted(row for batch in data.train_dataloader() for row in batch.row_ids.tolist())
+    assert found == [everything[row] for row in trained_on]
+    assert len(found) == (24 if not held_out else 18)
+
+
 def test_explicit_options_win_over_a_checkpoints(trained, tmp_path, caplog):
     _, checkpoint = trained
     with caplog.at_level("INFO"):

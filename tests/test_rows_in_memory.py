@@ -81,9 +81,10 @@ def test_a_bad_row_is_named_by_its_number():
         read(runs.data([*runs.rows(4), "text"]))
 
 
-@pytest.mark.parametrize(
-    "source", [3, {"train": []}, iter([]), (row for row in runs.rows(3)), [3]], ids=lambda s: type(s).__name__
-)
+BAD = [3, {"train": []}, iter([]), (row for row in runs.rows(3)), [3]]
+
+
+@pytest.mark.parametrize("source", BAD, ids=lambda source: type(source).__name__)
 def test_what_is_no_data_set_is_refused_at_once(source):
     with pytest.raises(ValueError, match=r"`train` must be a data set, got a .*: give a list of dictionaries"):
         runs.data(source)

@@ -2,14 +2,17 @@
 
 import json
 import math
+import shutil
 
 import pytest
+import safetensors.torch
 import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
 from lit_dpo import BySource, CachedReference, EasyToHard, FrozenReference, LoRA, OneShot, RandomSplit, score
-from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping
+from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RewardEarlyStopping
+from lit_dpo.export import export_checkpoint
 from lit_dpo.models import load_model
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.tokenizers import quickstart_tokenizer
@@ -285,3 +288,20 @@ def test_easy_to_hard_works_with_a_cached_reference(tmp_path, sources):
 def test_a_reference_of_its_own_is_refused(tmp_path, sources):
     with pytest.raises(ValueError, match="the reference is the policy of the step before"):
         stepwise(tmp_path / "run", sources, BySource(), reference=FrozenReference("another/model"))
+
+
+def test_a_renamed_run_exports_a_later_partition(tmp_path, monkeypatch):
+    """Its checkpoint names the folder that the partition before was exported to; that is looked for in the run as well."""
+    file, old = runs.pairs_file(tmp_path), tmp_path / "old"
+    stepwise(old, file, RandomSplit(2), callbacks=lambda: [LastCheckpoint()])
+    (checkpoint,) = (old / "partition_1").rglob("last.ckpt")
+    expected = tmp_path / "before"
+    export_checkpoint(str(checkpoint), str(expected))
+    shutil.move(old, tmp_path / "new")
+    moved = tmp_path / "new" / checkpoint.relative_to(old)
+    found = export_checkpoint(str(moved), str(tmp_path / "after"))
+    first, second = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (expected, found))
+    assert runs.same(first, second)
+    shutil.rmtree(tmp_path / "new" / "partition_0")
+    with pytest.raises(ValueError, match="no such folder"):
+        export_checkpoint(str(moved), str(tmp_path / "gone"))

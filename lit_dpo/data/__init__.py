@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-__all__ = ["BySource", "EasyToHard", "OneShot", "Partition", "PreferenceDataModule", "RandomSplit"]
+__all__ = ["BySource", "EasyToHard", "HardToEasy", "OneShot", "Partition", "PreferenceDataModule", "RandomSplit"]
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule
-    from lit_dpo.data.partition import BySource, EasyToHard, OneShot, Partition, RandomSplit
+    from lit_dpo.data.partition import BySource, EasyToHard, HardToEasy, OneShot, Partition, RandomSplit
 else:
 
     def __getattr__(name: str) -> object:

@@ -42,7 +42,8 @@ class PreferenceDataModule(LightningDataModule):
             memory: a list of dictionaries or a `datasets.Dataset`, here and for the other three.
         validation: Sources of the validation pairs; without any, `validation_fraction` of the training pairs.
         test: Sources for ``test``, and for ``predict`` unless `predict` is given; without any, the validation pairs.
-        predict: Sources for ``predict``.
+        predict: Sources for ``predict``. ``train`` means the pairs that are trained on, in their order; a folder
+            of that name is ``./train``.
         validation_fraction: Share of training pairs to hold out, in [0, 1); pairs of one prompt stay together. With 0
             all are trained on, and there is no validation unless `validation` names sources.
         batch_size: Pairs a batch on each process.
@@ -135,12 +136,17 @@ class PreferenceDataModule(LightningDataModule):
         """Whether there are pairs to validate on besides those trained on."""
         return bool(self.sources["validation"]) or self.validation_fraction > 0
 
+    @property
+    def _predicts_training(self) -> bool:
+        return self._given["predict"] == ["train"]
+
     def prepare_data(self) -> None:
         """Fill the token cache on one process of each node, so that the others only read; errors wait for `setup`."""
         if self.trainer is None or self.trainer.world_size == 1 or not self.cache_tokens:
             return
         held_out = self._held_out_source(self.trainer.state.fn or "fit")
-        names = ["train", "validation"] if held_out is None else [held_out]
+        training = held_out is None or (held_out == "predict" and self._predicts_training)
+        names = ["train", "validation"] if training else [str(held_out)]
         with suppress(ValueError, OSError):
             if self._encoder().identity() is None:
                 return  # nothing can be kept, so that everyone would encode again
@@ -161,7 +167,10 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "fit" and self.trainer is not None and not self.has_validation:
             self._limit, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
         name = self._held_out_source(stage)
-        if name is None:
+        if name == "predict" and self._predicts_training:
+            self._setup_fit()
+            self._sets["predict"] = self._sets["train"]
+        elif name is None:
             if stage != "fit" and not self.has_validation:
                 raise ValueError(
                     f"There are no pairs to {stage} on: name sources for it, or set a `validation_fraction` above 0."
@@ -323,7 +332,11 @@ class PreferenceDataModule(LightningDataModule):
         """Predict pairs, else test pairs, else validation pairs."""
         if "predict" not in self._sets:
             return self.test_dataloader()
-        return self._loader("predict", None, self.eval_batch_size)
+        return self._loader("predict", self._rows_to_predict, self.eval_batch_size)
+
+    @property
+    def _rows_to_predict(self) -> Tensor | None:
+        return self._train_rows if self._predicts_training else None
 
     def pool_dataloader(self) -> DataLoader[PairBatch]:
         """All training pairs of all parts, in no random order, for scoring."""
@@ -341,7 +354,7 @@ class PreferenceDataModule(LightningDataModule):
         elif stage != "fit":
             names = ("predict", "test", "validation") if stage == "predict" else ("test", "validation")
             for name in [name for name in names if name in self._sets][:1]:
-                rows[name] = self._validation_rows if name == "validation" else None
+                rows[name] = {"validation": self._validation_rows, "predict": self._rows_to_predict}.get(name)
         for name, numbers in rows.items():
             dataset = self._sets[name]
             everything = torch.arange(len(dataset)) if numbers is None else numbers

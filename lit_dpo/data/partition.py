@@ -107,6 +107,25 @@ class EasyToHard(Partition):
         return sorted(by_source, key=lambda rows: -(margins[rows] > 0).double().mean().item())
 
 
+class HardToEasy(Partition):
+    """The parts of `EasyToHard` in the opposite order: first what the starting model prefers least.
+
+    Args:
+        parts: As of `EasyToHard`: ``None`` orders whole sources, a number cuts the pool into that many equal parts.
+    """
+
+    needs_margins = True
+
+    def __init__(self, parts: int | None = None) -> None:
+        self.parts = None if parts is None else _positive(parts)
+
+    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
+        """Hard parts first."""
+        if margins is None:
+            raise ValueError("`HardToEasy` needs the starting model's margins: run it through `fit_stepwise`.")
+        return EasyToHard(self.parts).split(sources, margins)[::-1]
+
+
 def _rows_of(name: str, sources: Sequence[str]) -> Tensor:
     return torch.tensor([i for i, source in enumerate(sources) if source == name])
 

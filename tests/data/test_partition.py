@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_dpo import BySource, EasyToHard, OneShot, RandomSplit
+from lit_dpo import BySource, EasyToHard, HardToEasy, OneShot, RandomSplit
 
 SOURCES = ["b", "a", "b", "c", "a", "b"]
 
@@ -20,6 +20,7 @@ partitions = st.one_of(
     st.builds(BySource),
     st.builds(RandomSplit, st.integers(1, 5), st.integers(0, 3)),
     st.builds(EasyToHard, st.one_of(st.none(), st.integers(1, 5))),
+    st.builds(HardToEasy, st.one_of(st.none(), st.integers(1, 5))),
 )
 
 
@@ -81,3 +82,13 @@ def test_numbers_of_parts(kind):
         kind(parts=0)
     with pytest.raises(ValueError, match="`parts` is 7, but there are only 6 pairs"):
         kind(parts=7).split(SOURCES, torch.zeros(6))
+
+
+def test_hard_to_easy_begins_with_the_lowest_margins():
+    margins = torch.tensor([4.0, -1.0, 3.0, -2.0, 1.0, 0.5])
+    assert lists(HardToEasy(parts=3).split(["x"] * 6, margins)) == [[1, 3], [4, 5], [0, 2]]
+    accuracies = torch.tensor([90.0, -1.0, -1.0, 0.1, 2.0, -3.0])  # b 1 of 3, a 1 of 2, c 1 of 1
+    assert lists(HardToEasy().split(SOURCES, accuracies)) == [[0, 2, 5], [1, 4], [3]]
+    assert HardToEasy.needs_margins
+    with pytest.raises(ValueError, match="`HardToEasy` needs the starting model's margins: run it"):
+        HardToEasy().split(["x"])
