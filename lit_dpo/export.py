@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shlex
 import shutil
 import signal
@@ -274,6 +275,7 @@ def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
     content = _read(Path(checkpoint))
     with _one_sentence(checkpoint):
         options = content["hyper_parameters"]
+        options = {**options, "model": _present(options["model"], Path(checkpoint))}
         refuse_baseless(options["model"], options["adapter"], merge)
         tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
         if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
@@ -290,6 +292,16 @@ def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
         model.load_state_dict(state)
         card = model_card(options, content.get(STATE, {}))
     return export(model, tokenizer, output_dir, merge, card)
+
+
+def _present(model: Any, checkpoint: Path) -> Any:
+    """The model that a checkpoint started from; of a stepwise run whose folder was renamed, where it is now."""
+    if not isinstance(model, str) or Path(model).exists():
+        return model
+    step = Path(*Path(model).parts[-2:])
+    runs = [parent.parent for parent in checkpoint.absolute().parents if parent.name.startswith("partition_")]
+    known = re.fullmatch(r"partition_\d+/export", step.as_posix())
+    return next((str(run / step) for run in runs if known and (run / step).is_dir()), model)
 
 
 @contextmanager

@@ -46,7 +46,6 @@ WAITING = {
     "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
     "objects": "models, tokenizers and data sets are given as objects",
     "partition-next": "a partition implements `next(step, pool)`",
-    "predict-train": "`--data.predict train`, and reference log-probs in predictions",
 }
 WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
 WAITING_OPTIONS = {

@@ -293,7 +293,8 @@ def test_a_reference_of_its_own_is_refused(tmp_path, sources):
 def test_a_renamed_run_exports_a_later_partition(tmp_path, monkeypatch):
     """Its checkpoint names the folder that the partition before was exported to; that is looked for in the run as well."""
     file, old = runs.pairs_file(tmp_path), tmp_path / "old"
-    stepwise(old, file, RandomSplit(2), callbacks=lambda: [LastCheckpoint()])
+    options = {"enable_checkpointing": True}
+    stepwise(old, file, RandomSplit(2), trainer_options=options, callbacks=lambda: [LastCheckpoint()])
     (checkpoint,) = (old / "partition_1").rglob("last.ckpt")
     expected = tmp_path / "before"
     export_checkpoint(str(checkpoint), str(expected))
