@@ -291,7 +291,7 @@ def test_a_reference_of_its_own_is_refused(tmp_path, sources):
 
 
 def test_a_renamed_run_exports_a_later_partition(tmp_path, monkeypatch):
-    """Its checkpoint names the folder that the partition before was exported to; that is looked for in the run as well."""
+    """Its checkpoint names the folder that the partition before was exported to, which is elsewhere now."""
     file, old = runs.pairs_file(tmp_path), tmp_path / "old"
     options = {"enable_checkpointing": True}
     stepwise(old, file, RandomSplit(2), trainer_options=options, callbacks=lambda: [LastCheckpoint()])
