@@ -42,7 +42,6 @@ WAITING = {
     "configs-by-name": "`--config dpo` finds a shipped configuration by name",
     "configs-command": "`lit-dpo configs`",
     "export-run": "`lit-dpo export` takes a run's folder or `last`",
-    "fabric": "`score` takes a module that Fabric has wrapped",
     "first-reference": "`fit_stepwise(..., first_reference=True)`",
     "more-losses": "losses beyond DPO, IPO, DPOP, SFT, intermediate and weighted ones",
     "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
@@ -52,7 +51,7 @@ WAITING = {
     "predict-train": "`--data.predict train`, and reference log-probs in predictions",
     "row-values": "numeric columns travel from the row to the loss",
 }
-WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
+WAITING_EXAMPLES: dict[str, str] = {}
 WAITING_OPTIONS = {
     "--model.revision": "model-options",
     "--model.attn_implementation": "model-options",
