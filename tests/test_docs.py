@@ -41,13 +41,12 @@ EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 WAITING = {
     "configs-by-name": "`--config dpo` finds a shipped configuration by name",
     "configs-command": "`lit-dpo configs`",
-    "fabric": "`score` takes a module that Fabric has wrapped",
     "first-reference": "`fit_stepwise(..., first_reference=True)`",
     "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
     "objects": "models, tokenizers and data sets are given as objects",
     "partition-next": "a partition implements `next(step, pool)`",
 }
-WAITING_EXAMPLES = {"fabric_loop.py": "fabric"}
+WAITING_EXAMPLES: dict[str, str] = {}
 WAITING_OPTIONS = {
     "--model.revision": "model-options",
     "--model.attn_implementation": "model-options",

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.models import Dtype
-from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.pairs import PairBatch, PairLogps, pair_data
 from lit_dpo.references.base import Filling, Reference, Start
 from lit_dpo.references.reference_pass import Pass, columns_of, score_rows
 from lit_dpo.references.table import LogpsTable, content_keys, fingerprint, first_of_each, joined
@@ -111,8 +111,8 @@ class CachedReference(Reference):
             ValueError: The data module cannot say which rows there will be.
             OSError: Rows are to be scored, and the folder cannot be written to.
         """
-        sets = getattr(getattr(start.trainer, "datamodule", None), "reference_sets", None)
-        if sets is None:
+        data = pair_data(start.trainer)
+        if data is None:
             raise ValueError(
                 "`CachedReference` needs a `PreferenceDataModule`; with other loaders use `FrozenReference`."
             )
@@ -141,7 +141,7 @@ class CachedReference(Reference):
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         visits = [
             (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
-            for dataset, rows, loader in sets(start.trainer.state.fn)
+            for dataset, rows, loader in data.reference_sets(start.trainer.state.fn)
         ]
         keep = True  # what others have stored meanwhile
         for rows, keys, loader in visits:

@@ -22,6 +22,7 @@ from transformers.masking_utils import sdpa_mask
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.scoring.attention import pair_attention
 from lit_dpo.scoring.decoder import DecoderParts, decoder_parts
+from lit_dpo.scoring.fabric import in_fabric, is_fabrics
 from lit_dpo.scoring.logps import sum_by_completion, token_logps
 from lit_dpo.scoring.parts import in_parts
 
@@ -76,7 +77,7 @@ class Scorer:
         """Log-probs of both completions of every pair under a transformers causal language model.
 
         Args:
-            model: A transformers causal language model, or a peft wrapper around one.
+            model: A transformers causal language model, alone or in the wrapper of peft or Lightning Fabric.
             batch: B pairs on the model's device.
 
         Returns:
@@ -85,6 +86,8 @@ class Scorer:
         Raises:
             ValueError: The flat form was asked for and cannot serve this model or batch, or a layer does not exist.
         """
+        if is_fabrics(model):
+            return in_fabric(model, self, batch)
         if self.max_tokens is None:
             return self._whole(model, batch)
         return in_parts(partial(self._whole, model), batch, self.max_tokens)
@@ -120,9 +123,9 @@ def score(
     """Log-probs of both completions of every pair: the short form of `Scorer`, which explains the options.
 
     Args:
-        model: A transformers causal language model, or a peft wrapper around one.
+        model: A transformers causal language model, alone or in the wrapper of peft or Lightning Fabric.
         batch: B pairs on the model's device.
-        layers: See `Scorer`.
+        layers: This and the following are those of `Scorer`.
         detach_head: See `Scorer`.
         form: See `Scorer`.
         max_tokens: See `Scorer`.
@@ -130,9 +133,6 @@ def score(
 
     Returns:
         Sums over completion tokens, shape ``(batch,)`` each, float32 (float64 for a float64 model).
-
-    Raises:
-        ValueError: As `Scorer` and its call.
     """
     return Scorer(tuple(layers), detach_head, form, max_tokens, per_token)(model, batch)
 
