@@ -28,3 +28,10 @@ def _no_network(monkeypatch):
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Lightning sets the number of threads for several processes; a fork of a process with more than one may hang."""
+    yield
+    torch.set_num_threads(1)

@@ -141,7 +141,7 @@ class CachedReference(Reference):
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         visits = [
             (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
-            for dataset, rows, loader in data.reference_sets(start.trainer.state.fn)
+            for dataset, rows, loader in data.reference_sets(start.trainer.state.fn or "fit")
         ]
         keep = True  # what others have stored meanwhile
         for rows, keys, loader in visits:
