@@ -34,9 +34,12 @@ def alive(value: Any) -> Any:
     if not isinstance(value, dict) or set(value) != {"class_path", "init_args"}:
         return value
     classes = {_path(cls): cls for base in (PreferenceLoss, Reference) for cls in _subclasses(base)}
-    if value["class_path"] not in classes:
+    path = str(value["class_path"])
+    if path.startswith("lit_dpo."):  # release 0.1.0 named the file too, as in `lit_dpo.losses.dpo.DPOLoss`
+        path = f"lit_dpo.{path.rpartition('.')[2]}"
+    if path not in classes:
         raise ValueError(f"The class `{value['class_path']}` is not known: import the module that defines it.")
-    return classes[value["class_path"]](**{name: alive(option) for name, option in value["init_args"].items()})
+    return classes[path](**{name: alive(option) for name, option in value["init_args"].items()})
 
 
 def _spec(value: object, options: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +47,8 @@ def _spec(value: object, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _path(cls: type[Any]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    """The public name of a class of this package, so that files may move; else the import path."""
+    return f"{'lit_dpo' if cls.__module__.startswith('lit_dpo.') else cls.__module__}.{cls.__qualname__}"
 
 
 def _subclasses(base: type[Any]) -> list[type[Any]]:

@@ -415,7 +415,8 @@ class PreferenceModule(LightningModule):
         refuse_broken_state(self.trainer, self.policy)
         if self._settled is None:
             self._settle()
-        stage = str(self.trainer.state.fn)
+        assert self.trainer.state.fn is not None
+        stage = self.trainer.state.fn.value  # `str` of it would give the name of the enumeration too
         if self._prepared_for == stage:
             return
         self._prepared_for = stage
@@ -454,6 +455,7 @@ class PreferenceModule(LightningModule):
             rank_zero_info(f"Scoring pairs as padded rows: {reason}.")
         if noisy := calm(self.policy, self._settled):
             rank_zero_info(f"As in evaluation, since training would be random otherwise: {', '.join(noisy)}.")
+        rank_zero_info(f"Objective: the mean over pairs of {self.loss.formula()}")
         rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")
 
     def on_fit_start(self) -> None:

@@ -373,10 +373,10 @@ def test_options_are_kept_as_plain_values():
     assert hparams["model"] == runs.LLAMA
     assert hparams["adapter"] == {"rank": 4, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"}
     assert hparams["loss"] == {
-        "class_path": "lit_dpo.losses.intermediate.IntermediateLoss",
+        "class_path": "lit_dpo.IntermediateLoss",
         "init_args": {
             "base": {
-                "class_path": "lit_dpo.losses.dpo.DPOLoss",
+                "class_path": "lit_dpo.DPOLoss",
                 "init_args": {"beta": 0.2, "label_smoothing": 0.0, "length_normalize": False},
             },
             "layers": [1, 0.5],
