@@ -2,8 +2,8 @@
 
 A fence says what happens to its block. ``python`` and ``bash`` run in the order of the page, in one namespace and one
 folder a page. ``no-run`` is for what needs a GPU, several nodes, the hub or another package; it is only parsed.
-``yaml`` is parsed on top of the DPO configuration, and the rows of a ``json`` block are read. ``waits=NAME`` stands on
-a block that uses a contract of `WAITING`. A Python block that starts with ``# name.py`` is also written to that file.
+``yaml`` is parsed on top of the DPO configuration, and the rows of a ``json`` block are read. A Python
+block that starts with ``# name.py`` is also written to that file.
 """
 
 import json
@@ -37,25 +37,6 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 EXAMPLES = sorted((DOCS / "examples").glob("*.py"))
 
-# Contracts that the manual describes and the code does not have yet. Delete a line, and its blocks run.
-WAITING = {
-    "configs-by-name": "`--config dpo` finds a shipped configuration by name",
-    "configs-command": "`lit-dpo configs`",
-    "first-reference": "`fit_stepwise(..., first_reference=True)`",
-    "model-options": "`--model.revision`, `--model.attn_implementation`, `--model.quantization`",
-    "objects": "models, tokenizers and data sets are given as objects",
-    "partition-next": "a partition implements `next(step, pool)`",
-}
-WAITING_EXAMPLES: dict[str, str] = {}
-WAITING_OPTIONS = {
-    "--model.revision": "model-options",
-    "--model.attn_implementation": "model-options",
-    "--model.quantization": "model-options",
-    "--trust-remote-code": "new-flags",
-    "--data.append_eos": "new-flags",
-    "--data.chat_template": "new-flags",
-}
-
 FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:\w+=\S+ )*(?:lit-dpo|bash configs/launch/torchrun\.sh|sbatch configs/launch/slurm\.sbatch) ")
 
@@ -67,16 +48,11 @@ class Block:
         self.page, self.language, self.code = page, match[1], match[3]
         self.marks = match[2].split()
         self.line = page.read_text(encoding="utf-8").count("\n", 0, match.start()) + 2
-        self.waits = [mark.removeprefix("waits=") for mark in self.marks if mark.startswith("waits=")]
-        unknown = [mark for mark in self.marks if mark != "no-run" and not mark.startswith("waits=")]
+        unknown = [mark for mark in self.marks if mark != "no-run"]
         assert not unknown, f"{page.name}:{self.line}: unknown marks {unknown}"
 
     def __repr__(self):
         return f"{self.page.name}:{self.line}"
-
-    @property
-    def waiting(self):
-        return [name for name in self.waits if name in WAITING and name != "configs-by-name"]
 
     @property
     def commands(self):
@@ -95,18 +71,7 @@ def arguments(command):
     """The arguments of `lit-dpo` in a command, through a launch script too."""
     words = shlex.split(command, comments=True)
     start = next(i for i, word in enumerate(words) if word.endswith(("lit-dpo", "torchrun.sh", "slurm.sbatch")))
-    words = words[start + 1 :]
-    if "configs-by-name" in WAITING:
-        for i, word in enumerate(words[:-1]):
-            if word in ("--config", "-c"):
-                words[i + 1] = path_of(words[i + 1])
-    return words
-
-
-def path_of(config):
-    """The file of a shipped configuration that a command names without suffix or folder."""
-    found = [*(ROOT / "configs").glob(f"{config}.yaml"), *(ROOT / "configs" / "overlays").glob(f"{config}.yaml")]
-    return str(found[0]) if found else config
+    return words[start + 1 :]
 
 
 def tiny(words, folder):
@@ -154,8 +119,6 @@ def folder(tmp_path, monkeypatch):
 def test_a_page_runs(page, folder, capsys):
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
-        if block.waiting:
-            continue
         if block.language == "python":
             first = block.code.splitlines()[0]
             if re.fullmatch(r"# \w+\.py", first):
@@ -168,6 +131,8 @@ def test_a_page_runs(page, folder, capsys):
                 if "no-run" in block.marks:
                     if COMMAND.match(command):
                         parse(arguments(command), capsys)
+                elif command.startswith("cp "):
+                    subprocess.run(shlex.split(command), check=True)
                 else:
                     assert COMMAND.match(command), f"{block}: not a command of ours, so mark it `no-run`: {command}"
                     run(tiny(arguments(command), folder), block, capsys)
@@ -190,19 +155,9 @@ def run(words, block, capsys):
     assert not status, f"{block}: {capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.waits], ids=repr)
-def test_a_waiting_block_is_at_least_python(block):
-    if block.language == "python":
-        compile(block.code, repr(block), "exec")
-    if block.waiting:
-        pytest.skip("waits for: " + "; ".join(WAITING[name] for name in block.waiting))
-
-
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs(path, folder, monkeypatch):
     compile(path.read_text(), str(path), "exec")
-    if (name := WAITING_EXAMPLES.get(path.name)) in WAITING:
-        pytest.skip(f"waits for: {WAITING[name]}")
     monkeypatch.setenv("TORCH_NUM_THREADS", "1")
     runpy.run_path(str(path), run_name="__main__")
 
@@ -243,11 +198,11 @@ def test_every_option_that_is_named_exists(capsys):
         main(["fit", "--help"])
     known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
     known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
+    known |= {"--trust-remote-code", "--overwrite"}
     known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
-    waiting = {option for option, name in WAITING_OPTIONS.items() if name in WAITING}
     other = {"--strict"}  # of mkdocs
     options_of_a_class = {name for name in known if "." in name}  # such as `--model.loss.beta`
-    unknown = [name for name in named - waiting - other - known if name.rpartition(".")[0] not in options_of_a_class]
+    unknown = [name for name in named - other - known if name.rpartition(".")[0] not in options_of_a_class]
     assert not unknown
 
 
@@ -261,8 +216,7 @@ def test_the_tables_of_methods_name_what_there_is():
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     named = set(re.findall(r"^\| `(\w+Loss)", text, re.MULTILINE))
     losses = {name for name in lit_dpo.__all__ if name.endswith("Loss")} - {"PreferenceLoss"}
-    assert losses <= named
-    assert named == losses or "more-losses" in WAITING
+    assert named == losses
 
 
 def test_the_reference_lists_every_public_name():
