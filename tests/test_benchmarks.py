@@ -39,6 +39,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_throughput_of_our_side(data, tmp_path):
     said = run("throughput.py", data, tmp_path, "--rounds", "1", "--runs", "lit_dpo,lit_dpo_micro,lit_dpo_live")
     cached, micro, live = lines(tmp_path / "throughput.jsonl")
@@ -86,6 +87,7 @@ def test_cost_of_intermediate_layers(data, tmp_path):
     assert [record["run"][-1] for record in lines(tmp_path / "intermediate_cost.jsonl")] == ["0", "1", "3"]
 
 
+@pytest.mark.slow
 def test_overhead_of_a_step(data, tmp_path):
     said = run("overhead.py", data, tmp_path, "--rounds", "1")
     bare, ours = lines(tmp_path / "overhead.jsonl")

@@ -227,7 +227,9 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, undisturbed):
     assert runs.same(torch.load(folder / "weights.pt", weights_only=True), weights)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number, code):
     options, expected, weights = undisturbed
     options = {**options, "every": 1000}  # what is saved is saved because of the signal
@@ -338,7 +340,9 @@ def drain(terminal):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", "shards"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2", pytest.param("shards", marks=pytest.mark.slow)]
+)
 def test_two_processes_stop_together_and_resume_exactly(tmp_path, strategy):
     """One of them gets the signal; and the same checkpoint goes on with one process, the same rows in each step."""
     options = {"file": runs.pairs_file(tmp_path, 25), "batch_size": 2, "strategy": strategy, "devices": 2}

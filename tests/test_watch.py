@@ -101,6 +101,7 @@ def test_the_others_end_when_one_is_killed_or_fails(tmp_path, kind, rank, strate
     assert wait_until(lambda: not left(folder), 30)
 
 
+@pytest.mark.slow
 def test_no_process_waits_for_a_first_one_that_is_gone(tmp_path):
     """Killed while the one it started is still importing, so that there is no connection between them yet."""
     folder = tmp_path / "run"
