@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class PreferenceDataModule(LightningDataModule):
     """Preference pairs from files, folders and hub data sets, as flat batches.
 
-    Rows may hold text or chat messages, with the prompt given or contained in both completions; see README.md. The
+    Rows may hold text or chat messages, with the prompt given or contained in both completions; see docs/data.md. The
     tokenizer comes from the module that trains.
 
     Args:
