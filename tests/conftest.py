@@ -13,6 +13,11 @@ settings.register_profile("lit_dpo", max_examples=500, derandomize=True, deadlin
 settings.load_profile("lit_dpo")
 
 
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: a worker for each core that this process may use, eight at most: each holds PyTorch in memory."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     """Fail a test that connects to anything but this machine."""

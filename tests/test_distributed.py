@@ -10,7 +10,8 @@ from tests import distributed, runs
 
 pytestmark = runs.QUIET
 
-STRATEGIES = ("ddp", "fsdp2", "fsdp1")  # the last one through a stand-in, see `distributed.FSDP1OnCPU`
+TOGETHER = ("ddp,fsdp2", "fsdp1")  # by one start of two processes; FSDP1 by a stand-in, see `distributed.FSDP1OnCPU`
+STRATEGIES = ("ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +26,17 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(alone, tmp_path_factory):
-    """The folders in which two processes have trained on them, by strategy."""
-    folder = tmp_path_factory.mktemp("two")
-    runs.launch(["tests.distributed", str(folder), ",".join(STRATEGIES), *alone[0]])
-    return {strategy: folder / strategy for strategy in STRATEGIES}
+    """The folder in which two processes have trained on them with a strategy."""
+    folder, started = tmp_path_factory.mktemp("two"), set()
+
+    def folder_of(strategy):
+        names = next(names for names in TOGETHER if strategy in names)
+        if names not in started:
+            started.add(names)
+            runs.launch(["tests.distributed", str(folder), names, *alone[0]])
+        return folder / strategy
+
+    return folder_of
 
 
 def rewards(folder):
@@ -37,7 +45,7 @@ def rewards(folder):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_train_what_one_trains(strategy, alone, together):
-    one, two = alone[1], together[strategy]
+    one, two = alone[1], together(strategy)
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     assert metrics[1] == pytest.approx(metrics[0], abs=2e-6, rel=1e-6)
     states = [torch.load(folder / "plain.ckpt", weights_only=True)["state_dict"] for folder in (one, two)]
@@ -66,7 +74,7 @@ def test_two_processes_train_what_one_trains(strategy, alone, together):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_other_models_adapters_and_references(strategy, variant, alone, together):
     """Under FSDP2 the second process never loads a model: its script refuses to."""
-    folders = (alone[1], together[strategy])
+    folders = (alone[1], together(strategy))
     one, two = (json.loads((folder / "variants.json").read_text())[variant] for folder in folders)
     speed = "train/tokens_per_second"
     assert {k: v for k, v in two.items() if k != speed} == pytest.approx(
