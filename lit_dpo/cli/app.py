@@ -94,6 +94,7 @@ class PreferenceCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], flags: Flags) -> None:
         self._flags = flags
+        self._called = args[0] if args and args[0] in LightningCLI.subcommands() else None
         self._continued: Path | None = None  # the folder of the run that is resumed
         self._changed: list[str] | None = None  # options that differ from that run's, if its own are known
         self._logged: set[str | None] = set()  # folders that loggers of this process wrote to
@@ -109,10 +110,13 @@ class PreferenceCLI(LightningCLI):
                 args=list(args),
             )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the option to load checkpoints that run code."""
-        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's, without the option to load checkpoints that run code: if one is called by name, that one alone.
+
+        To build the parser of one takes as long as to parse with it.
+        """
+        known = {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        return {name: skipped for name, skipped in known.items() if self._called in (name, None)}
 
     def _parse_ckpt_path(self) -> None:
         """Leave options alone: Lightning would let a checkpoint's override explicit ones, and import what they name."""
