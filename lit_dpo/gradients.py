@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_value_, get_total_norm
 
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.shards import shard_tensors
@@ -59,6 +59,30 @@ def gradient_norm(policy: nn.Module | None, optimizer: torch.optim.Optimizer) ->
         return norm
     norm = get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded by FSDP2
+
+
+def clip(optimizer: torch.optim.Optimizer, norm: Tensor, most: float, algorithm: str | None, precision: object) -> None:
+    """Clip the gradient, whose norm is known, to the norm `most`, or each of its values to `most`.
+
+    Args:
+        optimizer: Of the policy's parameters.
+        norm: Of the whole gradient, 0-dimensional.
+        most: What is let through, above 0.
+        algorithm: ``value`` clips each value, anything else the norm.
+        precision: The Trainer's.
+
+    Raises:
+        ValueError: The optimizer is fused and gradients are scaled float16.
+    """
+    if precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            "A fused optimizer unscales float16 gradients only after clipping: set its `fused: false`, or use "
+            "`precision: bf16-mixed`."
+        )
+    if algorithm == "value":
+        clip_grad_value_(_parameters(optimizer), most)
+    else:
+        clip_to_norm(optimizer, norm, most)
 
 
 def clip_to_norm(optimizer: torch.optim.Optimizer, norm: Tensor, most: float) -> None:

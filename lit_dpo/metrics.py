@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
@@ -94,6 +96,17 @@ class PairMeans(Metric):
         """The mean of every name, 0-dimensional float32."""
         means = (self.sums[1:] / self.sums[0]).float()
         return dict(zip(self.names, means, strict=True))
+
+    def kept(self, strategy: Strategy) -> dict[str, Any]:
+        """Names and sums over all processes, for a checkpoint; every process takes part."""
+        sums: Tensor = strategy.reduce(self.sums.clone(), reduce_op="sum")
+        return {"names": list(self.names), "sums": sums.cpu()}
+
+    def restore(self, state: Mapping[str, Any], rank: int) -> None:
+        """Take up what `kept` gave; the first process holds it for all."""
+        self.names = tuple(state["names"])
+        self.sums = state["sums"].to(self.sums.device) * (rank == 0)
+        self._update_count = 1  # else torchmetrics warns that nothing was added
 
 
 def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,17 +11,16 @@ import torch
 import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lit_dpo.adapters import LoRA, refuse_tied_adapters
+from lit_dpo.adapters import LoRA
+from lit_dpo.assembly import Assembly, settled_form
 from lit_dpo.checkpoints.foreign import believe_all
 from lit_dpo.gradients import (
     SeenPairs,
-    clip_to_norm,
+    clip,
     gradient_norm,
     refuse_broken_state,
     refuse_foreign_state,
@@ -31,18 +29,17 @@ from lit_dpo.gradients import (
 from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair, refuse_missing
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
-from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
+from lit_dpo.models import Dtype, ModelDescription
 from lit_dpo.pairs import PairBatch, PairLogps, pair_data
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.references.adapter import AdapterReference
-from lit_dpo.references.base import Filling, Reference, Start
+from lit_dpo.references.base import Reference, Start
 from lit_dpo.references.frozen import FrozenReference
-from lit_dpo.resume import rescale, seeded
-from lit_dpo.schedules import WarmupDecay
-from lit_dpo.scoring.audit import calm, check_rows, choose_form
-from lit_dpo.scoring.decoder import decoder_parts
+from lit_dpo.resume import rescale, seeded, validate_between_steps
+from lit_dpo.schedules import WarmupDecay, bind, rebind
+from lit_dpo.scoring.audit import check_rows
 from lit_dpo.scoring.score import BatchForm, Scorer
-from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
+from lit_dpo.strategies import leave_batches
 from lit_dpo.tokenizers import load_tokenizer
 from lit_dpo.version import __version__
 
@@ -146,62 +143,27 @@ class PreferenceModule(LightningModule):
         if self.policy is not None:
             return
         self.hparams["trust_remote_code"] = trusts_remote_code()
-        sharded = self.device_mesh is not None or (self._trainer and isinstance(self.trainer.strategy, FSDPStrategy))
-        if sharded and self.max_tokens is not None:
+        assembly = self._assembly()
+        if assembly.sharded and self.max_tokens is not None:
             raise ValueError(
                 "`max_tokens` is not for sharded models: use `gradient_checkpointing`, or a smaller `batch_size` with "
                 "`accumulate_grad_batches`, which makes the same optimizer steps."
             )
-        policy = self._assemble(self._load()) if self.device_mesh is None else self._assemble_on_shards()
+        policy, self.loss = assembly.build(self.loss)
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
 
-    def _assemble(self, base: PreTrainedModel) -> nn.Module:
-        """The policy made of a freshly loaded model, and the reference beside it."""
-        self.loss = self.loss.resolve(len(decoder_parts(base).blocks))
-        if self.reference is not None:
-            self.reference.build(base, self.tokenizer, self.dtype_name)
-        policy = self._adapted(base)
-        if self.gradient_checkpointing:
-            older = base.gradient_checkpointing_enable  # the one name in transformers 5.17, deprecated in 5.23
-            getattr(base, "activation_checkpointing_enable", older)({"use_reentrant": False})
-        if self.reference is not None:
-            self.reference.check(policy)
-        strategy = None if self._trainer is None else self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy):
-            if self.reference is not None:
-                self.reference.replace_models(lambda model: wrap(model, strategy, self.trainer.precision))
-            policy = wrap(policy, strategy, self.trainer.precision)
-        return policy
-
-    def _assemble_on_shards(self) -> nn.Module:
-        """The same, sharded: the first process reads the weights, the others receive their shares."""
-        assert self.device_mesh is not None
-        strategy = self.trainer.strategy
-        with torch.device("meta"):
-            policy = self._assemble(empty_model(self.model, self.tokenizer, self.dtype_name))
-        for model in (policy, *(self.reference.models() if self.reference is not None else [])):
-            shard(model, self.device_mesh["data_parallel"], self.trainer.precision)
-
-        def from_first(model: nn.Module, load: Callable[[], nn.Module]) -> None:
-            fill(model, load() if self.trainer.is_global_zero else None, strategy.root_device)
-
-        def from_shards(source: nn.Module, target: nn.Module) -> None:
-            copy_shards(source, target, strategy.root_device)
-
-        from_first(policy, lambda: self._adapted(self._load()))
-        if self.reference is not None:
-            self.reference.fill(policy, Filling(from_first, from_shards))
-        return policy
-
-    def _adapted(self, base: PreTrainedModel) -> nn.Module:
-        if self.adapter is None:
-            return base
-        policy = self.adapter.attach(base, self.init_seed)
-        refuse_tied_adapters(policy)
-        return policy
-
-    def _load(self) -> PreTrainedModel:
-        return load_model(self.model, self.tokenizer, self.dtype_name, self.init_seed)
+    def _assembly(self) -> Assembly:
+        return Assembly(
+            self.model,
+            self.tokenizer,
+            self.dtype_name,
+            self.init_seed,
+            self.adapter,
+            self.reference,
+            self.gradient_checkpointing,
+            self._trainer,
+            self.device_mesh,
+        )
 
     def restart_from(self, model: str | ModelDescription) -> None:
         """Forget the policy; the next run loads it from another folder, as the reference. Adapters start anew."""
@@ -342,17 +304,8 @@ class PreferenceModule(LightningModule):
         if (self.trainer.global_step + 1) % self._log_interval == 0:
             self.log("train/grad_norm", norm, batch_size=1)
             self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
-        if not gradient_clip_val:
-            return
-        if self.trainer.precision == "16-mixed" and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError(
-                "A fused optimizer unscales float16 gradients only after clipping: set its `fused: false`, or use "
-                "`precision: bf16-mixed`."
-            )
-        if gradient_clip_algorithm == "value":
-            clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
-        else:
-            clip_to_norm(optimizer, norm, gradient_clip_val)
+        if gradient_clip_val:
+            clip(optimizer, norm, gradient_clip_val, gradient_clip_algorithm, self.trainer.precision)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -365,8 +318,7 @@ class PreferenceModule(LightningModule):
         refuse_broken_state(self.trainer, self.policy)
         means, data = self._means("train"), pair_data(self.trainer)
         checkpoint[STATE] = {
-            "names": list(means.names),
-            "sums": self.trainer.strategy.reduce(means.sums.clone(), reduce_op="sum").cpu(),
+            **means.kept(self.trainer.strategy),
             "chat_template": None if data is None else data.chat_template,
             **self.facts(),
         }
@@ -400,10 +352,7 @@ class PreferenceModule(LightningModule):
         layout = self._step_layout()
         if layout is not None and state["step_layout"] is not None:
             rescale(checkpoint["loops"], state["step_layout"], layout)
-        means = self._means("train")
-        means.names = tuple(state["names"])
-        means.sums = state["sums"].to(means.sums.device) * (self.global_rank == 0)  # the sum is of all processes
-        means._update_count = 1  # else torchmetrics warns that nothing was added
+        self._means("train").restore(state, self.global_rank)
 
     def _step_layout(self) -> dict[str, int] | None:
         data = pair_data(self.trainer)
@@ -413,8 +362,12 @@ class PreferenceModule(LightningModule):
 
     def _start(self) -> None:
         refuse_broken_state(self.trainer, self.policy)
+        assert self.policy is not None
         if self._settled is None:
-            self._settle()
+            self._settled = settled_form(self.trainer, self.policy, self.form)
+            rank_zero_info(f"Objective: the mean over pairs of {self.loss.formula()}")
+            name = type(self.reference).__name__ if self.reference else "none"
+            rank_zero_info(f"Loss: {self.loss!r}; reference: {name}")
         assert self.trainer.state.fn is not None
         stage = self.trainer.state.fn.value  # `str` of it would give the name of the enumeration too
         if self._prepared_for == stage:
@@ -425,38 +378,13 @@ class PreferenceModule(LightningModule):
                 f"`{type(self.loss).__name__}` needs a reference, and the module's was taken away: leave "
                 "`module.reference` in its place, or use a loss that needs none, such as `SFTLoss`."
             )
-        assert self.policy is not None
         if data := pair_data(self.trainer):
             if stage != "predict":  # which calls no loss
                 refuse_missing(self.loss, data.values)
             models = [self.policy, *(self.reference.models() if self.reference is not None else [])]
             check_rows(models, data.reference_sets(stage))
         if self.reference is not None:
-            self.reference.prepare(Start(self.trainer, self.policy, self._load, self.scorer))
-
-    def _settle(self) -> None:
-        if self.trainer.precision in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"`precision: {self.trainer.precision}` rounds rotary positions too and makes long texts wrong: "
-                "set the module's `dtype: bfloat16` and leave the Trainer at `32-true`, or use `bf16-mixed`."
-            )
-        if self.trainer.precision == "64-true":
-            raise ValueError(
-                "`precision: 64-true` changes batches and the default dtype, which they do not allow: set the module's "
-                "`dtype: float64` and leave the Trainer at `32-true`."
-            )
-        assert self.policy is not None
-        self._settled, reason = choose_form(self.policy, self.form)
-        if self.trainer.precision != "32-true":  # the first audit was the strict one, this is of the run's own kernels
-            with self.trainer.precision_plugin.forward_context():
-                self._settled, again = choose_form(self.policy, self._settled)
-            reason = reason or again
-        if reason is not None:
-            rank_zero_info(f"Scoring pairs as padded rows: {reason}.")
-        if noisy := calm(self.policy, self._settled):
-            rank_zero_info(f"As in evaluation, since training would be random otherwise: {', '.join(noisy)}.")
-        rank_zero_info(f"Objective: the mean over pairs of {self.loss.formula()}")
-        rank_zero_info(f"Loss: {self.loss!r}; reference: {type(self.reference).__name__ if self.reference else 'none'}")
+            self.reference.prepare(Start(self.trainer, self.policy, self._assembly().load, self.scorer))
 
     def on_fit_start(self) -> None:
         """Audit the scoring, settle the form of batches, and let the reference get ready.
@@ -475,16 +403,12 @@ class PreferenceModule(LightningModule):
 
         (There a checkpoint holds all there is; in the middle of one, half a step is in the gradients.)
         """
-        trainer, every = self.trainer, self.trainer.accumulate_grad_batches
+        trainer = self.trainer
         refuse_foreign_state(trainer)
         refuse_broken_state(trainer, self.policy)  # the optimizer's restored state too
-        if self._bound is not None and self._bound.total_steps != (steps := int(trainer.estimated_stepping_batches)):
-            rank_zero_info(f"The schedule of the checkpoint, of {self._bound.total_steps} steps, now has {steps}.")
-            self._bound.bind(steps)
-        interval = trainer.val_check_batch
-        if isinstance(interval, int) and interval % every and interval < trainer.num_training_batches:
-            trainer.val_check_batch = max(every, interval // every * every)
-            rank_zero_info(f"Validation every {trainer.val_check_batch} batches, whole optimizer steps of {every}.")
+        if self._bound is not None:
+            rebind(self._bound, trainer)
+        validate_between_steps(trainer)
 
     def on_validation_start(self) -> None:
         """As `on_fit_start`, for a run of its own."""
@@ -506,13 +430,7 @@ class PreferenceModule(LightningModule):
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
-            steps = self.trainer.estimated_stepping_batches
-            if steps == math.inf:
-                raise ValueError(
-                    "`lr_scheduler` cannot know when training ends: set the Trainer's `max_epochs` or `max_steps`, or "
-                    "`lr_scheduler.total_steps`."
-                )
-            scheduler.bind(int(steps))
+            bind(scheduler, self.trainer)
             self._bound = scheduler
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 
 @contextmanager
@@ -49,3 +51,14 @@ def rescale(loops: dict[str, Any], old: dict[str, int], new: dict[str, int]) -> 
     for counts in (progress["total"], progress["current"]):
         ready = counts["ready"]
         counts.update({name: converted(ready) - (ready - value) for name, value in counts.items()})
+
+
+def validate_between_steps(trainer: Trainer) -> None:
+    """Move validations to the ends of optimizer steps, and say so.
+
+    There a checkpoint holds all there is; in the middle of a step, half of it is in the gradients.
+    """
+    interval, every = trainer.val_check_batch, trainer.accumulate_grad_batches
+    if isinstance(interval, int) and interval % every and interval < trainer.num_training_batches:
+        trainer.val_check_batch = max(every, interval // every * every)
+        rank_zero_info(f"Validation every {trainer.val_check_batch} batches, whole optimizer steps of {every}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -62,3 +64,26 @@ class WarmupDecay(LRScheduler):
     def get_lr(self) -> list[float | Tensor]:
         """Learning rate of each parameter group at the current step."""
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
+
+
+def bind(schedule: WarmupDecay, trainer: Trainer) -> None:
+    """Fix a schedule's length to that of a run.
+
+    Raises:
+        ValueError: The run has no end that is known.
+    """
+    steps = trainer.estimated_stepping_batches
+    if steps == math.inf:
+        raise ValueError(
+            "`lr_scheduler` cannot know when training ends: set the Trainer's `max_epochs` or `max_steps`, or "
+            "`lr_scheduler.total_steps`."
+        )
+    schedule.bind(int(steps))
+
+
+def rebind(schedule: WarmupDecay, trainer: Trainer) -> None:
+    """Fit a schedule that a checkpoint has restored to the length of this run, and say so if that is another."""
+    before = schedule.total_steps
+    if before != (steps := int(trainer.estimated_stepping_batches)):
+        rank_zero_info(f"The schedule of the checkpoint, of {before} steps, now has {steps}.")
+        schedule.bind(steps)

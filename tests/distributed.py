@@ -133,7 +133,7 @@ if __name__ == "__main__":
         for strategy in sys.argv[2].split(","):
             folder, processes = Path(sys.argv[1], strategy), int(os.environ["WORLD_SIZE"])
             load = refuse_to_load if strategy == "fsdp2" and os.environ["RANK"] != "0" else load_model
-            lit_dpo.module.load_model = lit_dpo.references.frozen.load_model = load
+            lit_dpo.assembly.load_model = lit_dpo.references.frozen.load_model = load
             train(folder, sys.argv[3:], strategy, processes)
             variants(folder, sys.argv[3:], strategy, processes)
         torch.distributed.barrier()

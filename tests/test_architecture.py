@@ -33,6 +33,7 @@ FLOORS = {
     "data": 4,
     "references": 5,
     "hparams": 6,
+    "assembly": 6,
     "module": 7,
     "export": 8,
     "callbacks": 9,
@@ -44,9 +45,9 @@ FLOORS = {
 # On one floor, what may build on what.
 NEIGHBOURS = {("metrics", "losses")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
-# `references` and `module` for the names of types; `data` for type checking alone, which does not count.
+# `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "scoring.audit", "models", "tokenizers", "adapters", "pretrained", "references"}
-KNOW_TRANSFORMERS |= {"module", "export"}
+KNOW_TRANSFORMERS |= {"assembly", "module", "export"}
 
 
 def imported(source, type_checking=False):
