@@ -39,6 +39,8 @@ AT_ONCE = {
     "place": ([*DPO, "--model.beta=0.3"], 2, "there is no option `--model.beta`. Did you mean --model.loss.beta?"),
     "usual name": ([*DPO, "--epochs", "3"], 2, "there is no option `--epochs`. Did you mean --trainer.max_epochs?"),
     "config": (["fit", "--config", "configs/dpo.yml"], 2, "file `configs/dpo.yml`. Did you mean configs/dpo.yaml"),
+    "config by name": (["fit", "--config", "dpoo"], 2, "no configuration file `dpoo`. Did you mean dpo"),
+    "configs": (["configs"], 0, "\ndpo            Direct Preference Optimization, https://arxiv.org/abs/2305.18290\n"),
     "data": ([*DPO, "--data.train", "missing.jsonl"], 2, "There is no `missing.jsonl` in `.`"),
     "one of several": ([*DPO, "--data.train=[quickstart, ./a/b.csv]"], 2, "There is no folder `a`, so no `b.csv`"),
     "validation": ([*DPO, "--data.train", "quickstart", "--data.validation", "no.jsonl"], 2, "There is no `no.jsonl`"),
@@ -93,7 +95,7 @@ def test_every_option_of_the_real_parser_is_known_and_no_other(monkeypatch, caps
     )
     with pytest.raises(SystemExit):
         main(["fit"])
-    assert set(found[0]._subcommand_parsers) == set(front.COMMANDS) - {"export"}
+    assert set(found[0]._subcommand_parsers) == set(front.COMMANDS) - {"export", "configs"}
     for name, parser in found[0]._subcommand_parsers.items():
         real = {option.removesuffix("+") for action in parser._actions for option in action.option_strings}
         known = front.options(name)

@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,8 @@ from lit_dpo.checkpoints.run import (
     rotate_metrics,
     run_of,
 )
+from lit_dpo.cli.configs import with_paths
+from lit_dpo.cli.flags import Flags, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
@@ -283,7 +284,10 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str]) -> None:
     try:
-        args, flags = _take_flags(given)
+        paths, hidden = with_paths(given)
+        args, flags = take_flags(paths)
+        for name in hidden if is_first() else ():
+            sys.stderr.write(f"`--config {name}`: the file `{name}` is taken, not the shipped configuration.\n")
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
         with trusting_remote_code(flags.trust_remote_code):
@@ -294,7 +298,7 @@ def _run(given: list[str]) -> None:
     except Stopped as stopped:
         if getattr(rank_zero_only, "rank", 0) == 0:
             ours = any(part.startswith("version_") for part in stopped.checkpoint.parts[-5:-2])
-            command = shlex.join(["lit-dpo", *_resuming(given, "last" if ours else str(stopped.checkpoint))])
+            command = shlex.join(["lit-dpo", *resuming(given, "last" if ours else str(stopped.checkpoint))])
             sys.stderr.write(
                 f"\nStopped by {stopped.name} after step {stopped.step}; saved {stopped.checkpoint}\n"
                 f"To go on: {command}\n"
@@ -314,53 +318,6 @@ def _run(given: list[str]) -> None:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
         raise SystemExit(2) from error
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What only the command line may say, never a file.
-
-    Args:
-        packages: A configuration may name classes of these.
-        allow_changes: Resume with another configuration or other data than the checkpoint's.
-        overwrite: Let `predict` replace a file.
-        trust_remote_code: Let the Python code of a model or tokenizer run.
-    """
-
-    packages: tuple[str, ...] = ()
-    allow_changes: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-
-def _take_flags(args: list[str]) -> tuple[list[str], Flags]:
-    """Split off the flags that only the command line may set from the other arguments."""
-    rest, packages, switches = [], [], set()
-    remaining = iter(args)
-    for argument in remaining:
-        name, _, value = argument.partition("=")
-        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code"):
-            switches.add(argument.removeprefix("--").replace("-", "_"))
-        elif name == "--allow-import":
-            package = value or next(remaining, "")
-            if not all(part.isidentifier() for part in package.split(".")):
-                raise ValueError(f"`--allow-import` needs the import path of a package, got {package!r}.")
-            packages.append(package)
-        else:
-            rest.append(argument)
-    return rest, Flags(tuple(packages), **dict.fromkeys(switches, True))
-
-
-def _resuming(args: Sequence[str], checkpoint: str) -> list[str]:
-    """The same arguments, to go on with the run from a checkpoint."""
-    rest: list[str] = []
-    remaining = iter(args)
-    for argument in remaining:
-        if argument == "--ckpt_path":
-            next(remaining, None)
-        elif not argument.startswith("--ckpt_path="):
-            rest.append(argument)
-    return [*rest, "--ckpt_path", checkpoint]
 
 
 def _has(callbacks: list[Any], kind: type) -> bool:

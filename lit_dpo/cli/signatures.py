@@ -81,7 +81,7 @@ def of_class(path: Path, name: str) -> tuple[Parameter, ...]:
 @cache
 def flags() -> dict[str, str]:
     """Every option that the source of the command line itself names, such as `--threads`, with its help if it has."""
-    nodes = list(ast.walk(ast.Module(list(_nodes(_PACKAGE / "cli" / "app.py")), [])))
+    nodes = [n for file in ("app", "flags") for top in _nodes(_PACKAGE / "cli" / f"{file}.py") for n in ast.walk(top)]
     texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     found = {text: "" for text in texts if re.fullmatch(r"--[a-z][\w-]*", text)}
     for node in nodes:
