@@ -1,7 +1,8 @@
-"""The command line: ``lit-dpo fit|validate|test|predict`` on LightningCLI, and ``lit-dpo export``."""
+"""The command line: ``lit-dpo fit|validate|test|predict`` on LightningCLI, and the tools."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import signal
@@ -43,14 +44,12 @@ from lit_dpo.cli.flags import Flags, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
+from lit_dpo.cli.tools import TOOLS
 from lit_dpo.data import PreferenceDataModule
-from lit_dpo.export import export_run
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pretrained import trusting_remote_code
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.watch import watch_over
-
-_EXPORT = "export"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -291,8 +290,10 @@ def _run(given: list[str]) -> None:
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
         with trusting_remote_code(flags.trust_remote_code):
-            if args[:1] == [_EXPORT]:
-                jsonargparse.auto_cli(export_run, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
+            if args[:1] and args[0] in TOOLS:
+                tool = TOOLS[args[0]]
+                function = getattr(importlib.import_module(tool.module), tool.function)
+                jsonargparse.auto_cli(function, args=args[1:], prog=f"lit-dpo {args[0]}", parser_class=Parser)
             else:
                 PreferenceCLI(args, flags)
     except Stopped as stopped:

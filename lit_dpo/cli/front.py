@@ -19,6 +19,7 @@ import yaml
 from lit_dpo.cli import configs, signatures
 from lit_dpo.cli.messages import did_you_mean
 from lit_dpo.cli.signatures import Parameter
+from lit_dpo.cli.tools import TOOLS
 from lit_dpo.data.read import missing
 from lit_dpo.version import __version__
 
@@ -27,7 +28,7 @@ COMMANDS = {
     "validate": "measure a model on the validation pairs",
     "test": "measure a model on the test pairs",
     "predict": "write rewards and log-probs of every pair to a file",
-    "export": "write a checkpoint's policy as a folder that transformers loads",
+    **{name: tool.about for name, tool in TOOLS.items()},
     "configs": "list the shipped configurations, or copy one to a file",
 }
 _ALIASES = {"train": "fit", "evaluate": "validate", "eval": "validate", "convert": "export", "save": "export"}
@@ -228,10 +229,10 @@ def _configs(args: Sequence[str]) -> NoReturn:
 def _help(command: str) -> str:
     if command == "configs":
         return f"usage: lit-dpo configs [NAME FILE]\n\n{_wrapped(_ABOUT_CONFIGS)}"
-    if command == "export":
-        parameters = signatures.export()
+    if command in TOOLS:
+        parameters = signatures.tool(command)
         needed = " ".join(p.name.upper() for p in parameters if p.default is None)
-        lines = [f"usage: lit-dpo export {needed} [options]\n"]
+        lines = [f"usage: lit-dpo {command} {needed} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"]
         for parameter in parameters:
             name = parameter.name.upper() if parameter.default is None else f"--{parameter.name}"
             lines.append(_entry(name, parameter))
