@@ -85,7 +85,7 @@ def test_a_checkpoint_of_an_older_release_with_a_tied_adapter_is_exported_unmerg
     base = tmp_path / "base"
     load_model(TIED, quickstart_tokenizer()).save_pretrained(base)
     with monkeypatch.context() as patch:
-        patch.setattr("lit_dpo.module.refuse_tied_adapters", lambda model: None)
+        patch.setattr("lit_dpo.assembly.refuse_tied_adapters", lambda model: None)
         adapter = LoRA(rank=2, target_modules=["embed_tokens"])
         module = runs.module(str(base), lr=1.0, adapter=adapter)
         run = runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=3)
