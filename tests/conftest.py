@@ -14,10 +14,7 @@ settings.load_profile("lit_dpo")
 
 
 def pytest_xdist_auto_num_workers():
-    """`-n auto`: a worker for each core that this process may use, and one more, since tests wait for disks and processes.
-
-    Eight at most: each holds PyTorch in memory.
-    """
+    """`-n auto`: a worker for each core and one more, since tests wait for disks; eight at most, for their memory."""
     return min(8, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
 
 
