@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.adapters import LoRA, refuse_tied_adapters
 from lit_dpo.losses import PreferenceLoss
-from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
+from lit_dpo.models import Dtype, ModelSource, empty_model, load_model
 from lit_dpo.references.base import Filling, Reference
 from lit_dpo.scoring.audit import calm, choose_form
 from lit_dpo.scoring.decoder import decoder_parts
@@ -28,7 +28,7 @@ class Assembly:
     """What a policy and the reference beside it are made of, and where they are going to live.
 
     Args:
-        model: What the policy starts from.
+        model: What the policy starts from; a loaded model becomes the policy itself.
         tokenizer: Its tokenizer, which fills in what a description leaves out.
         dtype: Of the weights.
         init_seed: Seed of random weights and adapters.
@@ -39,7 +39,7 @@ class Assembly:
         mesh: The processes to shard the models over, as FSDP2 does; ``None`` without.
     """
 
-    model: str | ModelDescription
+    model: ModelSource
     tokenizer: PreTrainedTokenizerBase
     dtype: Dtype
     init_seed: int
@@ -60,11 +60,31 @@ class Assembly:
         return strategy if isinstance(strategy, FSDPStrategy) else None
 
     def load(self) -> PreTrainedModel:
-        """The starting weights, as a model of its own."""
+        """The starting weights, as a model of its own.
+
+        Raises:
+            ValueError: There is no such model, or it was given as an object and has been training since.
+        """
+        if isinstance(self.model, PreTrainedModel):
+            raise ValueError(
+                "The starting weights are asked for again, and the `model` that was given as an object has been "
+                "training: give a folder or a name, or use `FrozenReference`, which keeps a copy."
+            )
         return load_model(self.model, self.tokenizer, self.dtype, self.init_seed)
 
     def build(self, loss: PreferenceLoss) -> tuple[nn.Module, PreferenceLoss]:
-        """The policy, and the loss with its decoder blocks settled; the reference is built on the way."""
+        """The policy, and the loss with its decoder blocks settled; the reference is built on the way.
+
+        Raises:
+            ValueError: One of them cannot be built, or a model given as an object would have to be sharded.
+        """
+        if isinstance(self.model, PreTrainedModel):
+            if self.sharded:
+                raise ValueError(
+                    "A `model` given as an object cannot be sharded over processes, each of which would hold all of "
+                    "it: save it with `save_pretrained` and give the folder."
+                )
+            return self._built(self.model, loss)
         return self._built(self.load(), loss) if self.mesh is None else self._built_on_shards(loss)
 
     def _built(self, base: PreTrainedModel, loss: PreferenceLoss) -> tuple[nn.Module, PreferenceLoss]:
@@ -90,6 +110,7 @@ class Assembly:
         """The same, sharded: the first process reads the weights, the others receive their shares."""
         assert self.mesh is not None
         assert self.trainer is not None
+        assert not isinstance(self.model, PreTrainedModel)  # refused above
         trainer, device = self.trainer, self.trainer.strategy.root_device
         with torch.device("meta"):
             policy, loss = self._built(empty_model(self.model, self.tokenizer, self.dtype), loss)

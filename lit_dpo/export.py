@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import re
@@ -10,17 +11,14 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lit_dpo.adapters import LoRA, merged
@@ -32,7 +30,9 @@ from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpo
 from lit_dpo.checkpoints.shards import read_shards
 from lit_dpo.checkpoints.verify import manifest_of, verify
 from lit_dpo.files import refuse_special
-from lit_dpo.models import load_model
+from lit_dpo.hparams import refuse_absent
+from lit_dpo.model_card import model_card
+from lit_dpo.models import blank_like, load_model
 from lit_dpo.module import STATE
 from lit_dpo.tokenizers import load_tokenizer
 
@@ -117,56 +117,6 @@ def refuse_existing(target: Path) -> None:
         raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
 
 
-def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """The text of ``README.md`` in the exported folder, in the form that the Hugging Face hub reads.
-
-    Args:
-        options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
-        facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
-    """
-    model = options["model"]
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["lit-dpo", "dpo", "preference-tuning"]}
-    if isinstance(model, str):
-        head["base_model"] = model
-    settings = {
-        "starting model": model,
-        "loss": options["loss"],
-        "reference": options["reference"] or "default",
-        "adapter": options["adapter"] or "none: all weights trained",
-        "dtype of the weights": options["dtype"],
-        "code of the model's own": "ran while training (--trust-remote-code)"
-        if options.get("trust_remote_code")
-        else None,
-        **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
-        "optimizer steps": facts.get("step"),
-        "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),
-    }
-    parts = [
-        f"---\n{yaml.safe_dump(head)}---",
-        "# A policy trained on preferences\n\nTrained with lit_dpo. Settings as the run had them:",
-        _table({name: _shown(value) for name, value in settings.items() if value is not None}),
-    ]
-    if facts.get("metrics"):
-        parts += ["Measured at the exported checkpoint:", _table({k: f"{v:.4g}" for k, v in facts["metrics"].items()})]
-    versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
-    return "\n\n".join([*parts, *([f"Versions: {versions}."] if versions else [])]) + "\n"
-
-
-def _shown(value: Any) -> str:
-    """A loss or reference as it would be written in Python, everything else as it prints."""
-    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
-        inside = ", ".join(f"{name}={_shown(option)}" for name, option in value["init_args"].items())
-        return f"{value['class_path'].rpartition('.')[2]}({inside})"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return str(value)
-
-
-def _table(values: Mapping[str, str]) -> str:
-    rows = "".join(f"| {name} | `{value.replace('|', '/').replace('`', '')}` |\n" for name, value in values.items())
-    return f"| | |\n|---|---|\n{rows}".rstrip()
-
-
 _PREFIX = "policy."
 
 
@@ -241,46 +191,71 @@ def refuse_baseless(model: Any, adapter: Any, merge: bool) -> None:
     """Refuse to write adapters alone where nobody could load the model that they belong to.
 
     Raises:
-        ValueError: The model has random weights, made from a description.
+        ValueError: The model has random weights, made from a description, or was given as an object.
     """
     if adapter is not None and not merge and not isinstance(model, str):
-        raise ValueError(
-            "Adapters alone are of no use here, because their base has random weights that are stored nowhere: leave "
-            "`merge` true."
-        )
+        why = "has random weights that are stored nowhere" if isinstance(model, dict) else "was given as an object"
+        raise ValueError(f"Adapters alone are of no use here, because their base {why}: leave `merge` true.")
 
 
-def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> Path:
+def export_checkpoint(
+    checkpoint: str,
+    output_dir: str,
+    merge: bool = True,
+    *,
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
     """Write the policy of a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     Args:
         checkpoint: A ``.ckpt`` file written during training, or a folder of shards.
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
+        model: The model that the run was given as an object, or another of its class and configuration; it is left as
+            it is, and its weights do not matter.
+        tokenizer: The tokenizer that the run was given as an object.
 
     Returns:
         The folder.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It is no checkpoint of this package, or the base of its adapters could not be loaded.
+        ValueError: It is no checkpoint of this package, the base of its adapters could not be loaded, or an object
+            that the run was given is missing.
         FileExistsError: `output_dir` holds something already.
     """
     refuse_existing(Path(output_dir))
     with cleaning_up():
-        return _export(checkpoint, output_dir, merge)
+        return _export(checkpoint, output_dir, merge, model, tokenizer)
 
 
-def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
+def _export(
+    checkpoint: str,
+    output_dir: str,
+    merge: bool,
+    given: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Path:
     content = _read(Path(checkpoint))
     with _one_sentence(checkpoint):
         options = content["hyper_parameters"]
         options = {**options, "model": _present(options["model"], Path(checkpoint))}
         refuse_baseless(options["model"], options["adapter"], merge)
-        tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+        if given is None:
+            refuse_absent("model", options["model"])
+        if tokenizer is None:
+            refuse_absent("tokenizer", options["tokenizer"])
+            tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+        else:
+            tokenizer = copy.deepcopy(tokenizer)
         if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
             tokenizer.chat_template = template
-        model: Any = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
+        model: Any
+        if given is None:
+            model = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
+        else:
+            model = blank_like(given)
         if options["adapter"] is not None:
             model = LoRA(**options["adapter"]).attach(model)
         state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}

@@ -8,9 +8,16 @@ from typing import Any
 from lit_dpo.losses import PreferenceLoss
 from lit_dpo.references.base import Reference
 
+_OBJECT = "given_as_object"
+
 
 def plain(value: Any) -> Any:
-    """Options as numbers, strings, lists and dicts; a loss or reference becomes its class path and options."""
+    """Options as numbers, strings, lists and dicts; a loss or reference becomes its class path and options.
+
+    Of a model or tokenizer object only its class is kept: see `refuse_absent`.
+    """
+    if hasattr(value, "save_pretrained"):
+        return {_OBJECT: type(value).__name__}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         options = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         own = vars(type(value))
@@ -40,6 +47,24 @@ def alive(value: Any) -> Any:
     if path not in classes:
         raise ValueError(f"The class `{value['class_path']}` is not known: import the module that defines it.")
     return classes[path](**{name: alive(option) for name, option in value["init_args"].items()})
+
+
+def refuse_absent(name: str, value: Any) -> None:
+    """Refuse an option from a checkpoint whose value was an object, which no checkpoint holds.
+
+    Args:
+        name: Of the option.
+        value: As `plain` wrote it.
+
+    Raises:
+        ValueError: It was an object.
+    """
+    if isinstance(value, dict) and _OBJECT in value:
+        raise ValueError(
+            f"The checkpoint's `{name}` was given as an object, a {value[_OBJECT]}, which it does not hold: give it "
+            f"again, as in `PreferenceModule.load_from_checkpoint(..., {name}=...)` or "
+            f"`export_checkpoint(..., {name}=...)`."
+        )
 
 
 def _spec(value: object, options: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,6 +21,10 @@ from lit_dpo.pretrained import NO_DECODER, read_config, read_model, refuse_kerne
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
 ModelDescription = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
+if TYPE_CHECKING:
+    ModelSource = str | ModelDescription | PreTrainedModel
+else:  # what the command line reads: there are no objects on it
+    ModelSource = str | ModelDescription
 
 
 def load_model(
@@ -69,6 +74,48 @@ def empty_model(
     _disable_dropout(model)
     _keep_softcap(model)
     return model
+
+
+def blank_like(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model of the same class, configuration and dtype, for weights that are still to come."""
+    other: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    other.generation_config = copy.deepcopy(model.generation_config)
+    return other
+
+
+def check_object(model: object, dtype: Dtype, adapter: object) -> None:
+    """Refuse a loaded model that could not be trained as it is.
+
+    Args:
+        model: As the caller has loaded it.
+        dtype: That its weights ought to have.
+        adapter: The low-rank adapters that it is to get.
+
+    Raises:
+        ValueError: It is no `PreTrainedModel`, has weights of another dtype, or is quantized and gets no adapters.
+    """
+    if not isinstance(model, PreTrainedModel):
+        wrong = "adapters of its own" if hasattr(model, "peft_config") else f"the type {type(model).__name__}"
+        raise ValueError(
+            f"`model` must be a name, a folder, a description or a transformers model, and this one has {wrong}: give "
+            "the `PreTrainedModel` itself, and low-rank adapters by `adapter`."
+        )
+    if getattr(model, "is_quantized", False):
+        refuse_full_tuning(adapter)
+    elif model.dtype != getattr(torch, dtype):
+        has = str(model.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"`model` has {has} weights and `dtype` is {dtype}: set `dtype` to {has}, or convert the model first."
+        )
+
+
+def refuse_full_tuning(adapter: object) -> None:
+    """Raise ValueError if the weights of a quantized model are to be trained themselves."""
+    if adapter is None:
+        raise ValueError(
+            "The weights of a quantized model cannot be trained themselves: set `adapter`, such as `{rank: 16}`, or "
+            "leave the quantization out."
+        )
 
 
 def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Any:

@@ -26,10 +26,10 @@ from lit_dpo.gradients import (
     refuse_foreign_state,
     refuse_nonfinite,
 )
-from lit_dpo.hparams import alive, plain
+from lit_dpo.hparams import alive, plain, refuse_absent
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair, refuse_missing
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
-from lit_dpo.models import Dtype, ModelDescription
+from lit_dpo.models import Dtype, ModelSource, check_object
 from lit_dpo.pairs import PairBatch, PairLogps, pair_data
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.references.adapter import AdapterReference
@@ -40,7 +40,7 @@ from lit_dpo.schedules import WarmupDecay, bind, rebind
 from lit_dpo.scoring.audit import check_rows
 from lit_dpo.scoring.score import BatchForm, Scorer
 from lit_dpo.strategies import leave_batches
-from lit_dpo.tokenizers import load_tokenizer
+from lit_dpo.tokenizers import TokenizerSource, load_tokenizer
 from lit_dpo.version import __version__
 
 STATE = "lit_dpo"
@@ -55,12 +55,13 @@ class PreferenceModule(LightningModule):
 
     Args:
         model: The policy to start from: a hub name, a local folder, or a description such as
-            ``{model_type: llama, hidden_size: 256, ...}`` for random weights.
+            ``{model_type: llama, hidden_size: 256, ...}`` for random weights. In Python also a loaded transformers
+            model, which is trained as it is, in its place; checkpoints do not hold it, and ask for it again.
         loss: The objective; its repr is printed at the start of a run.
         reference: Where reference log-probs come from. ``None`` is `AdapterReference` with an adapter, else
             `FrozenReference`; a loss that needs no reference gets none.
         adapter: Train low-rank adapters instead of all weights.
-        tokenizer: Hub name or folder of the tokenizer; ``None`` takes that of `model`.
+        tokenizer: Hub name or folder of the tokenizer; ``None`` takes that of `model`. In Python also the object.
         optimizer: Makes the optimizer from the trained parameters.
         lr_scheduler: Makes the schedule from the optimizer, stepped once an optimizer step; ``None`` keeps the
             learning rate constant.
@@ -79,11 +80,11 @@ class PreferenceModule(LightningModule):
 
     def __init__(
         self,
-        model: str | ModelDescription,
+        model: ModelSource,
         loss: PreferenceLoss = DPOLoss(),  # noqa: B008 - frozen
         reference: Reference | None = None,
         adapter: LoRA | None = None,
-        tokenizer: str | None = None,
+        tokenizer: TokenizerSource | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
             parameters, lr=1e-6, weight_decay=0.0, fused=True
         ),
@@ -97,13 +98,19 @@ class PreferenceModule(LightningModule):
         super().__init__()
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}.")
+        refuse_absent("model", model)
+        refuse_absent("tokenizer", tokenizer)
         if tokenizer is None and not isinstance(model, str):
-            raise ValueError("A `model` described by its config has no tokenizer of its own: set `tokenizer`.")
+            raise ValueError("A `model` that is no name and no folder has no tokenizer of its own: set `tokenizer`.")
         # From a checkpoint these come as plain values.
         loss, reference = alive(loss), alive(reference)
         adapter = LoRA(**adapter) if isinstance(adapter, dict) else adapter
-        self.model, self.loss, self.adapter, self.dtype_name = model, loss, adapter, dtype
-        self.tokenizer_source = tokenizer or str(model)
+        if not isinstance(model, str | dict):
+            check_object(model, dtype, adapter)
+        self.model: ModelSource
+        object.__setattr__(self, "model", model)  # an object is no submodule: it is the policy, and in checkpoints once
+        self.loss, self.adapter, self.dtype_name = loss, adapter, dtype
+        self._tokenizer, self._given_tokenizer = tokenizer or str(model), tokenizer
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.form, self.gradient_checkpointing, self.init_seed = form, gradient_checkpointing, init_seed
         self.max_tokens = max_tokens
@@ -112,7 +119,6 @@ class PreferenceModule(LightningModule):
         self.means = {stage: PairMeans() for stage in ("train", "val", "test")}  # no modules of the model's
         self._settled: BatchForm | None = None
         self._prepared_for: str | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._tokens, self._since = 0, 0.0
         self._bound: WarmupDecay | None = None  # the schedule whose length is the run's
         self._seen: list[SeenPairs] = []  # in the optimizer step under way
@@ -128,9 +134,15 @@ class PreferenceModule(LightningModule):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, loaded at first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_source)
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        """Model and tokenizer if they were given as objects, by the names under which they must be given again."""
+        given = {"model": self.model, "tokenizer": self._given_tokenizer}
+        return {name: value for name, value in given.items() if hasattr(value, "save_pretrained")}
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier fit has measured and not logged yet, such as that of the partition before."""
@@ -165,10 +177,15 @@ class PreferenceModule(LightningModule):
             self.device_mesh,
         )
 
-    def restart_from(self, model: str | ModelDescription) -> None:
+    def restart_from(self, model: ModelSource) -> None:
         """Forget the policy; the next run loads it from another folder, as the reference. Adapters start anew."""
-        self.model, self.policy, self._settled, self._prepared_for = model, None, None, None
-        self.hparams["model"] = model
+        if not isinstance(model, str | dict) and hasattr(self.policy, "peft_config"):
+            self.policy.unload()  # type: ignore[union-attr, operator]  # peft has put its layers into the object itself
+        object.__setattr__(self, "model", model)
+        self.policy, self._settled, self._prepared_for = None, None, None
+        self.hparams["model"] = plain(model)
+        if isinstance(model, str) and isinstance(self.hparams["tokenizer"], dict):
+            self.hparams["tokenizer"] = None  # an object before, which has been saved in this folder
 
     # -- the one step -------------------------------------------------------------------------------------------------
 
@@ -324,7 +341,7 @@ class PreferenceModule(LightningModule):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What a model card tells of the run so far, as plain values; see `lit_dpo.export.model_card`."""
+        """What a model card tells of the run so far, as plain values; see `lit_dpo.model_card.model_card`."""
         data = pair_data(self.trainer)
         metrics = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name.startswith("val/")}
         packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

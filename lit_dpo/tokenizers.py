@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -13,6 +14,11 @@ from transformers import (
 )
 
 from lit_dpo.pretrained import read_tokenizer
+
+if TYPE_CHECKING:
+    TokenizerSource = str | PreTrainedTokenizerBase
+else:  # what the command line reads: there are no objects on it
+    TokenizerSource = str
 
 _CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

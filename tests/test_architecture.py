@@ -18,6 +18,7 @@ FLOORS = {
     "references.table": 1,
     "checkpoints": 1,
     "watch": 1,
+    "model_card": 1,
     "resume": 2,
     "gradients": 2,
     "pretrained": 2,

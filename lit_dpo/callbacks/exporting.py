@@ -15,11 +15,11 @@ from lit_dpo.export import (
     cleaning_up,
     export,
     export_checkpoint,
-    model_card,
     new_folder,
     refuse_baseless,
     refuse_existing,
 )
+from lit_dpo.model_card import model_card
 from lit_dpo.module import PreferenceModule
 
 
@@ -68,7 +68,7 @@ def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge
     if trainer.is_global_zero:
         try:
             if checkpoint:
-                export_checkpoint(checkpoint, folder, merge)
+                export_checkpoint(checkpoint, folder, merge, **module.objects)
             else:
                 assert module.policy is not None
                 card = model_card(module.hparams, module.facts())

@@ -1,0 +1,58 @@
+"""The model card: what an exported folder says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+
+def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The text of ``README.md`` in the exported folder, in the form that the Hugging Face hub reads.
+
+    Args:
+        options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
+        facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
+    """
+    model = options["model"]
+    head: dict[str, Any] = {"library_name": "transformers", "tags": ["lit-dpo", "dpo", "preference-tuning"]}
+    if isinstance(model, str):
+        head["base_model"] = model
+    settings = {
+        "starting model": model,
+        "loss": options["loss"],
+        "reference": options["reference"] or "default",
+        "adapter": options["adapter"] or "none: all weights trained",
+        "dtype of the weights": options["dtype"],
+        "code of the model's own": "ran while training (--trust-remote-code)"
+        if options.get("trust_remote_code")
+        else None,
+        **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
+        "optimizer steps": facts.get("step"),
+        "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head)}---",
+        "# A policy trained on preferences\n\nTrained with lit_dpo. Settings as the run had them:",
+        _table({name: _shown(value) for name, value in settings.items() if value is not None}),
+    ]
+    if facts.get("metrics"):
+        parts += ["Measured at the exported checkpoint:", _table({k: f"{v:.4g}" for k, v in facts["metrics"].items()})]
+    versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
+    return "\n\n".join([*parts, *([f"Versions: {versions}."] if versions else [])]) + "\n"
+
+
+def _shown(value: Any) -> str:
+    """A loss or reference as it would be written in Python, everything else as it prints."""
+    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
+        inside = ", ".join(f"{name}={_shown(option)}" for name, option in value["init_args"].items())
+        return f"{value['class_path'].rpartition('.')[2]}({inside})"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value)
+
+
+def _table(values: Mapping[str, str]) -> str:
+    rows = "".join(f"| {name} | `{value.replace('|', '/').replace('`', '')}` |\n" for name, value in values.items())
+    return f"| | |\n|---|---|\n{rows}".rstrip()
