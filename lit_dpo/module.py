@@ -32,16 +32,18 @@ from lit_dpo.hparams import alive, plain
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair, refuse_missing
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
 from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
-from lit_dpo.pairs import PairBatch, PairLogps, pair_data
+from lit_dpo.pair_data import pair_data
+from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.references.adapter import AdapterReference
 from lit_dpo.references.base import Filling, Reference, Start
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.resume import rescale, seeded
 from lit_dpo.schedules import WarmupDecay
-from lit_dpo.scoring.audit import calm, check_rows, choose_form
+from lit_dpo.scoring.audit import calm, choose_form
 from lit_dpo.scoring.decoder import decoder_parts
 from lit_dpo.scoring.score import BatchForm, Scorer
+from lit_dpo.scoring.sizes import check_rows
 from lit_dpo.strategies import copy_shards, fill, leave_batches, shard, wrap
 from lit_dpo.tokenizers import load_tokenizer
 from lit_dpo.version import __version__
