@@ -39,7 +39,7 @@ from flops import FORWARD, SHAPES, TRAIN, TRAIN_CHECKPOINTED, TRAIN_LORA, Work, 
 from synthetic import LENGTHS, build, draw_lengths, random_batches
 
 from lit_dpo import DPOLoss, LoRA, PairLogps, PreferenceModule, Reference, score
-from lit_dpo.adapters import adapters_off
+from lit_dpo.scoring.decoder import adapters_off
 
 RANK = 16
 PARTS = ("exactness", "llama-3.2-1b", "qwen2.5-1.5b", "llama-3.1-8b", "trl")

@@ -1,11 +1,10 @@
-"""Low-rank adapters: attaching, switching off, and folding into the weights."""
+"""Low-rank adapters: attaching them, and folding them into the weights."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -81,12 +80,6 @@ def gives_no_tensor(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
         return False
     return not isinstance(module(module.weight.new_zeros(1, module.in_features)), Tensor)
-
-
-def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a policy's adapters, if it has any, do nothing."""
-    off: AbstractContextManager[None] = policy.disable_adapter() if hasattr(policy, "peft_config") else nullcontext()  # type: ignore[operator]
-    return off
 
 
 @dataclass(frozen=True)

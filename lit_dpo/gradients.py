@@ -17,7 +17,8 @@ from torch.nn.utils import clip_grad_value_, get_total_norm
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.shards import shard_tensors
 from lit_dpo.checkpoints.verify import is_sound
-from lit_dpo.pairs import PairLogps, pair_data
+from lit_dpo.pair_data import pair_data
+from lit_dpo.pairs import PairLogps
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from lit_dpo.hparams import alive, plain, refuse_absent
 from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair, refuse_missing
 from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
 from lit_dpo.models import Dtype, ModelSource, check_object
-from lit_dpo.pairs import PairBatch, PairLogps, pair_data
+from lit_dpo.pair_data import pair_data
+from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.references.adapter import AdapterReference
 from lit_dpo.references.base import Reference, Start

@@ -10,8 +10,9 @@ from lit_dpo.adapters import LoRA
 from lit_dpo.models import load_model
 from lit_dpo.references.adapter import AdapterReference
 from lit_dpo.references.frozen import FrozenReference
-from lit_dpo.scoring.audit import calm, check_sizes, choose_form
+from lit_dpo.scoring.audit import calm, choose_form
 from lit_dpo.scoring.score import flat_obstacle, score
+from lit_dpo.scoring.sizes import check_sizes
 from tests import runs
 from tests.models import tiny_model
 from tests.oracles import separate_logps

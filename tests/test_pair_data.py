@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lit_dpo import PairBatch, PreferenceDataModule
 from lit_dpo.callbacks.predictions import PairPredictionWriter
-from lit_dpo.pairs import PairData, pair_data
+from lit_dpo.pair_data import PairData, pair_data
 from tests import runs
 from tests.test_row_values import MarginIsLoss
 

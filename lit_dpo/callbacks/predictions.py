@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.pairs import pair_data
+from lit_dpo.pair_data import pair_data
 
 
 class PairPredictionWriter(BasePredictionWriter):

@@ -10,12 +10,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
 from lit_dpo.data.dataset import DIGEST, PairDataset
+from lit_dpo.processes import rank_zero_info, rank_zero_only
 
 _EXAMPLES = 5
 

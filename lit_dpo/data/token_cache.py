@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.rows import Pair, RowError
+from lit_dpo.processes import rank_zero_info
 
 _LAYOUT = 2  # of the tensors in a file
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lit_dpo.adapters import adapters_off
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Reference
+from lit_dpo.scoring.decoder import adapters_off
 from lit_dpo.scoring.score import Scorer
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.models import Dtype
-from lit_dpo.pairs import PairBatch, PairLogps, pair_data
+from lit_dpo.pair_data import pair_data
+from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Filling, Reference, Start
 from lit_dpo.references.reference_pass import Pass, columns_of, score_rows
 from lit_dpo.references.table import LogpsTable, content_keys, fingerprint, first_of_each, joined

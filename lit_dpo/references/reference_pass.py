@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from lit_dpo.adapters import adapters_off
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.pairs import PairLogps
 from lit_dpo.references.base import Reference, Start
 from lit_dpo.references.table import LogpsTable, TokenLogps, content_keys, first_of_each, joined
+from lit_dpo.scoring.decoder import adapters_off
 from lit_dpo.scoring.score import Scorer
 
 _SECONDS, _SHARE = 2.0, 0.05  # between two blocks of the journal: at most so long, and so much of what is scored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -61,3 +62,9 @@ def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
         if "lora_" not in name:
             yield name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor
+
+
+def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a policy's adapters, if it has any, do nothing."""
+    off: AbstractContextManager[None] = policy.disable_adapter() if hasattr(policy, "peft_config") else nullcontext()  # type: ignore[operator]
+    return off
