@@ -38,8 +38,8 @@ from lit_dpo.references.base import Reference, Start
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.resume import rescale, seeded, validate_between_steps
 from lit_dpo.schedules import WarmupDecay, bind, rebind
-from lit_dpo.scoring.audit import check_rows
 from lit_dpo.scoring.score import BatchForm, Scorer
+from lit_dpo.scoring.sizes import check_rows
 from lit_dpo.strategies import leave_batches
 from lit_dpo.tokenizers import TokenizerSource, load_tokenizer
 from lit_dpo.version import __version__
