@@ -154,6 +154,8 @@ class PreferenceModule(LightningModule):
             )
         policy = self._assemble(self._load()) if self.device_mesh is None else self._assemble_on_shards()
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
+        moving = [] if self.reference is None else self.reference.moving()
+        self.moving_references = nn.ModuleList(model for one in moving for model in one.models())  # for checkpoints
 
     def _assemble(self, base: PreTrainedModel) -> nn.Module:
         """The policy made of a freshly loaded model, and the reference beside it."""
@@ -353,6 +355,12 @@ class PreferenceModule(LightningModule):
             clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], gradient_clip_val)
         else:
             clip_to_norm(optimizer, norm, gradient_clip_val)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the reference know of the step (here, so that whatever is saved after the step holds both)."""
+        super().optimizer_step(*args, **kwargs)
+        if self.reference is not None and self.policy is not None:
+            self.reference.follow(self.policy, self.trainer.global_step + 1)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
