@@ -29,6 +29,7 @@ __all__ = [
     "LDDPOLoss",
     "LoRA",
     "MinorDPOLoss",
+    "MixedReference",
     "NCAPairLoss",
     "ODPOLoss",
     "ORPOLoss",
@@ -47,6 +48,7 @@ __all__ = [
     "SPPOLoss",
     "Scorer",
     "SimPOLoss",
+    "SyncedReference",
     "WarmupDecay",
     "WeightedLoss",
     "__version__",
@@ -91,6 +93,8 @@ if TYPE_CHECKING:
     from lit_dpo.references.base import Reference
     from lit_dpo.references.cached import CachedReference
     from lit_dpo.references.frozen import FrozenReference
+    from lit_dpo.references.mixed import MixedReference
+    from lit_dpo.references.synced import SyncedReference
     from lit_dpo.schedules import WarmupDecay
     from lit_dpo.scoring.score import Scorer, score
 else:

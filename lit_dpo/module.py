@@ -164,6 +164,8 @@ class PreferenceModule(LightningModule):
             )
         policy, self.loss = assembly.build(self.loss)
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
+        moving = [] if self.reference is None else self.reference.moving()
+        self.moving_references = nn.ModuleList(model for one in moving for model in one.models())  # for checkpoints
 
     def _assembly(self) -> Assembly:
         return Assembly(
@@ -324,6 +326,12 @@ class PreferenceModule(LightningModule):
             self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
         if gradient_clip_val:
             clip(optimizer, norm, gradient_clip_val, gradient_clip_algorithm, self.trainer.precision)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Let the reference know of the step (here, so that whatever is saved after the step holds both)."""
+        super().optimizer_step(*args, **kwargs)
+        if self.reference is not None and self.policy is not None:
+            self.reference.follow(self.policy, self.trainer.global_step + 1)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """One training run for any number of processes; as a script, one process of several (see test_distributed.py)."""
 
+import copy
 import json
 import os
 import sys
@@ -11,7 +12,17 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 import lit_dpo
-from lit_dpo import ADPOLoss, CachedReference, EasyToHard, FrozenReference, IntermediateLoss, LDDPOLoss, LoRA
+from lit_dpo import (
+    ADPOLoss,
+    CachedReference,
+    EasyToHard,
+    FrozenReference,
+    IntermediateLoss,
+    LDDPOLoss,
+    LoRA,
+    MixedReference,
+    SyncedReference,
+)
 from lit_dpo.callbacks import BestCheckpoint, ExportModel, PairPredictionWriter
 from lit_dpo.models import load_model
 from lit_dpo.stepwise import fit_stepwise
@@ -88,6 +99,7 @@ def train(folder, files, strategy="auto", processes=1):
         (folder / "metrics.json").write_text(json.dumps(values))
 
 
+SPEED = "train/tokens_per_second"
 VARIANTS = {
     "tied": lambda folder: {"model": {**runs.LLAMA, "tie_word_embeddings": True}},
     "lora": lambda folder: {"adapter": LoRA(rank=2, alpha=8)},
@@ -102,6 +114,17 @@ VARIANTS = {
         "loss": IntermediateLoss(LDDPOLoss(), layers=(1,)),
         "reference": CachedReference(str(folder / "tokens")),
     },
+    "mixed": lambda folder: {
+        "reference": MixedReference([FrozenReference(), FrozenReference({**runs.LLAMA, "intermediate_size": 64})]),
+    },
+    "synced": lambda folder: {
+        "model": {**runs.LLAMA, "tie_word_embeddings": True},
+        "reference": SyncedReference(every=1, mix=0.6),
+    },
+    "synced beside adapters": lambda folder: {
+        "adapter": LoRA(rank=2, alpha=8),
+        "reference": SyncedReference(every=1, mix=0.6),
+    },
     "neox": lambda folder: {"model": runs.NEOX, "gradient_checkpointing": True},
     "in parts": lambda folder: {"model": runs.NEOX, "max_tokens": 60},
 }
@@ -114,12 +137,31 @@ def variants(folder, files, strategy="auto", processes=1):
         chosen = options(folder)
         if strategy not in ("auto", "ddp"):
             chosen.pop("max_tokens", None)  # refused there: see test_parts.py
-        module = runs.module(lr=0.1, **chosen)
-        data = runs.data(files[0], batch_size=4 // processes, eval_batch_size=2, validation=files[1])
-        run = runs.fit(module, data, folder, max_steps=2, gradient_clip_val=1.0, **spread(strategy, processes))
-        found[name] = {key: float(value) for key, value in run.callback_metrics.items()}
+        if strategy == "fsdp1" and name.startswith("synced"):
+            found[name] = {"refused": refusal(chosen, files[0])}
+            continue
+
+        def fit(steps, checkpoint=None, chosen=chosen):
+            module = runs.module(lr=0.1, **copy.deepcopy(chosen))
+            data = runs.data(files[0], batch_size=4 // processes, eval_batch_size=2, validation=files[1])
+            run = runs.trainer(folder, max_steps=steps, gradient_clip_val=1.0, **spread(strategy, processes))
+            run.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+            return run, {key: float(v) for key, v in run.callback_metrics.items() if key != SPEED}
+
+        run, found[name] = fit(2)
+        if name.startswith("synced"):  # the reference is in the checkpoint, whoever holds which share of it
+            run.save_checkpoint(folder / f"{name}.ckpt")
+            assert fit(4, folder / f"{name}.ckpt")[1] == fit(4)[1], name
     if run.is_global_zero:
         (folder / "variants.json").write_text(json.dumps(found))
+
+
+def refusal(options, file):
+    """What a run with these options under FSDP1 is refused with."""
+    try:
+        runs.fit(runs.module(**options), runs.data(file), max_steps=1, **spread("fsdp1", 2))
+    except ValueError as error:
+        return str(error)
 
 
 def refuse_to_load(*args, **kwargs):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
-from lit_dpo import CachedReference, LoRA, RandomSplit, WarmupDecay, watch
+from lit_dpo import CachedReference, LoRA, RandomSplit, SyncedReference, WarmupDecay, watch
 from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RewardEarlyStopping, Stopped
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.strategies import FSDP2Strategy
@@ -120,6 +120,7 @@ def parts(folder, options, partition=0):
     """Module, data and callbacks of a run in a folder."""
     adapter = LoRA(rank=2, alpha=4, dropout=0.2) if options.get("lora") else None
     reference = CachedReference(str(folder / "cache")) if options.get("cached") else None
+    reference = SyncedReference(every=3, mix=0.6) if options.get("synced") else reference
     module = runs.module(
         lr=1e-2, optimizer=torch.optim.AdamW, lr_scheduler=WarmupDecay, adapter=adapter, reference=reference
     )

@@ -76,7 +76,7 @@ def test_other_models_adapters_and_references(strategy, variant, alone, together
     """Under FSDP2 the second process never loads a model: its script refuses to."""
     folders = (alone[1], together(strategy))
     one, two = (json.loads((folder / "variants.json").read_text())[variant] for folder in folders)
-    speed = "train/tokens_per_second"
-    assert {k: v for k, v in two.items() if k != speed} == pytest.approx(
-        {k: v for k, v in one.items() if k != speed}, abs=2e-5, rel=1e-5
-    )
+    if strategy == "fsdp1" and variant.startswith("synced"):
+        assert two["refused"].endswith("use `--trainer.strategy fsdp2`.")
+        return
+    assert two == pytest.approx(one, abs=2e-5, rel=1e-5)

@@ -59,12 +59,16 @@ CASES = {
     "workers": {"workers": 2},
     "lora with dropout": {"lora": True},
     "cached reference": {"cached": True},
+    "synced reference": {"synced": True},
+    "synced reference beside adapters": {"synced": True, "lora": True, "accumulate": 2, "batch_size": 2},
     "validation within an accumulation": {"accumulate": 4, "batch_size": 1, "val_every": 6},
 }
-LONG = dict.fromkeys(["plain", "workers"], pytest.mark.slow)  # the others hold what these hold, and more
+# Slow: "plain" and "workers", since the others hold what these hold, and the longest.
+LONG = ("plain", "workers", "synced reference beside adapters")
+EVERY_STEP = ("plain", "synced reference beside adapters")
 
 
-@pytest.mark.parametrize("case", [pytest.param(name, marks=LONG.get(name, ())) for name in CASES])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in LONG else c for c in CASES])
 def test_resuming_at_every_step_is_exact(tmp_path, case):
     """Rows, losses, learning rates, logged metrics and weights are the same to the last bit, from every checkpoint."""
     options = {"file": runs.pairs_file(tmp_path, 25), **CASES[case]}
@@ -77,7 +81,7 @@ def test_resuming_at_every_step_is_exact(tmp_path, case):
     copies = sorted(kept.glob("*.ckpt"))
     assert len(copies) == run.global_step >= 10
     (whole / "log.jsonl").unlink()
-    for copy in copies if case == "plain" else copies[::3]:
+    for copy in copies if case in EVERY_STEP else copies[::3]:
         again = interrupted.train(whole, options, copy)
         found = interrupted.entries(whole / "log.jsonl") if (whole / "log.jsonl").exists() else []
         assert found == expected[len(expected) - len(found) :], copy.stem

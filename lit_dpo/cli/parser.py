@@ -30,6 +30,8 @@ _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
     "losses": PreferenceLoss,
     "base": PreferenceLoss,
     "reference": Reference,
+    "references": Reference,
+    "of": Reference,
     "partition": Partition,
     "adapter": LoRA,
     "optimizer": Optimizer,

@@ -49,7 +49,7 @@ class CachedReference(Reference):
             CPU's memory while the policy trains, unless they are sharded.
 
     Raises:
-        ValueError: `of` is no reference, or keeps its own values.
+        ValueError: `of` is no reference, keeps its own values, or changes while the policy trains.
 
     Attributes:
         scored: Rows scored at the start of the last run.
@@ -64,6 +64,11 @@ class CachedReference(Reference):
     def __post_init__(self) -> None:
         if self.of is not None and (not isinstance(self.of, Reference) or isinstance(self.of, CachedReference)):
             raise ValueError(f"`of` must be a reference that is not cached itself, got {self.of!r}.")
+        if self.of is not None and (moving := self.of.moving()):
+            raise ValueError(
+                f"`{type(moving[0]).__name__}` changes while the policy trains, and its values cannot be kept: "
+                "use it without `CachedReference`."
+            )
         self.scored, self.reused, self.seconds = 0, 0, 0.0
         self._who: dict[str, Any] = {}
         self._table: LogpsTable | None = None
@@ -76,28 +81,12 @@ class CachedReference(Reference):
         if policy.device.type != "meta":
             self._who["weights"] = fingerprint(own_tensors(policy))
         self._table = None
-        if self.of is not None:
-            self.of.build(policy, tokenizer, dtype)
+        super().build(policy, tokenizer, dtype)
 
     def fill(self, policy: nn.Module, filling: Filling) -> None:
         """Remember the weights that are sharded."""
         self._who["weights"] = fingerprint(own_tensors(policy))
-        if self.of is not None:
-            self.of.fill(policy, filling)
-
-    def check(self, policy: nn.Module) -> None:
-        """As `of` does."""
-        if self.of is not None:
-            self.of.check(policy)
-
-    def models(self) -> list[nn.Module]:
-        """Those of `of`."""
-        return [] if self.of is None else self.of.models()
-
-    def replace_models(self, function: Callable[[nn.Module], nn.Module]) -> None:
-        """Wrap those of `of`."""
-        if self.of is not None:
-            self.of.replace_models(function)
+        super().fill(policy, filling)
 
     def _move_models(self, device: torch.device) -> None:
         """Take the models of `of` to a device, unless they are sharded."""
@@ -118,8 +107,7 @@ class CachedReference(Reference):
                 "`CachedReference` needs a `PreferenceDataModule`; with other loaders use `FrozenReference`."
             )
         began = time.perf_counter()
-        if self.of is not None:
-            self.of.prepare(start)
+        super().prepare(start)
         self._move_models(start.trainer.strategy.root_device)
         identity = {
             **self._who,

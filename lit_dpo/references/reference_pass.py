@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.pairs import PairLogps
-from lit_dpo.references.base import Reference, Start
+from lit_dpo.references.base import Reference, Start, refuse_incomplete
 from lit_dpo.references.table import LogpsTable, TokenLogps, content_keys, first_of_each, joined
 from lit_dpo.scoring.decoder import adapters_off
 from lit_dpo.scoring.score import Scorer
@@ -130,11 +130,7 @@ def score_rows(
                     logps = scorer(scored, batch)
             else:
                 logps = of.score(scored, batch, scorer)
-        if (scorer.per_token and logps.tokens is None) or logps.layers.keys() != set(map(int, scorer.layers)):
-            raise ValueError(
-                f"`{type(of).__name__}` gives no log-probs of single tokens or of intermediate layers, which the loss "
-                "needs: let its `score` give all that the scorer asks for, or use another reference."
-            )
+        refuse_incomplete(of, logps, scorer)
         found.append((content_keys(batch), logps))
         if under_way is not None:
             under_way.show(len(batch) * start.trainer.world_size)
