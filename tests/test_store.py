@@ -7,11 +7,7 @@ import torch
 
 from lit_dpo import CachedReference
 from lit_dpo.checkpoints.tensor_store import TensorStore
-from lit_dpo.data import token_cache as tokens
-from lit_dpo.data.encode import PairEncoder
-from lit_dpo.data.load import load_pairs
 from lit_dpo.references.table import LogpsTable
-from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
 pytestmark = runs.QUIET
@@ -90,35 +86,3 @@ def test_a_foreign_table_of_log_probs_is_scored_anew(tmp_path, caplog, number):
         weights.append(runs.weights(module.policy))
         assert ("is damaged (it" in caplog.text) == forge
     assert runs.same(*weights)
-
-
-def test_a_foreign_table_of_token_ids_is_encoded_anew(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tokens, "WORTH_KEEPING", 1)
-    file = runs.pairs_file(tmp_path)
-    encoder = PairEncoder(quickstart_tokenizer(), 128)
-
-    def load():
-        cache = tokens.TokenCache(encoder, [file])
-        found = load_pairs([file], cache)[0]
-        cache.keep()
-        return [row.encoded for row in found], cache
-
-    expected, cache = load()
-    good = cache._store.read()[0]
-    assert load()[1].reused == 24
-    ids, lengths = good["tokens"], good["lengths"]
-    spoilt = lengths.clone()
-    spoilt[0, 0], spoilt[0, 1] = -1, lengths[0, :2].sum() + 1
-    for change in (
-        {"keys": good["keys"][:5]}, {"keys": good["keys"].int()}, {"lengths": lengths.float()},
-        {"lengths": spoilt}, {"flags": good["flags"][0]}, {"tokens": ids + 5000}, {"tokens": ids - 5000},
-        {"tokens": ids[:-1]}, {"tokens": ids.view(1, -1)}, {"tokens": ids.float()},
-    ):  # fmt: skip
-        cache._store.write({**good, **change})
-        with caplog.at_level("INFO"):
-            found, again = load()
-        assert (found, again.reused) == (expected, 0)
-    cache._store.write({name: value for name, value in good.items() if name != "flags"})
-    assert load()[0] == expected
-    assert caplog.text.count("is damaged (it") == 11

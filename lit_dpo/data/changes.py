@@ -112,7 +112,7 @@ def record(train: PairDataset, validation: PairDataset | None, drawn: Tensor, se
     """
     order = hashlib.blake2b(drawn.numpy().tobytes() + str(seed).encode(), digest_size=DIGEST).hexdigest()
     sets = {"train": train, "validation": validation}
-    return {"order": order} | {n: base64.b64encode(b"".join(s.digests())).decode() for n, s in sets.items() if s}
+    return {"order": order} | {n: base64.b64encode(s.digest_bytes()).decode() for n, s in sets.items() if s}
 
 
 def refuse_changes(
@@ -160,11 +160,11 @@ def _show(name: str, saved: Mapping[str, object], dataset: PairDataset, where: s
         content = base64.b64decode(str(saved[name]).encode(), validate=True)
     except (KeyError, binascii.Error) as error:
         raise ValueError(f"What {where} keeps of its rows does not read: resume from another checkpoint.") from error
-    old, new = [content[i : i + DIGEST] for i in range(0, len(content), DIGEST)], dataset.digests()
-    if old == new:
+    if content == (now := dataset.digest_bytes()):
         return None
+    old, new = ([part[i : i + DIGEST] for i in range(0, len(part), DIGEST)] for part in (content, now))
     known = {*old}
-    changes = compare(old, new, {row: dataset.digest(row, True) for row, key in enumerate(new) if key not in known})
+    changes = compare(old, new, {row: dataset.swapped_digest(row) for row, key in enumerate(new) if key not in known})
     _print(name, changes, dataset, where)
     return changes
 

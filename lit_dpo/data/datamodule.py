@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 from lit_dpo.data.changes import record, refuse_changes
 from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
-from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, Rows, load_pairs, sources_of
+from lit_dpo.data.load import OnBadRow, Rows, sources_of
 from lit_dpo.data.loader import ResumableLoader
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
 from lit_dpo.data.sampler import PairSampler
-from lit_dpo.data.token_cache import TokenCache
+from lit_dpo.data.token_cache import read_pairs
+from lit_dpo.data.token_store import TokenStore
 from lit_dpo.data.validation import held_out, overlap
 from lit_dpo.pairs import PairBatch
 
@@ -215,23 +216,21 @@ class PreferenceDataModule(LightningDataModule):
     _limit: float | None = None
 
     def _load(self, name: str) -> PairDataset:
-        rows, report, reused = self._read(name)
+        store, report, reused = self._read(name)
         rank_zero_info(f"{name}: {report}")
         if reused:
             rank_zero_info(f"{name}: token ids of {reused} rows found in the token cache")
-        return PairDataset(rows)
+        return PairDataset(store)
 
-    def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
+    def _read(self, name: str) -> tuple[TokenStore, str, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
-        options = (self.columns, self.on_bad_row, self.max_line_bytes, () if name == "predict" else self.values)
-        if not self.cache_tokens:
-            return *load_pairs(self._given[name], self._encoder(), *options), 0
-        tokens = TokenCache(
-            self._encoder(), [s if isinstance(s, str) else f"rows: {s.name}" for s in self._given[name]]
-        )
-        rows, report = load_pairs(self._given[name], tokens, *options)
-        tokens.keep()
-        return rows, report, tokens.reused
+        options = {
+            "columns": self.columns,
+            "on_bad_row": self.on_bad_row,
+            "max_line_bytes": self.max_line_bytes,
+            "values": () if name == "predict" else self.values,
+        }
+        return read_pairs(self._given[name], self._encoder(), options, self.cache_tokens)
 
     def _encoder(self) -> PairEncoder:
         return PairEncoder(self._tokenizer(), self.max_length, self.truncation, self.append_eos, self.chat_template)

@@ -1,8 +1,7 @@
-"""Encoded pairs in compact storage."""
+"""Encoded pairs, and batches of them."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_dpo.data.load import EncodedRow
+from lit_dpo.data.token_store import Array, TokenStore
+from lit_dpo.data.token_writer import TokenWriter, digest
 from lit_dpo.pairs import PairBatch
 
 DIGEST = 16  # bytes of a row's hash
@@ -29,66 +30,85 @@ class BatchPlan:
     weights: list[float] | None = None
 
 
+class Origins(Sequence[str]):
+    """Where rows come from, such as ``path/file.jsonl:17``; each text is put together when it is asked for."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self._store = store
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __getitem__(self, row):  # type: ignore[no-untyped-def]
+        """The location of one row, or of several as a list."""
+        if isinstance(row, slice):
+            return [self._store.place(number) for number in range(*row.indices(len(self)))]
+        return self._store.place(range(len(self))[row])
+
+
 class PairDataset(Dataset[PairBatch]):
-    """Encoded pairs in one int32 tensor; indexed by a `BatchPlan`, it gives a `PairBatch`.
+    """Encoded pairs in a `TokenStore`; indexed by a `BatchPlan`, it gives a `PairBatch`.
 
     Args:
-        rows: The encoded rows, all with numbers of the same columns.
+        rows: Where the rows are; or the rows themselves, all with numbers of the same columns, to be held in memory.
 
     Attributes:
+        lengths: Tokens of prompt, chosen and rejected, shape ``(rows, 3)``, int64.
+        origins: Where each row comes from.
         columns: The rows' numbers, each of shape ``(rows,)``, float64, by column name.
     """
 
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
-        segments = [(row.encoded.prompt, row.encoded.chosen, row.encoded.rejected) for row in rows]
-        self.lengths = torch.tensor([[len(part) for part in pair] for pair in segments])  # (rows, 3)
-        self.tokens = torch.tensor([i for pair in segments for part in pair for i in part], dtype=torch.int32)
-        total = self.lengths.sum(1)
-        self.starts = total.cumsum(0) - total
-        self.sources = [row.source for row in rows]
-        self.origins = [row.row for row in rows]
-        self.prompts = [row.encoded.prompt_key for row in rows]  # equal where the uncut prompts are
-        self.columns = {
-            name: torch.tensor([row.values[name] for row in rows], dtype=torch.float64)
-            for name in sorted(rows[0].values if rows else ())
-        }
-        self._digests: list[bytes] = []
+    def __init__(self, rows: Sequence[EncodedRow] | TokenStore) -> None:
+        if not isinstance(rows, TokenStore):
+            writer = TokenWriter()
+            for row in rows:
+                writer.append(row)
+            rows = writer.finish()
+        self.store = rows
+        self.lengths = torch.from_numpy(rows.lengths)
+        self.origins = Origins(rows)
+        names, values = rows.names.values, rows.column("values")
+        self.columns = {name: torch.from_numpy(values[:, i].copy()) for i, name in enumerate(names)}
 
     def __len__(self) -> int:
-        return len(self.sources)
+        return len(self.store)
+
+    @property
+    def sources(self) -> list[str]:
+        """Name of the data set that each row is from."""
+        return [self.store.names.sources[number] for number in self.store.column("source").tolist()]
+
+    @property
+    def prompts(self) -> Array:
+        """A hash of each row's prompt before it was cut, equal where the prompts are; shape ``(rows, 2)`` uint64."""
+        return self.store.column("prompt")
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all rows."""
+        return int(self.store.column("largest").max())
 
     def pair(self, row: int) -> tuple[list[int], list[int], list[int]]:
         """Token ids of prompt, chosen, rejected of a row."""
-        start, lengths = int(self.starts[row]), self.lengths[row].tolist()
-        prompt, chosen, rejected = self.tokens[start : start + sum(lengths)].split(lengths)
+        prompt, chosen, rejected = self.store.parts(row)
         return prompt.tolist(), chosen.tolist(), rejected.tolist()
 
-    def digest(self, row: int, swapped: bool = False, numbers: bool = True) -> bytes:
-        """A hash of a row's token ids, their boundaries, and its numbers with their columns' names.
+    def content_keys(self, rows: Tensor) -> Tensor:
+        """What reference log-probs of these rows are found by, shape ``(n, 2)`` int64; as `references.content_keys`."""
+        return torch.from_numpy(self.store.column("content")[rows.numpy()])
+
+    def swapped_digest(self, row: int) -> bytes:
+        """The hash that a row would have with its completions in each other's place; see `digest_bytes`."""
+        prompt, chosen, rejected = self.store.parts(row)
+        return digest((prompt, rejected, chosen), {name: float(column[row]) for name, column in self.columns.items()})
+
+    def digest_bytes(self, numbers: bool = True) -> bytes:
+        """The hashes of all rows in their order, 16 bytes each: of token ids, boundaries, and numbers with their names.
 
         Args:
-            row: The row's number.
-            swapped: Hash the row with its completions in each other's place.
             numbers: Whether the numbers count.
         """
-        start, (prompt, chosen, rejected) = int(self.starts[row]), self.lengths[row].tolist()
-        tokens, middle = self.tokens[start : start + prompt + chosen + rejected].numpy(), prompt + chosen
-        parts = [tokens[:prompt], tokens[prompt:middle], tokens[middle:]]
-        if swapped:
-            parts = [parts[0], parts[2], parts[1]]
-        found = hashlib.blake2b(str([len(part) for part in parts]).encode(), digest_size=DIGEST)
-        for part in parts:
-            found.update(part.tobytes())
-        for name, column in self.columns.items() if numbers else ():
-            found.update(repr((name, float(column[row]))).encode())
-        return found.digest()
-
-    def digests(self, numbers: bool = True) -> list[bytes]:
-        """The hash of every row, in order, computed at the first call; see `digest`."""
-        if self.columns and not numbers:
-            return [self.digest(row, numbers=False) for row in range(len(self))]
-        self._digests = self._digests or [self.digest(row) for row in range(len(self))]
-        return self._digests
+        return self.store.column("digest" if numbers else "plain").tobytes()
 
     def plain_batches(self, rows: Tensor, size: int = 256) -> Iterator[PairBatch]:
         """These rows in their order, in batches of any size; for looking at them, not for training."""
@@ -97,9 +117,7 @@ class PairDataset(Dataset[PairBatch]):
 
     def __getitem__(self, plan: BatchPlan) -> PairBatch:
         rows = torch.tensor(plan.rows)
-        lengths = self.lengths[rows]
-        spans = zip(self.starts[rows].tolist(), lengths.sum(1).tolist(), strict=True)
-        tokens = torch.cat([self.tokens[start : start + size] for start, size in spans])
+        tokens = torch.from_numpy(self.store.ids(plan.rows))
         weights = None if plan.weights is None else torch.tensor(plan.weights)
         columns = {name: column[rows].float() for name, column in self.columns.items()}
-        return PairBatch.from_tokens(tokens, lengths, rows, weights, columns)
+        return PairBatch.from_tokens(tokens, self.lengths[rows], rows, weights, columns)

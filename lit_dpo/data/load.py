@@ -1,6 +1,7 @@
 """Data sets to encoded rows, with an account of every row: kept + skipped == read, always."""
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -85,6 +86,13 @@ class EncodedRow:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
+class RowSink(Protocol):
+    """What takes encoded rows one by one: a list, or what writes them to a file."""
+
+    def append(self, row: EncodedRow, /) -> None:
+        """Take one more row."""
+
+
 @dataclass(slots=True)
 class LoadReport:
     """What became of the rows of one load. All numbers count rows.
@@ -143,6 +151,7 @@ def load_pairs(
     on_bad_row: OnBadRow = "error",
     max_line_bytes: int = MAX_LINE_BYTES,
     values: Sequence[str] = (),
+    into: RowSink | None = None,
 ) -> tuple[list[EncodedRow], LoadReport]:
     """Read, parse and encode data sets, in the order given.
 
@@ -153,6 +162,7 @@ def load_pairs(
         on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
         max_line_bytes: See `read_rows`.
         values: The files' names of columns of numbers to keep, which every row must have.
+        into: Takes the rows in the place of the list that is returned, which then stays empty.
 
     Raises:
         RowError: A row must not be trained on, and `on_bad_row` is `error`; or a file is damaged.
@@ -178,7 +188,7 @@ def load_pairs(
             result = next(encoded) if isinstance(item, Pair) else item
             if isinstance(item, Pair) and isinstance(result, Encoded):
                 report.kept += 1
-                rows.append(EncodedRow(result, source, item.row, item.values))
+                (rows if into is None else into).append(EncodedRow(result, source, item.row, item.values))
                 _note(result, report, seen)
             elif isinstance(result, RowError):
                 if on_bad_row == "error":
@@ -210,7 +220,7 @@ def load_pairs(
         settle(source, chunk)
         if unknown and not known:
             raise unknown
-    if not rows:
+    if not report.kept:
         raise ValueError(
             f"No row to train on in {', '.join(map(str, specs)) or 'an empty list'}; correct the data. {report}."
         )
@@ -230,4 +240,7 @@ def _note(encoded: Encoded, report: LoadReport, seen: set[bytes]) -> None:
 
 
 def _digest(*ids: list[int]) -> bytes:
-    return hashlib.blake2b(repr(ids).encode(), digest_size=16).digest()
+    found = hashlib.blake2b(repr([len(part) for part in ids]).encode(), digest_size=16)
+    for part in ids:
+        found.update(array("q", part))
+    return found.digest()

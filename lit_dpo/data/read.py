@@ -81,6 +81,21 @@ def missing(spec: str) -> str | None:
     return _not_found(path) if looks and not path.exists() else None
 
 
+def files_of(spec: str) -> list[Path] | None:
+    """The files that `read_rows` reads, in order; ``None`` where they cannot be told, as of names on the hub.
+
+    Raises:
+        ValueError: There is no such split, or no data file in the folder.
+    """
+    name, split = _split_off(spec)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if any((path / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json")):
+            return sorted(file for file in path.rglob("*") if not file.is_dir())
+        return _files(path, split)
+    return [path] if spec != QUICKSTART and path.exists() else None
+
+
 def source_name(spec: str) -> str:
     """Name a data set after its file, its folder if the file is named after a split, or its hub name.
 

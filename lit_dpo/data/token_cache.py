@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
+from lit_dpo.checkpoints.durable import _replace
+from lit_dpo.checkpoints.tensor_store import TensorStore, _lock, cache_folder
 from lit_dpo.data.encode import Encoded, PairEncoder
+from lit_dpo.data.load import EncodedRow, Rows, load_pairs
+from lit_dpo.data.read import files_of
 from lit_dpo.data.rows import Pair, RowError
+from lit_dpo.data.token_store import TokenStore, names_of, open_blocks
+from lit_dpo.data.token_writer import FLAGS, TokenWriter, of_flags
+from lit_dpo.files import read_json, refuse_special
 from lit_dpo.processes import rank_zero_info
 
-_LAYOUT = 2  # of the tensors in a file
+_LAYOUT = 3  # of the files
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
+_PIECE = 32 << 20  # bytes of a data file that are hashed together
+_LABELS = ("source", "row", "values")  # of a pair: they do not decide its ids
 
 
 class TokenCache:
@@ -23,27 +37,42 @@ class TokenCache:
 
     A row's ids are kept under a hash of its prompt and completions, in a file named by everything else that decides
     them (tokenizer, template, versions, limits). So a changed row, tokenizer or option is never served old ids, and a
-    row that was added costs its own encoding alone. Rows that are refused are not kept. The files lie in
-    ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
+    row that was added costs its own encoding alone. Rows that are refused are not kept. If neither the data files nor
+    anything that is done with them has changed, their rows are not even read: `whole` has them all.
+
+    The files lie in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``: ``<key>.tokens``, which every process maps, and
+    ``<key>.json`` beside it; and ``<key>.<random>.part`` while rows are being encoded, which serves the next run if
+    that one is killed.
 
     Args:
         encoder: Encodes what is not kept.
         specs: Names of the data sets; each list of them has a file of its own.
+        load: What else decides which rows there are and what is reported of them, as plain values; ``None`` where it
+            cannot be told, and then all rows are read.
 
     Attributes:
         reused: Rows found so far.
     """
 
-    def __init__(self, encoder: PairEncoder, specs: Sequence[str]) -> None:
+    def __init__(self, encoder: PairEncoder, specs: Sequence[str], load: Mapping[str, object] | None = None) -> None:
         self.encoder, self.reused = encoder, 0
-        self._store = self._open(encoder, specs)
-        self._kept: dict[bytes, int] = {}
-        self._seen: dict[bytes, Encoded] = {}
-        self._changed = False
+        self._files = self._open(encoder, specs)
+        self._load = None if self._files is None or load is None else _source(specs, load)
+        self._kept: list[TokenStore] = []
+        self._complete: TokenStore | None = None
+        self._header: dict[str, Any] = {}
+        self._parts: dict[Path, int] = {}
+        self._keys: dict[int, tuple[Encoded, bytes]] = {}
+        if self._files is None:
+            self._writer = TokenWriter()
+            return
         self._read()
+        folder, key = self._files.folder, self._files.key
+        self._writer = TokenWriter(folder, key, key.encode(), self._kept, WORTH_KEEPING)
 
     @staticmethod
     def _open(encoder: PairEncoder, specs: Sequence[str]) -> TensorStore | None:
+        """Folder, key and header of the files; None if there are to be none."""
         identity = encoder.identity()
         if identity is None:
             return None
@@ -53,88 +82,204 @@ class TokenCache:
             rank_zero_info(f"Token ids are not kept: {error}.")
             return None
         paths = [str(Path(spec).resolve()) if Path(spec).exists() else spec for spec in specs]
-        return TensorStore(place, {**identity, "tokens": _LAYOUT, "specs": paths})
+        return TensorStore(place, {**identity, "tokens": _LAYOUT, "flags": FLAGS, "specs": paths})
+
+    @property
+    def _data(self) -> Path:
+        assert self._files is not None
+        return self._files.data.with_suffix(".tokens")
 
     def _read(self) -> None:
-        tensors, problem = (None, None) if self._store is None else self._store.read(self._problem)
-        if problem and self._store is not None:
-            rank_zero_info(f"Token cache {self._store.data} is damaged ({problem}): tokenizing anew.")
-        if tensors is None:
-            return
-        keys = tensors["keys"].numpy().tobytes()
-        self._kept = {keys[i : i + 16]: i // 16 for i in range(0, len(keys), 16)}
-        self._tokens, self._lengths, self._flags = (tensors[name] for name in ("tokens", "lengths", "flags"))
-        self._prompts = tensors["prompts"].numpy().tobytes()
-        self._ends = self._lengths.sum(1).cumsum(0)
+        """Find what is there: a whole file, and parts that were left behind or are still being written."""
+        assert self._files is not None
+        key, problem = self._files.key, None
+        vocabulary = len(self.encoder.tokenizer)
+        try:
+            if self._data.exists():
+                store, whole = open_blocks(self._data, key.encode(), vocabulary)
+                problem = None if whole else "its checksum does not match"
+                self._kept += [store] if store else []
+                self._complete = store if whole else None
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        if self._complete is not None and self._files.header.exists():
+            try:
+                self._header = read_json(self._files.header)
+                self._complete.names = names_of(self._header, self._complete)
+                if not isinstance(self._header.get("report"), str):
+                    raise ValueError("it has no report")
+            except (OSError, ValueError) as error:
+                self._header, problem = {}, str(error)
+        if problem:
+            rank_zero_info(f"Token cache {self._data} is damaged ({problem}): tokenizing anew what is not there.")
+        for path in sorted(self._files.folder.glob(f"{key}.????????.part")):
+            with suppress(OSError, ValueError):
+                store, _ = open_blocks(path, key.encode(), vocabulary)
+                self._parts[path] = path.stat().st_size
+                self._kept += [store] if store else []
+        self._kept.sort(key=len, reverse=True)
 
-    def _problem(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Why these are not what `keep` writes, if they are not."""
-        layout = {
-            "keys": (torch.uint8, 16),
-            "prompts": (torch.uint8, 16),
-            "lengths": (torch.int64, 3),
-            "flags": (torch.bool, 3),
-        }
-        parts = [tensors.get(name) for name in layout]
-        for part, (dtype, width) in zip(parts, layout.values(), strict=True):
-            if part is None or part.dtype != dtype or part.shape != (len(parts[0]), width):  # type: ignore[arg-type]
-                return "it has not the form of token ids"
-        tokens, counts = tensors.get("tokens"), tensors["lengths"]
-        if tokens is None or tokens.dtype != torch.int32 or tokens.dim() != 1:
-            return "it has not the form of token ids"
-        if (counts < 1).any() or (counts > len(tokens)).any() or counts.sum() != len(tokens):
-            return "its lengths do not fit its token ids"
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.encoder.tokenizer):
-            return "it holds ids that the tokenizer does not have"
-        return None
+    def whole(self) -> tuple[TokenStore, str] | None:
+        """All rows and what was reported of them, if the data files are those that they were read from."""
+        header, store = self._header, self._complete
+        same = self._load is not None and header.get("load") == self._load and header.get("identity") == self._identity
+        if not same or store is None or header.get("sums") != _sums(store):
+            return None
+        self.reused = len(store)
+        return store, "".join(sign for sign in header["report"] if sign.isprintable() or sign == "\n")
+
+    @property
+    def _identity(self) -> dict[str, object] | None:
+        return None if self._files is None else self._files.identity
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
         """As `PairEncoder.many`."""
         keys = [_key(pair) for pair in pairs]
-        unknown = [pair for key, pair in zip(keys, pairs, strict=True) if key not in self._kept]
-        fresh = iter(self.encoder.many(unknown))
-        results: list[Encoded | RowError] = []
-        for key in keys:
-            found = self._kept.get(key)
-            result = next(fresh) if found is None else self._encoded(found)
-            results.append(result)
-            if isinstance(result, Encoded):
-                self._seen[key] = result
-                self._changed |= found is None
-            self.reused += found is not None
+        places = self._find(keys)
+        fresh = iter(self.encoder.many([pair for pair, place in zip(pairs, places, strict=True) if place is None]))
+        results = [next(fresh) if place is None else self._encoded(*place) for place in places]
+        self.reused += sum(place is not None for place in places)
+        found = zip(results, keys, strict=True)
+        self._keys = {id(result): (result, key) for result, key in found if isinstance(result, Encoded)}
         return results
 
-    def keep(self) -> None:
-        """Write the rows seen, if any was not in the file; a folder that cannot be written costs a line."""
-        rows = self._seen
-        if self._store is None or not self._changed or len(rows) < WORTH_KEEPING:
-            return
-        parts = [part for row in rows.values() for part in (row.prompt, row.chosen, row.rejected)]
-        flags = [(row.truncated, row.healed, row.control_text) for row in rows.values()]
-        tensors = {
-            "keys": _bytes(rows),
-            "tokens": torch.tensor([i for part in parts for i in part], dtype=torch.int32),
-            "lengths": torch.tensor([len(part) for part in parts]).view(-1, 3),
-            "flags": torch.tensor(flags),
-            "prompts": _bytes(row.prompt_key for row in rows.values()),
-        }
+    def append(self, row: EncodedRow) -> None:
+        """Take a row in; its ids come from the last call of `many`, or are not to be found by later runs."""
+        self._writer.append(row, self._keys.get(id(row.encoded), (None, bytes(16)))[1])
+
+    def __len__(self) -> int:
+        return len(self._writer)
+
+    def keep(self, report: object = "") -> TokenStore:
+        """The rows that were taken in, kept on disk if they are many; a folder that cannot be written costs a line.
+
+        Args:
+            report: What to say of them when they are found as a `whole`.
+        """
+        store = self._writer.finish()
+        if self._files is None or (store.path is None and self._writer.problem is None):
+            return store
         try:
-            self._store.write(tensors)
+            if self._writer.problem is not None:
+                raise self._writer.problem
+            return self._publish(store, str(report))
         except OSError as error:
-            rank_zero_info(f"Token ids were not kept in {self._store.folder} ({error}).")
+            rank_zero_info(f"Token ids were not kept in {self._files.folder} ({error}).")
+        return store
 
-    def _encoded(self, row: int) -> Encoded:
-        end, lengths = int(self._ends[row]), self._lengths[row].tolist()
-        prompt, chosen, rejected = (part.tolist() for part in self._tokens[end - sum(lengths) : end].split(lengths))
-        truncated, healed, control_text = self._flags[row].tolist()
-        key = self._prompts[16 * row : 16 * row + 16]
-        return Encoded(prompt, chosen, rejected, truncated, healed, control_text, key)
+    def _publish(self, store: TokenStore, report: str) -> TokenStore:
+        """Put the rows in their place, and remove parts that serve nobody any more."""
+        assert self._files is not None
+        if store.path is not None and store.path != self._data:
+            os.replace(store.path, self._data)
+            store.path = self._data
+        names = {name: getattr(store.names, name) for name in ("sources", "places", "values")}
+        header = {"identity": self._identity, "load": self._load, "sums": _sums(store), "report": report, **names}
+        content = json.dumps(header, indent=1).encode()
+        if json.loads(content) != self._header:
+            _replace(self._files.header, content)
+        self._writer.abandon()
+        for path, size in self._parts.items():
+            with suppress(OSError), path.open("rb") as file:
+                if _lock(file, exclusive=True) and os.fstat(file.fileno()).st_size == size:
+                    path.unlink()
+        return store
+
+    def close(self) -> None:
+        """Go no further: what is encoded already serves a later run."""
+        self._writer.abandon()
+
+    def _find(self, keys: Sequence[bytes]) -> list[tuple[TokenStore, int] | None]:
+        """Where each of these keys is kept, if it is."""
+        wanted = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
+        found: list[tuple[TokenStore, int] | None] = [None] * len(keys)
+        for store in self._kept:
+            for number, row in enumerate(store.find(wanted).tolist()):
+                if row >= 0 and found[number] is None:
+                    found[number] = store, row
+        return found
+
+    @staticmethod
+    def _encoded(store: TokenStore, row: int) -> Encoded:
+        record = store.record(row)
+        prompt, chosen, rejected = (part.tolist() for part in store.parts(row))
+        small: dict[str, Any] = of_flags(int(record["flags"]))
+        return Encoded(prompt, chosen, rejected, prompt_key=record["prompt"].tobytes(), **small)
 
 
-def _bytes(hashes: Iterable[bytes]) -> torch.Tensor:
-    """Hashes of 16 bytes, shape ``(n, 16)`` uint8."""
-    return torch.frombuffer(bytearray(b"".join(hashes)), dtype=torch.uint8).view(-1, 16)
+def read_pairs(
+    given: Sequence[str | Rows], encoder: PairEncoder, options: Mapping[str, Any], keep: bool = True
+) -> tuple[TokenStore, str, int]:
+    """The encoded rows of data sets, the account of them in words, and how many were found in the token cache.
+
+    Args:
+        given: As `load_pairs` takes them.
+        encoder: Encodes what is not found.
+        options: The other arguments of `load_pairs`, by name.
+        keep: Find rows in the token cache, and keep them there.
+
+    Raises:
+        ValueError: As `load_pairs`.
+    """
+    if not keep:
+        writer = TokenWriter()
+        _, report = load_pairs(given, encoder, **options, into=writer)
+        return writer.finish(), str(report), 0
+    specs = [spec if isinstance(spec, str) else f"rows: {spec.name}" for spec in given]
+    in_files = all(isinstance(spec, str) for spec in given)
+    rows = TokenCache(encoder, specs, options if in_files else None)
+    if whole := rows.whole():
+        return *whole, rows.reused
+    try:
+        _, report = load_pairs(given, rows, **options, into=rows)
+        return rows.keep(report), str(report), rows.reused
+    finally:
+        rows.close()
 
 
 def _key(pair: Pair) -> bytes:
-    return hashlib.blake2b(repr((pair.prompt, pair.chosen, pair.rejected)).encode(), digest_size=16).digest()
+    """A hash of what decides a pair's ids, besides the tokenizer."""
+    parts = tuple(getattr(pair, field.name) for field in fields(pair) if field.name not in _LABELS)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+
+
+def _sums(store: TokenStore) -> str:
+    """A hash over the sums of all blocks."""
+    return hashlib.sha256(b"".join(block.sum for block in store.blocks)).hexdigest()
+
+
+def _source(specs: Sequence[str], load: Mapping[str, object]) -> str | None:
+    """A hash of the content of data files and of all that is done with them; None where that cannot be told."""
+    try:
+        found = [files_of(spec) for spec in specs]
+        options = json.dumps(load, sort_keys=True)
+        files = [path for group in found for path in group or ()]
+        for path in files:
+            refuse_special(path)
+        pieces = [(path, start) for path in files for start in range(0, path.stat().st_size or 1, _PIECE)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            sums = list(threads.map(_piece, pieces))
+    except (OSError, ValueError, TypeError):
+        return None  # whoever reads the rows says what is wrong
+    if not files or None in found:
+        return None
+    content = [(str(path), start, found) for (path, start), found in zip(pieces, sums, strict=True)]
+    record = [options, list(specs), _code(), content]
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def _piece(of: tuple[Path, int]) -> str:
+    path, start = of
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        return hashlib.blake2b(file.read(_PIECE), digest_size=16).hexdigest()
+
+
+@cache
+def _code() -> str:
+    """A hash of the code that makes rows of data files, so that another release reads them anew."""
+    folder = Path(__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()

@@ -129,7 +129,7 @@ class CachedReference(Reference):
         columns, per_token = columns_of(start.scorer), start.scorer.per_token
         model = cache(partial(self._starting_model, start))  # found out at most once, and only if asked
         visits = [
-            (rows, torch.cat([content_keys(batch) for batch in dataset.plain_batches(rows)]), loader)
+            (rows, dataset.content_keys(rows), loader)
             for dataset, rows, loader in data.reference_sets(start.trainer.state.fn or "fit")
         ]
         keep = True  # what others have stored meanwhile

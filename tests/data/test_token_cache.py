@@ -5,15 +5,19 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_dpo import PreferenceDataModule
 from lit_dpo.data import token_cache as tokens
+from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import Encoded, PairEncoder
-from lit_dpo.data.load import load_pairs
+from lit_dpo.data.load import EncodedRow, load_pairs
 from lit_dpo.data.rows import Pair, RowError
 from lit_dpo.data.token_cache import TokenCache
+from lit_dpo.data.token_store import open_blocks, pack, record
+from lit_dpo.data.token_writer import of_flags
 
 from . import tokenizers as tk
 from .test_encode import chat_pair, text_pair
@@ -30,8 +34,7 @@ ROWS = [
     {"prompt": [{"role": "user", "content": "2+2?"}], "chosen": REPLIES[0], "rejected": REPLIES[1]},
 ]
 LIMIT = 80
-KEPT = 5  # rows of different content that are not refused, the duplicate counted once
-FOUND = 6  # with the duplicate
+FOUND = 6  # rows that are not refused
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +56,22 @@ def write(path, rows):
 
 def load(path, encoder=None):
     cache = TokenCache(encoder or PairEncoder(tk.build(), LIMIT), [path])
-    found = load_pairs([path], cache, on_bad_row="skip")
-    cache.keep()
-    return found, cache.reused
+    _, report = load_pairs([path], cache, on_bad_row="skip", into=cache)
+    store = cache.keep(report)
+    cache.close()
+    return (rows_of(store), report), cache.reused
+
+
+def rows_of(store):
+    """What was taken in, read back."""
+    data = PairDataset(store)
+    found = []
+    for row, (source, prompt) in enumerate(zip(data.sources, data.prompts, strict=True)):
+        flags = of_flags(int(store.record(row)["flags"]))
+        values = {name: float(column[row]) for name, column in data.columns.items()}
+        encoded = Encoded(*data.pair(row), **flags, prompt_key=prompt.tobytes())
+        found.append(EncodedRow(encoded, source, data.origins[row], values))
+    return found
 
 
 def test_kept_ids_are_the_fresh_ones_and_nothing_is_tokenized_again(path, monkeypatch):
@@ -113,14 +129,12 @@ def test_ids_are_found_only_where_nothing_that_decides_them_has_changed(path, tm
     assert load(path, encoder) == (plain, plain[1].kept)
 
 
-@pytest.mark.parametrize("damage", ["cut", "zeroed", "flipped", "header"])
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "flipped"])
 def test_a_damaged_file_is_noticed_and_written_anew(path, folder, caplog, damage):
     plain, _ = load(path)
-    (data,), (header,) = folder.glob("*.safetensors"), folder.glob("*.json")
+    (data,) = folder.glob("*.tokens")
     content = bytearray(data.read_bytes())
-    if damage == "header":
-        header.write_text(header.read_text().replace('"max', '"mix').replace("sha256", "sha255"))
-    elif damage == "cut":
+    if damage == "cut":
         data.write_bytes(content[:-5])
     else:
         content[-3] = 0 if damage == "zeroed" else content[-3] ^ 4
@@ -132,28 +146,47 @@ def test_a_damaged_file_is_noticed_and_written_anew(path, folder, caplog, damage
     assert load(path) == (plain, FOUND)
 
 
-@pytest.mark.parametrize("forged", [{}, {"lengths": -1}, {"tokens": 5}, {"prompts": None}])
-def test_a_forged_file_is_noticed_and_written_anew(path, folder, caplog, forged):
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda rows, ids: ids.__setitem__(0, 5000),
+        lambda rows, ids: ids.__setitem__(0, -5000),
+        lambda rows, ids: rows["lengths"].__setitem__((0, 0), -1),
+        lambda rows, ids: rows["lengths"].__setitem__((0, 0), 1 << 30),
+        lambda rows, ids: rows["largest"].__setitem__(0, -7),
+    ],
+)
+def test_a_forged_file_is_noticed_and_written_anew(path, folder, caplog, forge):
     """With a right checksum: whoever can write there can make one."""
     plain, _ = load(path)
-    store = TokenCache(PairEncoder(tk.build(), LIMIT), [path])._store
-    tensors = {name: tensor for name, tensor in store.read()[0].items() if forged.get(name, 1) is not None}
-    if "lengths" in forged:
-        tensors["lengths"] = tensors["lengths"] - 100
-    if "tokens" in forged:
-        tensors["tokens"] = tensors["tokens"][:5]
-    store.write(tensors if forged else {"a": tensors["keys"]})
+    (file,) = folder.glob("*.tokens")
+    [block] = open_blocks(file, file.stem.encode(), 5000)[0].blocks
+    content = file.read_bytes()
+    rows = np.frombuffer(bytearray(content[block.records : block.ids]), record(0))
+    ids = np.frombuffer(bytearray(content[block.ids :]), "<i4")
+    forge(rows, ids)
+    file.write_bytes(pack(rows, ids, file.stem.encode())[0])
     with caplog.at_level(logging.INFO):
         assert load(path) == (plain, 0)
     assert caplog.text.count("is damaged (it") == 1
     assert load(path) == (plain, FOUND)
 
 
+@pytest.mark.parametrize("forged", [b"", b"litdpo", b"litdpo\0\1" + b"\xff" * 99, b"\x80\x04cos\nsystem\n."], ids=str)
+def test_what_is_no_file_of_rows_is_not_used(path, folder, caplog, forged):
+    plain, _ = load(path)
+    (file,) = folder.glob("*.tokens")
+    file.write_bytes(forged)
+    with caplog.at_level(logging.INFO):
+        assert load(path) == (plain, 0)
+    assert caplog.text.count("is damaged (") == 1
+
+
 def test_small_sets_leave_nothing_behind(path, folder, monkeypatch):
-    monkeypatch.setattr(tokens, "WORTH_KEEPING", KEPT + 1)
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", FOUND + 1)
     load(path)
     assert not folder.exists()
-    monkeypatch.setattr(tokens, "WORTH_KEEPING", KEPT)
+    monkeypatch.setattr(tokens, "WORTH_KEEPING", FOUND)
     load(path)
     assert len(list(folder.iterdir())) == 2
 

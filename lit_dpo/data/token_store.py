@@ -1,0 +1,324 @@
+"""Encoded rows in one file that is mapped into memory: 4 bytes a token, and one fixed record a row.
+
+A file is a sequence of blocks. A block is a head, the records of up to `BLOCK` rows, and their token ids one after the
+other (a token that is not scored as ``~id``, below 0); the head says how many there are and carries a sum over them. So
+a file that was cut short by a kill holds every block that was finished, and damage costs the block it is in. Nothing in
+a file is executed, and every number in it that says where to read is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_dpo.data.places import join_place
+from lit_dpo.files import refuse_special
+
+BLOCK = 1024  # rows
+_HEAD = struct.Struct("<8sIIQ16s")  # magic, rows, numbers a row, tokens, sum
+_MAGIC = b"litdpo\0\1"
+_RELEASE = 2048  # rows read before the pages that they touched are given back: a touched row maps up to 64 KiB more
+
+Array = NDArray[Any]
+
+
+def record(values: int) -> np.dtype[Any]:
+    """The layout of a row's record.
+
+    Args:
+        values: Numbers that each row has.
+    """
+    return np.dtype(
+        [
+            ("key", "<u8", 2),  # of what was encoded: prompt and completions as text or turns; 0 if it is not known
+            ("prompt", "<u8", 2),  # of the prompt before it was cut
+            ("digest", "<u8", 2),  # of token ids, boundaries and numbers
+            ("plain", "<u8", 2),  # of token ids and boundaries
+            ("content", "<i8", 2),  # of token ids and boundaries, as reference log-probs are found by
+            ("lengths", "<i4", 3),  # tokens of prompt, chosen, rejected
+            ("largest", "<i4"),  # of its token ids
+            ("flags", "<u4"),  # 4 bits for each small number and truth value of `Encoded`
+            ("source", "<i4"),  # number of the data set's name
+            ("place", "<i4"),  # number of the text around the numbers in the row's location
+            ("numbers", "<i8", 2),  # the last two numbers in the row's location
+            ("values", "<f8", (values,)),
+        ]
+    )
+
+
+class Block(NamedTuple):
+    """One block of a file: where it begins, how many rows, numbers a row and tokens it has, and its sum."""
+
+    start: int
+    rows: int
+    values: int
+    tokens: int
+    sum: bytes
+
+    @property
+    def records(self) -> int:
+        """Where its records begin, in bytes."""
+        return self.start + _HEAD.size
+
+    @property
+    def ids(self) -> int:
+        """Where its token ids begin, in bytes."""
+        return self.records + self.rows * record(self.values).itemsize
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins, in bytes."""
+        return self.ids + 4 * self.tokens
+
+
+def pack(records: Array, ids: Array, seal: bytes) -> tuple[bytes, Block]:
+    """The bytes of a block, and what it is at the start of a file.
+
+    Args:
+        records: Of `record`'s type, one a row.
+        ids: Token ids of these rows one after the other, int32.
+        seal: Goes into the sum: what the file belongs to.
+    """
+    body = records.tobytes() + ids.tobytes()
+    values = records["values"].shape[1]
+    block = Block(0, len(records), values, len(ids), _sum(body, seal))
+    return _HEAD.pack(_MAGIC, block.rows, values, block.tokens, block.sum) + body, block
+
+
+def _sum(body: bytes, seal: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=16, key=seal).digest()
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the numbers in the records stand for.
+
+    Args:
+        sources: Names of data sets.
+        places: Texts around the numbers in rows' locations; see `lit_dpo.data.places`.
+        values: Names of the rows' numbers.
+    """
+
+    sources: Sequence[str] = ()
+    places: Sequence[tuple[str, ...]] = ()
+    values: Sequence[str] = ()
+
+
+@dataclass
+class TokenStore:
+    """Encoded rows, in a mapped file or in memory.
+
+    Args:
+        content: The bytes of the file.
+        blocks: Those to use, in order.
+        names: What the numbers in the records stand for.
+        path: The file; ``None`` if the bytes are in memory.
+
+    Attributes:
+        starts: Where the token ids of each row begin, in units of 4 bytes, shape ``(rows,)`` int64.
+        lengths: Tokens of prompt, chosen and rejected, shape ``(rows, 3)`` int64.
+    """
+
+    content: mmap.mmap | bytes | bytearray
+    blocks: Sequence[Block]
+    names: Names = field(default_factory=Names)
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        self._words = np.frombuffer(self.content, "<i4", len(self.content) // 4) if self.blocks else np.empty(0, "<i4")
+        self._touched = 0
+        self._by_key: tuple[Array, Array] | None = None
+        self._firsts = [0, *accumulate(block.rows for block in self.blocks)]
+        self.lengths: Array = self.column("lengths").astype(np.int64)
+        total = self.lengths.sum(1)
+        counts = [block.rows for block in self.blocks]
+        first = np.repeat([block.ids // 4 for block in self.blocks], counts).astype(np.int64)
+        before = np.repeat(np.cumsum([0, *(block.tokens for block in self.blocks)])[:-1], counts).astype(np.int64)
+        self.starts: Array = first + (total.cumsum() - total) - before
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file that are used."""
+        return self.blocks[-1].end if self.blocks else 0
+
+    def column(self, name: str) -> Array:
+        """One entry of every row's record, copied out of the file; shape ``(rows, ...)``."""
+        kind = record(self.blocks[0].values if self.blocks else 0)
+        parts = [np.frombuffer(self.content, kind, block.rows, block.records)[name] for block in self.blocks]
+        found = np.concatenate(parts) if parts else np.empty(0, kind)[name]
+        self._release()
+        return found
+
+    def find(self, keys: Array) -> Array:
+        """Row numbers of keys, shape ``(n,)``; -1 where no row has the key.
+
+        Args:
+            keys: As the records hold them, shape ``(n, 2)``.
+        """
+        if self._by_key is None:
+            known = self.column("key")
+            order = known[:, 0].argsort(kind="stable")
+            self._by_key = known[order], order
+        known, order = self._by_key
+        places = np.searchsorted(known[:, 0], keys[:, 0]).clip(max=len(known) - 1)
+        there = (known[places] == keys).all(1) & keys.any(1)
+        return np.where(there, order[places], -1)
+
+    def record(self, row: int) -> Any:
+        """The record of a row."""
+        number = bisect_right(self._firsts, row) - 1
+        block = self.blocks[number]
+        kind = record(block.values)
+        return np.frombuffer(self.content, kind, 1, block.records + (row - self._firsts[number]) * kind.itemsize)[0]
+
+    def place(self, row: int) -> str:
+        """The location of a row, such as ``path/file.jsonl:17``."""
+        found = self.record(row)
+        return join_place(self.names.places[found["place"]], found["numbers"].tolist())
+
+    def parts(self, row: int) -> list[Array]:
+        """Token ids of prompt, chosen and rejected of a row, int32."""
+        return np.split(self.ids([row]), self.lengths[row].cumsum()[:2])
+
+    def ids(self, rows: Sequence[int]) -> Array:
+        """Token ids of these rows one after the other, int32, copied out of the file."""
+        sizes = self.lengths[rows].sum(1)
+        spans = zip(self.starts[rows].tolist(), sizes.tolist(), strict=True)
+        found = np.concatenate([self._words[start : start + size] for start, size in spans])
+        self._touched += len(rows)
+        if self._touched >= _RELEASE:
+            self._release()
+        return found
+
+    def bytes_of(self, block: Block) -> bytes:
+        """A block as it stands in the file."""
+        found = bytes(self.content[block.start : block.end])
+        self._release()
+        return found
+
+    def _release(self) -> None:
+        """Let go of the pages that were touched: they stay in the system's cache, and count no more as this process's.
+
+        Read again, they are mapped again.
+        """
+        self._touched = 0
+        if isinstance(self.content, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self.content.madvise(mmap.MADV_DONTNEED)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a process that is spawned: the file's name in the place of its bytes."""
+        if self.path is None:
+            return TokenStore, (self.content, self.blocks, self.names)
+        return _reopened, (self.path, self.blocks, self.names)
+
+
+def _reopened(path: Path, blocks: Sequence[Block], names: Names) -> TokenStore:
+    content = map_file(path)
+    heads = (content[block.start : block.records] for block in blocks)
+    if any(_HEAD.unpack(head)[1:] != block[1:] for head, block in zip(heads, blocks, strict=True)):
+        raise ValueError(f"The token ids in `{path}` were replaced by another run: start this one again.")
+    return TokenStore(content, blocks, names, path)
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """A file, read-only.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is empty, or no regular file.
+    """
+    refuse_special(path)
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        return mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
+    finally:
+        os.close(handle)
+
+
+def open_blocks(path: Path, seal: bytes, vocabulary: int) -> tuple[TokenStore | None, bool]:
+    """The rows of a file that are fit for use: those of the blocks before the first one that is torn or damaged.
+
+    Every byte is read and compared with the sums, by all processors. Sums are no signatures, and a file may be
+    somebody else's; so whatever is used as a place or a token id is also looked at.
+
+    Args:
+        path: The file.
+        seal: As in `pack`.
+        vocabulary: Token ids are below it.
+
+    Returns:
+        The rows, none if there are none, and whether that is all of the file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no regular file, or empty.
+    """
+    content = map_file(path)
+    blocks: list[Block] = []
+    place = 0
+    while place + _HEAD.size <= len(content):
+        magic, rows, values, tokens, found = _HEAD.unpack_from(content, place)
+        block = Block(place, rows, values, tokens, found)
+        first = blocks[0] if blocks else block
+        if magic != _MAGIC or not 0 < rows <= BLOCK or values != first.values or block.end > len(content):
+            break
+        blocks.append(block)
+        place = block.end
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+
+        def fit(block: Block) -> bool:
+            if not hasattr(os, "pread"):
+                return _fit(content[block.records : block.end], block, seal, vocabulary)
+            return _fit(os.pread(file.fileno(), block.end - block.records, block.records), block, seal, vocabulary)
+
+        good = list(threads.map(fit, blocks))
+    if False in good:
+        blocks = blocks[: good.index(False)]
+    store = TokenStore(content, blocks, path=path) if blocks else None
+    return store, store is not None and store.size == len(content)
+
+
+def _fit(body: bytes, block: Block, seal: bytes, vocabulary: int) -> bool:
+    if len(body) != block.end - block.records or _sum(body, seal) != block.sum:
+        return False
+    rows = np.frombuffer(body, record(block.values), block.rows)
+    ids = np.frombuffer(body, "<i4", block.tokens, block.ids - block.records)
+    lengths = rows["lengths"].astype(np.int64)
+    whole = bool((lengths > 0).all()) and int(lengths.sum()) == block.tokens
+    return whole and -vocabulary <= int(ids.min()) and int(ids.max()) < vocabulary and int(rows["largest"].min()) >= 0
+
+
+def names_of(given: Mapping[str, Any], store: TokenStore) -> Names:
+    """The names in a header, if they are names for these rows.
+
+    Raises:
+        ValueError: They are not.
+    """
+    sources, places, values = (given.get(name) for name in ("sources", "places", "values"))
+    for texts in (sources, values, *(places if isinstance(places, list) else [None])):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("it has no names")
+    assert isinstance(sources, list)
+    assert isinstance(places, list)
+    assert isinstance(values, list)
+    limits = {"source": len(sources), "place": len(places)}
+    numbers = {name: store.column(name) for name in limits}
+    known = all(numbers[name].min() >= 0 and numbers[name].max() < limit for name, limit in limits.items())
+    if not known or len(values) != store.blocks[0].values or not all(1 <= len(parts) <= 3 for parts in places):
+        raise ValueError("its names do not fit its rows")
+    return Names(sources, [tuple(parts) for parts in places], values)
