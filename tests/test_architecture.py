@@ -41,9 +41,10 @@ FLOORS = {
     "export": 8,
     "callbacks": 9,
     "stepwise": 10,
-    "cli": 11,
-    "__init__": 11,
-    "__main__": 12,
+    "tools": 11,
+    "cli": 12,
+    "__init__": 12,
+    "__main__": 13,
 }
 # On one floor, what may build on what.
 NEIGHBOURS = {("metrics", "losses")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import shlex
 import signal
@@ -44,7 +45,7 @@ from lit_dpo.cli.flags import Flags, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
-from lit_dpo.cli.tools import TOOLS
+from lit_dpo.cli.tools import TOOLS, as_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pretrained import trusting_remote_code
@@ -291,9 +292,7 @@ def _run(given: list[str]) -> None:
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
         with trusting_remote_code(flags.trust_remote_code):
             if args[:1] and args[0] in TOOLS:
-                tool = TOOLS[args[0]]
-                function = getattr(importlib.import_module(tool.module), tool.function)
-                jsonargparse.auto_cli(function, args=args[1:], prog=f"lit-dpo {args[0]}", parser_class=Parser)
+                _run_tool(args[0], args[1:], flags)
             else:
                 PreferenceCLI(args, flags)
     except Stopped as stopped:
@@ -319,6 +318,16 @@ def _run(given: list[str]) -> None:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
         raise SystemExit(2) from error
+
+
+def _run_tool(name: str, args: list[str], flags: Flags) -> None:
+    """Call the function that a command is."""
+    tool = TOOLS[name]
+    function = getattr(importlib.import_module(tool.module), tool.function)
+    if flags.overwrite and "overwrite" not in inspect.signature(function).parameters:
+        raise ValueError(f"`{name}` has no `--overwrite`: name a new file or folder instead.")
+    given = [*as_options(tool, args), *(["--overwrite", "true"] if flags.overwrite else [])]
+    jsonargparse.auto_cli(function, args=given, prog=f"lit-dpo {name}", parser_class=Parser)
 
 
 def _has(callbacks: list[Any], kind: type) -> bool:

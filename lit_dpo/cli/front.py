@@ -47,7 +47,7 @@ _OWN = {  # options of one command or some: their help, and the commands
 _FLAGS = {  # on the command line only, never in a file
     "--allow-changes": "Resume with another configuration than that of the run.",
     "--allow-import PACKAGE": "Let the configuration name classes of that package.",
-    "--overwrite": "Let `predict` replace a file.",
+    "--overwrite": "Replace a file, where a command writes one.",
     "--trust-remote-code": "Let a model or tokenizer run the Python code that comes with it.",
 }
 _USUAL_NAMES = {"learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "seed": "seed_everything"}
@@ -231,12 +231,13 @@ def _help(command: str) -> str:
         return f"usage: lit-dpo configs [NAME FILE]\n\n{_wrapped(_ABOUT_CONFIGS)}"
     if command in TOOLS:
         parameters = signatures.tool(command)
-        needed = " ".join(p.name.upper() for p in parameters if p.default is None)
-        lines = [f"usage: lit-dpo {command} {needed} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"]
-        for parameter in parameters:
-            name = parameter.name.upper() if parameter.default is None else f"--{parameter.name}"
-            lines.append(_entry(name, parameter))
-        return "\n".join(lines)
+        several = TOOLS[command].several
+        front = {p.name: p.name.upper() for p in parameters if p.default is None}  # given without a name
+        front |= {name: f"{name.upper().removesuffix('S')}..." for name in several[:1]}
+        words = " ".join(front.values())
+        entries = (_entry(front.get(parameter.name, f"--{parameter.name}"), parameter) for parameter in parameters)
+        about = f"usage: lit-dpo {command} {words} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"
+        return "\n".join([about, *entries])
     lines = [f"usage: lit-dpo {command} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"]
     lines += [f"  {name}\n{_wrapped(text)}" for name, text in _LIGHTNINGS.items()]
     own = {name: text for name, (text, *commands) in _OWN.items() if command in commands}
