@@ -19,7 +19,9 @@ FLOORS = {
     "checkpoints": 1,
     "watch": 1,
     "model_card": 1,
+    "quantization": 1,
     "resume": 2,
+    "meter": 3,
     "gradients": 2,
     "pretrained": 2,
     "losses": 2,
@@ -44,11 +46,11 @@ FLOORS = {
     "__main__": 12,
 }
 # On one floor, what may build on what.
-NEIGHBOURS = {("metrics", "losses")}
+NEIGHBOURS = {("metrics", "losses"), ("assembly", "hparams")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "scoring.audit", "models", "tokenizers", "adapters", "pretrained", "references"}
-KNOW_TRANSFORMERS |= {"assembly", "module", "export"}
+KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export"}
 
 
 def imported(source, type_checking=False):
