@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lit_dpo.hparams import refuse_absent
 from lit_dpo.model_card import model_card
 from lit_dpo.models import blank_like, load_model
 from lit_dpo.module import STATE
+from lit_dpo.pretrained import Loading
 from lit_dpo.tokenizers import load_tokenizer
 
 
@@ -242,18 +244,20 @@ def _export(
         options = content["hyper_parameters"]
         options = {**options, "model": _present(options["model"], Path(checkpoint))}
         refuse_baseless(options["model"], options["adapter"], merge)
+        loading = Loading(**{field.name: options.get(field.name) for field in fields(Loading)})
         if given is None:
             refuse_absent("model", options["model"])
         if tokenizer is None:
             refuse_absent("tokenizer", options["tokenizer"])
-            tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
+            revision = None if options["tokenizer"] else loading.revision
+            tokenizer = load_tokenizer(options["tokenizer"] or options["model"], revision)
         else:
             tokenizer = copy.deepcopy(tokenizer)
         if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
             tokenizer.chat_template = template
         model: Any
         if given is None:
-            model = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
+            model = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"], loading)
         else:
             model = blank_like(given)
         if options["adapter"] is not None:

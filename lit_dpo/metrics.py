@@ -15,13 +15,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_dpo.losses import PreferenceLoss, implicit_rewards
-from lit_dpo.pairs import PairLogps
+from lit_dpo.pairs import PairBatch, PairLogps
 
 SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 """What a progress bar shows, under names as short as its line."""
 
 
-def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+def pair_metrics(
+    loss: PreferenceLoss, losses: Tensor, policy: PairLogps, reference: PairLogps, rejected: bool = True
+) -> dict[str, Tensor]:
     """Values worth averaging over pairs, under TRL's names where it has one, each of shape ``(batch,)``.
 
     ``rewards/accuracies`` is the share of pairs whose chosen reward lies above the rejected one; a tie counts one
@@ -34,19 +36,21 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
         losses: Its value for each pair, shape ``(batch,)``.
         policy: Log-probs under the policy.
         reference: Log-probs under the reference, or zeros.
+        rejected: Whether the rejected completions were scored; if not, nothing that needs them is measured.
     """
     policy = policy.detach()
-    chosen, rejected = implicit_rewards(policy, reference, loss.beta)
-    values = {
-        "loss": losses.detach(),
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": _win(chosen - rejected),
-        "rewards/ties": (chosen == rejected).to(chosen.dtype),
-        "logps/chosen": policy.chosen,
-        "logps/rejected": policy.rejected,
-    }
+    chosen, other = implicit_rewards(policy, reference, loss.beta)
+    values = {"loss": losses.detach(), "rewards/chosen": chosen}
+    if rejected:
+        values |= {
+            "rewards/rejected": other,
+            "rewards/margins": chosen - other,
+            "rewards/accuracies": _win(chosen - other),
+            "rewards/ties": (chosen == other).to(chosen.dtype),
+        }
+    values["logps/chosen"] = policy.chosen
+    if rejected:
+        values["logps/rejected"] = policy.rejected
     if loss.needs_reference:
         values["displacement"] = (chosen < 0).to(chosen.dtype)
         values["reference/margins"] = reference.margin
@@ -58,6 +62,39 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
 def _win(margin: Tensor) -> Tensor:
     """1 above zero, 0 below, one half at zero; NaN stays NaN."""
     return torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)  # the sign of NaN is 0
+
+
+def predictions(
+    loss: PreferenceLoss, batch: PairBatch, policy: PairLogps, reference: PairLogps | None, tokens: bool = False
+) -> dict[str, Any]:
+    """What ``predict`` gives of each pair, on the CPU: a tensor of shape ``(batch,)`` a name.
+
+    ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``, then log-probs in nats: ``logp_chosen``,
+    ``logp_rejected``, and with a reference ``reference_logp_chosen`` and ``reference_logp_rejected``. Of single tokens,
+    if asked for, there are ``tokens_chosen``, ``tokens_rejected``, ``reference_tokens_chosen`` and
+    ``reference_tokens_rejected``, each a list of one tensor a pair.
+
+    Args:
+        loss: Gives the scale of rewards.
+        batch: The pairs; those of weight zero are left out.
+        policy: Log-probs under the policy.
+        reference: The same under the reference; ``None`` if there is none.
+        tokens: Give those of single tokens, which must have been kept.
+    """
+    chosen, rejected = implicit_rewards(policy, policy.zeros() if reference is None else reference, loss.beta)
+    values = {"row_id": batch.row_ids, "reward_chosen": chosen, "reward_rejected": rejected}
+    values["margin"] = chosen - rejected
+    real = slice(None) if batch.weights is None else batch.weights.cpu() != 0
+    sources = {"": policy} | ({} if reference is None else {"reference_": reference})
+    for prefix, logps in sources.items():
+        values |= {f"{prefix}logp_chosen": logps.chosen, f"{prefix}logp_rejected": logps.rejected}
+    found: dict[str, Any] = {name: value.cpu()[real] for name, value in values.items()}
+    kept = torch.arange(len(batch))[real].tolist()
+    for prefix, logps in sources.items() if tokens else ():
+        parts = [part.cpu() for part in logps.split_tokens()]
+        for place, side in enumerate(("chosen", "rejected")):
+            found[f"{prefix}tokens_{side}"] = [parts[2 * pair + place] for pair in kept]
+    return found
 
 
 class PairMeans(Metric):
@@ -89,6 +126,10 @@ class PairMeans(Metric):
         ).double()  # (names + 1, batch)
         if weights is not None:
             table = torch.where(weights != 0, table, 0.0)
+        if self.names and self.names != tuple(values):  # restored from a run that measured something else
+            found = dict(zip(self.names, self.sums[1:], strict=True))
+            zero = torch.zeros_like(self.sums[0])
+            self.sums = torch.stack([self.sums[0], *(found.get(name, zero) for name in values)])
         self.names = tuple(values)
         self.sums = self.sums + table.sum(1)  # the first update broadcasts from (1,)
 
@@ -109,26 +150,34 @@ class PairMeans(Metric):
         self._update_count = 1  # else torchmetrics warns that nothing was added
 
 
-def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:
+def metric_names(loss: PreferenceLoss, validates: bool, rejected: bool = True) -> set[str]:
     """Names of everything that a fit measures.
 
     Args:
         loss: With its decoder blocks settled.
         validates: Whether there is validation.
+        rejected: Whether rejected completions are scored in training.
     """
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)
     single = PairLogps(zero, zero, one, one, tokens=torch.zeros(2), columns=dict.fromkeys(loss.columns, zero))
     nothing = replace(single, layers={int(layer): single for layer in loss.layers})
-    stages = ("train", "val") if validates else ("train",)
-    names = {f"{stage}/{name}" for stage in stages for name in pair_metrics(loss, zero, nothing, nothing)}
+    scored = {"train": rejected, "val": True} if validates else {"train": rejected}
+    names = {
+        f"{stage}/{name}" for stage, both in scored.items() for name in pair_metrics(loss, zero, nothing, nothing, both)
+    }
     return names | {"train/tokens_per_second", "train/grad_norm", "lr"}
 
 
-def check_monitors(trainer: Trainer, loss: PreferenceLoss) -> None:
+def check_monitors(trainer: Trainer, loss: PreferenceLoss, rejected: bool = True) -> None:
     """Refuse callbacks that watch a metric which this fit does not measure, before anything is computed.
 
     Without validation our own callbacks for it do nothing, which is said. Where a module or callback of the user's may
     log metrics of its own, no name can be known to be wrong.
+
+    Args:
+        trainer: Of the fit.
+        loss: With its decoder blocks settled.
+        rejected: Whether rejected completions are scored in training.
 
     Raises:
         ValueError: There is no such metric.
@@ -138,7 +187,7 @@ def check_monitors(trainer: Trainer, loss: PreferenceLoss) -> None:
     if not watching or any(type(each).__module__.partition(".")[0] not in ("lit_dpo", "lightning") for each in loggers):
         return
     validates = trainer.enable_validation
-    names, everything = metric_names(loss, validates), metric_names(loss, True)
+    names, everything = metric_names(loss, validates, rejected), metric_names(loss, True, rejected)
     idle = []
     for callback in watching:
         monitor = callback.monitor

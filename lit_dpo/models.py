@@ -16,11 +16,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lit_dpo.pretrained import NO_DECODER, read_config, read_model, refuse_kernels, trusts_remote_code
+from lit_dpo.pretrained import (
+    NO_DECODER,
+    Attention,
+    Loading,
+    read_config,
+    read_model,
+    refuse_kernels,
+    trusts_remote_code,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Scalar = bool | int | float | None | str  # the order in which the command line tries to read a value
 ModelDescription = dict[str, Scalar | list[Scalar] | dict[str, Scalar]]
+Quantization = ModelDescription
 if TYPE_CHECKING:
     ModelSource = str | ModelDescription | PreTrainedModel
 else:  # what the command line reads: there are no objects on it
@@ -32,6 +41,7 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: Dtype = "float32",
     seed: int = 0,
+    loading: Loading = Loading(),  # noqa: B008 - frozen
 ) -> PreTrainedModel:
     """A causal language model, with dropout off.
 
@@ -41,38 +51,44 @@ def load_model(
         tokenizer: Fills in what a description leaves out: vocabulary size and special tokens.
         dtype: Of the weights.
         seed: Of the random weights: the same description and seed give the same model.
+        loading: Revision, attention and quantization.
 
     Raises:
-        ValueError: There is no such model, it is broken or needs code of its own (see `read_model`), or the
-            description names no known ``model_type``.
+        ValueError: An option of `loading` is not for this source, there is no such model, it is broken or needs code
+            of its own (see `read_model`), or the description names no known ``model_type``.
     """
-    kind = getattr(torch, dtype)
+    loading.check(source)
+    kind, attention = getattr(torch, dtype), loading.attn_implementation
     if isinstance(source, str):
-        model = read_model(source, kind)
+        model = read_model(source, kind, loading)
     else:
         config = _config(source, tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = _from_config(config, kind)
+            model = _from_config(config, kind, attention)
     _disable_dropout(model)
-    _keep_softcap(model)
+    _keep_softcap(model, attention)
     model.eval()  # as `from_pretrained` gives it
     return model
 
 
 def empty_model(
-    source: str | ModelDescription, tokenizer: PreTrainedTokenizerBase | None = None, dtype: Dtype = "float32"
+    source: str | ModelDescription,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: Dtype = "float32",
+    loading: Loading = Loading(),  # noqa: B008 - frozen
 ) -> PreTrainedModel:
     """What `load_model` gives, but without any weights: every tensor is on the meta device.
 
     Raises:
         ValueError: There is no such model, or the description names no known ``model_type``.
     """
-    config = read_config(source) if isinstance(source, str) else _config(source, tokenizer)
+    loading.check(source)
+    config = read_config(source, loading.revision) if isinstance(source, str) else _config(source, tokenizer)
     with torch.device("meta"):
-        model = _from_config(config, getattr(torch, dtype))
+        model = _from_config(config, getattr(torch, dtype), loading.attn_implementation)
     _disable_dropout(model)
-    _keep_softcap(model)
+    _keep_softcap(model, loading.attn_implementation)
     return model
 
 
@@ -137,14 +153,15 @@ def _config(description: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase |
     return config
 
 
-def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _from_config(config: Any, dtype: torch.dtype, attention: Attention | None = None) -> PreTrainedModel:
     """A random model, or ValueError if a config is that of no decoder-only language model."""
     problem = f"`model` is a {config.model_type}, {NO_DECODER}"
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(problem)
     try:
+        more = {} if attention is None else {"attn_implementation": attention}
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trusts_remote_code(), dtype=dtype
+            config, trust_remote_code=trusts_remote_code(), dtype=dtype, **more
         )
     except Exception as error:  # whatever odd numbers come to
         if "Unrecognized configuration class" in str(error):
@@ -154,10 +171,15 @@ def _from_config(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _keep_softcap(model: PreTrainedModel) -> None:
+def _keep_softcap(model: PreTrainedModel, asked: Attention | None) -> None:
     """Leave `sdpa` where a model caps its attention scores: transformers 5.17 drops Gemma 2's cap there, silently."""
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+        if asked is not None:
+            raise ValueError(
+                f"`attn_implementation: {asked}` would drop the cap that {type(model).__name__} puts on its attention "
+                "scores: use `eager`, or leave it out."
+            )
         model.set_attn_implementation("eager")
 
 

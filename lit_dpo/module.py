@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-import transformers
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,33 +14,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.adapters import LoRA
-from lit_dpo.assembly import Assembly, settled_form
+from lit_dpo.assembly import Assembly, check_run, check_source, default_reference, settled_form
 from lit_dpo.checkpoints.foreign import believe_all
-from lit_dpo.gradients import (
-    SeenPairs,
-    clip,
-    gradient_norm,
-    refuse_broken_state,
-    refuse_foreign_state,
-    refuse_nonfinite,
-)
-from lit_dpo.hparams import alive, plain, refuse_absent
-from lit_dpo.losses import DPOLoss, PreferenceLoss, implicit_rewards, per_pair, refuse_missing
-from lit_dpo.metrics import SHOWN, PairMeans, check_monitors, pair_metrics
-from lit_dpo.models import Dtype, ModelSource, check_object
-from lit_dpo.pair_data import pair_data
+from lit_dpo.gradients import clip, gradient_norm, refuse_broken_state, refuse_foreign_state, refuse_nonfinite
+from lit_dpo.hparams import alive, plain
+from lit_dpo.losses import DPOLoss, PreferenceLoss, per_pair, refuse_functions, refuse_missing
+from lit_dpo.meter import Meter, StepPairs, completes_step, logs_now
+from lit_dpo.metrics import check_monitors, predictions
+from lit_dpo.models import Dtype, ModelSource, Quantization
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.pretrained import trusts_remote_code
-from lit_dpo.references.adapter import AdapterReference
+from lit_dpo.pretrained import Attention, Loading, trusts_remote_code
 from lit_dpo.references.base import Reference, Start
-from lit_dpo.references.frozen import FrozenReference
-from lit_dpo.resume import rescale, seeded, validate_between_steps
+from lit_dpo.resume import fit_counters, run_facts, seeded, validate_between_steps
 from lit_dpo.schedules import WarmupDecay, bind, rebind
+from lit_dpo.scoring.chosen import chosen_alone
 from lit_dpo.scoring.score import BatchForm, Scorer
-from lit_dpo.scoring.sizes import check_rows
 from lit_dpo.strategies import leave_batches
 from lit_dpo.tokenizers import TokenizerSource, load_tokenizer
-from lit_dpo.version import __version__
 
 STATE = "lit_dpo"
 """Our part of a checkpoint."""
@@ -68,12 +56,18 @@ class PreferenceModule(LightningModule):
             learning rate constant.
         dtype: Of the weights. Keep float32 and set the Trainer's ``precision: bf16-mixed`` to compute in bfloat16: at
             the usual learning rates a bfloat16 weight does not move.
+        revision: Branch, tag or commit of a hub name, for model and tokenizer; ``None`` is its main branch.
+        attn_implementation: Attention of the padded form, and of generation; with it ``auto`` is ``padded``, since the
+            flat form has an attention of its own. ``None`` is transformers' choice.
+        quantization: Load the frozen weights under an `adapter` quantized: options of bitsandbytes, such as
+            ``{load_in_4bit: true, bnb_4bit_quant_type: nf4}``, or ``{quant_type: Int8WeightOnlyConfig}`` of torchao.
         form: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         max_tokens: Tokens of the flat line to compute at once. A batch of more is computed in parts, most of them again
             in the backward pass: the same gradient, and the longest batch of an epoch no longer decides what memory
             it takes. Not for sharded models.
         init_seed: Seed of the random weights of a description, and of adapters.
+        predict_tokens: Let ``predict`` give the log-prob of every completion token too.
 
     Raises:
         ValueError: An option is out of its range, or (when the models are built) there is no such model.
@@ -91,52 +85,48 @@ class PreferenceModule(LightningModule):
         ),
         lr_scheduler: LRSchedulerCallable | None = WarmupDecay,
         dtype: Dtype = "float32",
+        revision: str | None = None,
+        attn_implementation: Attention | None = None,
+        quantization: Quantization | None = None,
         form: BatchForm = "auto",
         gradient_checkpointing: bool = False,
         max_tokens: int | None = None,
         init_seed: int = 0,
+        predict_tokens: bool = False,
     ) -> None:
         super().__init__()
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}.")
-        refuse_absent("model", model)
-        refuse_absent("tokenizer", tokenizer)
-        if tokenizer is None and not isinstance(model, str):
-            raise ValueError("A `model` that is no name and no folder has no tokenizer of its own: set `tokenizer`.")
+        Scorer(form=form, max_tokens=max_tokens)  # refuses what is out of range
         # From a checkpoint these come as plain values.
         loss, reference = alive(loss), alive(reference)
         adapter = LoRA(**adapter) if isinstance(adapter, dict) else adapter
-        if not isinstance(model, str | dict):
-            check_object(model, dtype, adapter)
+        refuse_functions("loss", loss)
+        self.loading = Loading(revision, attn_implementation, quantization)
+        check_source(model, tokenizer, self.loading, form, dtype, adapter)
         self.model: ModelSource
         object.__setattr__(self, "model", model)  # an object is no submodule: it is the policy, and in checkpoints once
         self.loss, self.adapter, self.dtype_name = loss, adapter, dtype
         self._tokenizer, self._given_tokenizer = tokenizer or str(model), tokenizer
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.form, self.gradient_checkpointing, self.init_seed = form, gradient_checkpointing, init_seed
-        self.max_tokens = max_tokens
-        self.reference = self._default_reference() if reference is None else reference
+        self.form: BatchForm = form if attn_implementation is None else "padded"
+        self.gradient_checkpointing, self.init_seed = gradient_checkpointing, init_seed
+        self.max_tokens, self.predict_tokens = max_tokens, predict_tokens
+        self.reference = default_reference(loss, adapter) if reference is None else reference
         self.policy: nn.Module | None = None
-        self.means = {stage: PairMeans() for stage in ("train", "val", "test")}  # no modules of the model's
+        self._meter = Meter()
         self._settled: BatchForm | None = None
         self._prepared_for: str | None = None
-        self._tokens, self._since = 0, 0.0
         self._bound: WarmupDecay | None = None  # the schedule whose length is the run's
-        self._seen: list[SeenPairs] = []  # in the optimizer step under way
         options = {"model": model, "loss": loss, "reference": reference, "adapter": adapter, "tokenizer": tokenizer}
+        options |= {f.name: getattr(self.loading, f.name) for f in fields(Loading)}
         options |= {"dtype": dtype, "init_seed": init_seed, "trust_remote_code": trusts_remote_code()}  # for the record
         self.save_hyperparameters({name: plain(value) for name, value in options.items()})
-
-    def _default_reference(self) -> Reference | None:
-        if not self.loss.needs_reference:
-            return None
-        return FrozenReference() if self.adapter is None else AdapterReference()
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The policy's tokenizer, loaded at first use."""
         if isinstance(self._tokenizer, str):
-            self._tokenizer = load_tokenizer(self._tokenizer)
+            own = self._given_tokenizer is None
+            self._tokenizer = load_tokenizer(self._tokenizer, self.loading.revision if own else None)
         return self._tokenizer
 
     @property
@@ -149,60 +139,58 @@ class PreferenceModule(LightningModule):
         """Forget what an earlier fit has measured and not logged yet, such as that of the partition before."""
         leave_batches(self.trainer.strategy)
         if stage == "fit":
-            self._means("train").reset()
+            self._meter.forget()
 
     def configure_model(self) -> None:
         """Load policy and reference, once, and settle how many decoder blocks the loss can name."""
         if self.policy is not None:
             return
         self.hparams["trust_remote_code"] = trusts_remote_code()
-        assembly = self._assembly()
-        if assembly.sharded and self.max_tokens is not None:
-            raise ValueError(
-                "`max_tokens` is not for sharded models: use `gradient_checkpointing`, or a smaller `batch_size` with "
-                "`accumulate_grad_batches`, which makes the same optimizer steps."
-            )
-        policy, self.loss = assembly.build(self.loss)
+        policy, self.loss = self._assembly().build(self.loss)
         self.policy = policy.train()  # from_pretrained leaves it in eval mode, and Lightning keeps modes
         moving = [] if self.reference is None else self.reference.moving()
         self.moving_references = nn.ModuleList(model for one in moving for model in one.models())  # for checkpoints
 
     def _assembly(self) -> Assembly:
-        return Assembly(
-            self.model,
-            self.tokenizer,
-            self.dtype_name,
-            self.init_seed,
-            self.adapter,
-            self.reference,
-            self.gradient_checkpointing,
-            self._trainer,
-            self.device_mesh,
-        )
+        what = self.model, self.loading, self.tokenizer, self.dtype_name, self.init_seed, self.adapter, self.reference
+        return Assembly(*what, self.gradient_checkpointing, self.max_tokens, self._trainer, self.device_mesh)
 
     def restart_from(self, model: ModelSource) -> None:
         """Forget the policy; the next run loads it from another folder, as the reference. Adapters start anew."""
         if not isinstance(model, str | dict) and hasattr(self.policy, "peft_config"):
             self.policy.unload()  # type: ignore[union-attr, operator]  # peft has put its layers into the object itself
+        if model != self.model:  # another one has no revision
+            self.loading = replace(self.loading, revision=None)
         object.__setattr__(self, "model", model)
         self.policy, self._settled, self._prepared_for = None, None, None
-        self.hparams["model"] = plain(model)
+        self.hparams.update(model=plain(model), revision=self.loading.revision)
         if isinstance(model, str) and isinstance(self.hparams["tokenizer"], dict):
             self.hparams["tokenizer"] = None  # an object before, which has been saved in this folder
-
-    # -- the one step -------------------------------------------------------------------------------------------------
 
     @property
     def scorer(self) -> Scorer:
         """How policy and reference are scored: as the loss asks, in the form that was settled."""
-        form = self._settled or self.form
-        return Scorer(self.loss.layers, self.loss.detach_head, form, self.max_tokens, self.loss.needs_tokens)
+        form, predicts = self._settled or self.form, self._trainer is not None and self.trainer.predicting
+        per_token = self.loss.needs_tokens or (predicts and self.predict_tokens)
+        return Scorer(self.loss.layers, self.loss.detach_head, form, self.max_tokens, per_token)
+
+    @property
+    def scores_rejected(self) -> bool:
+        """Whether rejected completions are scored in training; in validation they always are."""
+        return self.loss.needs_rejected or self.reference is not None
+
+    @property
+    def last_pairs(self) -> StepPairs | None:
+        """What the last training step has found of each of its pairs, for callbacks."""
+        return self._meter.last
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """All that this fit has logged, also before it was resumed, as numbers; ``step`` counts optimizer steps."""
+        return self._meter.history.settle()
 
     def forward(self, batch: PairBatch) -> tuple[PairLogps, PairLogps]:
-        """Log-probs of a batch under policy and reference, with the numbers of its rows.
-
-        A loss without a reference gets zeros for it.
-        """
+        """Log-probs of a batch under policy and reference, zeros without one, with the numbers of its rows."""
         assert self.policy is not None
         scorer = self.scorer
         with torch.no_grad():
@@ -213,43 +201,25 @@ class PreferenceModule(LightningModule):
 
     def _step(self, batch: PairBatch, stage: str) -> Tensor:
         refuse_missing(self.loss, batch.columns)
-        policy, reference = self(batch)
+        both = stage != "train" or self.scores_rejected
+        scored = batch if both else chosen_alone(batch)
+        policy, reference = self(scored)
         losses = per_pair(self.loss, policy, reference)  # (batch,)
         if "weight" in batch.columns:
             losses = losses * batch.columns["weight"]
-        if stage == "train":
-            self._seen.append(SeenPairs(batch.row_ids, losses.detach(), policy.detach(), reference))
-        with torch.no_grad():
-            self._means(stage).update(pair_metrics(self.loss, losses, policy, reference), batch.weights)
+        self._meter.add(stage, scored, self.loss, losses, policy, reference, both)
         return losses.mean() if batch.weights is None else (batch.weights * losses).mean()
-
-    def _means(self, stage: str) -> PairMeans:
-        return self.means[stage]
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         """Mean loss over the pairs of a batch; every ``log_every_n_steps`` steps log the means since then.
 
         (Not in `on_train_batch_end`: a checkpoint that a callback writes there would miss what is logged after it.)
         """
-        self._tokens += len(batch.input_ids)
         with seeded(self.device, self.init_seed, self.trainer.fit_loop.total_batch_idx, self.global_rank):
             loss = self._step(batch, "train")
-        if self._completes_step(batch_idx) and (self.trainer.global_step + 1) % self._log_interval == 0:
-            self._log_means("train")
-            now = time.perf_counter()
-            speed = self._tokens * self.trainer.world_size / (now - self._since)
-            self.log("train/tokens_per_second", speed, batch_size=1)
-            self.log("tokens/s", speed, prog_bar=True, logger=False, batch_size=1)
-            self._tokens, self._since = 0, now
+        if completes_step(self.trainer, batch_idx) and logs_now(self.trainer):
+            self._meter.log(self, "train")
         return loss
-
-    @property
-    def _log_interval(self) -> int:
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by the logger connector
-        return interval
-
-    def _completes_step(self, batch_idx: int) -> bool:
-        return (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         """Add a batch to the means of ``val/``."""
@@ -259,51 +229,24 @@ class PreferenceModule(LightningModule):
         """Add a batch to the means of ``test/``."""
         self._step(batch, "test")
 
-    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Tensor]:
-        """Per-pair rewards and log-probs, each of shape ``(batch,)``, fillers of weight zero left out."""
+    def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:
+        """Rewards and log-probs of each pair, see `predictions`; fillers of weight zero are left out."""
         policy, reference = self(batch)
-        chosen, rejected = implicit_rewards(policy, reference, self.loss.beta)
-        values = {
-            "row_id": batch.row_ids,
-            "reward_chosen": chosen,
-            "reward_rejected": rejected,
-            "margin": chosen - rejected,
-            "logp_chosen": policy.chosen,
-            "logp_rejected": policy.rejected,
-        }
-        real = slice(None) if batch.weights is None else batch.weights != 0
-        return {name: value[real].cpu() for name, value in values.items()}
-
-    # -- metrics ------------------------------------------------------------------------------------------------------
-
-    def _log_means(self, stage: str) -> None:
-        means = self._means(stage)
-        values = {f"{stage}/{name}": value for name, value in means.compute().items()}
-        for name, value in values.items():
-            # The means are of all processes already; `sync_dist` only tells Lightning not to warn that they are not.
-            self.log(name, value, batch_size=1, sync_dist=stage != "train")
-        for name, short in SHOWN.items() if stage == "train" else ():
-            self.log(short, values[f"train/{name}"], prog_bar=True, logger=False, batch_size=1)
-        means.reset()
+        return predictions(self.loss, batch, policy, None if self.reference is None else reference, self.predict_tokens)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
         """After an optimizer step free the gradients."""
-        if not self._completes_step(batch_idx):
-            return
         # Lightning zeroes after the next forward pass; until then the gradients would stand beside its activations.
-        for optimizer in self.trainer.optimizers:
+        for optimizer in self.trainer.optimizers if completes_step(self.trainer, batch_idx) else ():
             optimizer.zero_grad()
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the validation pairs."""
-        self._log_means("val")
-        self._tokens, self._since = 0, time.perf_counter()  # validation is no training time
+        self._meter.log(self, "val")
 
     def on_test_epoch_end(self) -> None:
         """Log the means over the test pairs."""
-        self._log_means("test")
-
-    # -- the optimizer step -------------------------------------------------------------------------------------------
+        self._meter.log(self, "test")
 
     def configure_gradient_clipping(
         self,
@@ -317,13 +260,12 @@ class PreferenceModule(LightningModule):
             FloatingPointError: Loss or gradient is NaN or infinite; no weight has changed then.
             ValueError: The optimizer is fused and gradients are scaled float16.
         """
-        seen, self._seen = self._seen, []
+        seen, self._meter.seen = self._meter.seen, []
         norm = gradient_norm(self.policy, optimizer)
         # Scaled float16 gradients overflow now and then, and their scaler skips such a step by itself.
         refuse_nonfinite(self.trainer, self.policy, seen, None if self.trainer.precision == "16-mixed" else norm)
-        if (self.trainer.global_step + 1) % self._log_interval == 0:
-            self.log("train/grad_norm", norm, batch_size=1)
-            self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
+        if logs_now(self.trainer):
+            self._meter.log_step(self, norm, optimizer.param_groups[0]["lr"])
         if gradient_clip_val:
             clip(optimizer, norm, gradient_clip_val, gradient_clip_algorithm, self.trainer.precision)
 
@@ -342,25 +284,7 @@ class PreferenceModule(LightningModule):
             FloatingPointError: A weight or optimizer state is not finite; nothing is written then.
         """
         refuse_broken_state(self.trainer, self.policy)
-        means, data = self._means("train"), pair_data(self.trainer)
-        checkpoint[STATE] = {
-            **means.kept(self.trainer.strategy),
-            "chat_template": None if data is None else data.chat_template,
-            **self.facts(),
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """What a model card tells of the run so far, as plain values; see `lit_dpo.model_card.model_card`."""
-        data = pair_data(self.trainer)
-        metrics = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name.startswith("val/")}
-        packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        return {
-            "data": None if data is None else data.sources,
-            "step": self.trainer.global_step,
-            "step_layout": self._step_layout(),
-            "metrics": metrics,
-            "versions": {name: str(version) for name, version in packages.items()},
-        }
+        checkpoint[STATE] = {**self._meter.kept(self.trainer.strategy), **run_facts(self.trainer)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the means of the present logging interval, and fit the counters to this run's processes.
@@ -373,42 +297,24 @@ class PreferenceModule(LightningModule):
         state = checkpoint.get(STATE)
         if state is None or self._trainer is None or self.trainer.state.fn != "fit":
             return
-        if type(self.trainer.datamodule).__qualname__ not in checkpoint:  # type: ignore[attr-defined]
-            rank_zero_info("The checkpoint keeps nothing of its rows, so whether they have changed cannot be noticed.")
-        layout = self._step_layout()
-        if layout is not None and state["step_layout"] is not None:
-            rescale(checkpoint["loops"], state["step_layout"], layout)
-        self._means("train").restore(state, self.global_rank)
-
-    def _step_layout(self) -> dict[str, int] | None:
-        data = pair_data(self.trainer)
-        return data.step_layout() if data is not None and self.trainer.state.fn == "fit" else None
-
-    # -- start of a run -----------------------------------------------------------------------------------------------
+        fit_counters(self.trainer, checkpoint, state["step_layout"])
+        self._meter.restore(state, self.global_rank)
 
     def _start(self) -> None:
+        """Refuse what cannot run, settle the form of batches, and let the reference get ready; once a stage."""
         refuse_broken_state(self.trainer, self.policy)
         assert self.policy is not None
         if self._settled is None:
-            self._settled = settled_form(self.trainer, self.policy, self.form)
+            self._settled = settled_form(self.trainer, self.policy, self.form, self.loading)
+            reference = type(self.reference).__name__ if self.reference else "none"
             rank_zero_info(f"Objective: the mean over pairs of {self.loss.formula()}")
-            name = type(self.reference).__name__ if self.reference else "none"
-            rank_zero_info(f"Loss: {self.loss!r}; reference: {name}")
+            rank_zero_info(f"Loss: {self.loss!r}; reference: {reference}")
         assert self.trainer.state.fn is not None
         stage = self.trainer.state.fn.value  # `str` of it would give the name of the enumeration too
         if self._prepared_for == stage:
             return
         self._prepared_for = stage
-        if self.loss.needs_reference and self.reference is None:
-            raise ValueError(
-                f"`{type(self.loss).__name__}` needs a reference, and the module's was taken away: leave "
-                "`module.reference` in its place, or use a loss that needs none, such as `SFTLoss`."
-            )
-        if data := pair_data(self.trainer):
-            if stage != "predict":  # which calls no loss
-                refuse_missing(self.loss, data.values)
-            models = [self.policy, *(self.reference.models() if self.reference is not None else [])]
-            check_rows(models, data.reference_sets(stage))
+        check_run(self.trainer, self.policy, self.loss, self.reference, stage)
         if self.reference is not None:
             self.reference.prepare(Start(self.trainer, self.policy, self._assembly().load, self.scorer))
 
@@ -418,35 +324,21 @@ class PreferenceModule(LightningModule):
         Raises:
             ValueError: A callback watches a metric that does not exist, or the loss needs a reference and has none.
         """
-        check_monitors(self.trainer, self.loss)
+        check_monitors(self.trainer, self.loss, self.scores_rejected)
         self._prepared_for = None  # the partition may have changed
-        self._seen = []
+        self._meter.seen = []
         self._start()
-        self._tokens, self._since = 0, time.perf_counter()
+        self._meter.restart_clock()
 
     def on_train_start(self) -> None:
-        """Fit a restored schedule to this run, and move validations to the ends of optimizer steps.
-
-        (There a checkpoint holds all there is; in the middle of one, half a step is in the gradients.)
-        """
-        trainer = self.trainer
-        refuse_foreign_state(trainer)
-        refuse_broken_state(trainer, self.policy)  # the optimizer's restored state too
+        """Fit a restored schedule to this run, and move validations to the ends of optimizer steps."""
+        refuse_foreign_state(self.trainer)
+        refuse_broken_state(self.trainer, self.policy)  # the optimizer's restored state too
         if self._bound is not None:
-            rebind(self._bound, trainer)
-        validate_between_steps(trainer)
+            rebind(self._bound, self.trainer)
+        validate_between_steps(self.trainer)
 
-    def on_validation_start(self) -> None:
-        """As `on_fit_start`, for a run of its own."""
-        self._start()
-
-    def on_test_start(self) -> None:
-        """As `on_fit_start`."""
-        self._start()
-
-    def on_predict_start(self) -> None:
-        """As `on_fit_start`."""
-        self._start()
+    on_validation_start = on_test_start = on_predict_start = _start
 
     def configure_optimizers(self) -> Any:
         """The optimizer over trained parameters, and the schedule bound to the number of optimizer steps."""
@@ -455,15 +347,12 @@ class PreferenceModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupDecay) and scheduler.total_steps is None:
-            bind(scheduler, self.trainer)
-            self._bound = scheduler
+        self._bound = bind(scheduler, self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreferenceModule:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for means in self.means.values():
-            means._apply(fn)
+        self._meter.move(fn)
         if self.reference is not None:
             self.reference.move(fn, recurse)
         return self

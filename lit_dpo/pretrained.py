@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +17,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.files import refuse_special
+from lit_dpo.quantization import quantization_config
 
+Attention = Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"]
 NO_DECODER = "which is no decoder-only language model: use one, such as a Llama, Qwen or Gemma."
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -44,35 +47,86 @@ def trusts_remote_code() -> bool:
     return _trusted.get()
 
 
-def read_config(source: str) -> Any:
+@dataclass(frozen=True)
+class Loading:
+    """How the model of a hub name or folder is loaded.
+
+    Args:
+        revision: Branch, tag or commit of a hub name.
+        attn_implementation: Attention of the model's own; ``None`` is transformers' choice.
+        quantization: Options of a quantized model; see `quantization_config`.
+    """
+
+    revision: str | None = None
+    attn_implementation: Attention | None = None
+    quantization: Mapping[str, Any] | None = None
+
+    def check(self, source: object) -> None:
+        """Refuse options that would be ignored for this source.
+
+        Raises:
+            ValueError: A folder or description has no revisions, and a description no weights to quantize; a loaded
+                model is loaded.
+        """
+        name, folder = isinstance(source, str), isinstance(source, str) and Path(source).is_dir()
+        wrong = {
+            "revision": self.revision is not None and (not name or folder),
+            "attn_implementation": self.attn_implementation is not None and not isinstance(source, str | dict),
+            "quantization": self.quantization is not None and not name,
+        }
+        kind = "a folder" if folder else "a description" if isinstance(source, dict) else "loaded already"
+        for option in (option for option, refused in wrong.items() if refused):
+            raise ValueError(f"`{option}` would change nothing, since `model` is {kind}: leave it out.")
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``from_pretrained`` is told of it."""
+        options = {"revision": self.revision, "attn_implementation": self.attn_implementation}
+        if self.quantization is not None:
+            options["quantization_config"] = quantization_config(self.quantization)
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def read_config(source: str, revision: str | None = None) -> Any:
     """The configuration of a hub name or folder.
+
+    Args:
+        source: The name or folder.
+        revision: Branch, tag or commit of a hub name.
 
     Raises:
         ValueError: There is none, it does not load, or it needs code of its own and that is not trusted.
     """
     with _reading("model", source):
-        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code())
+        more = {} if revision is None else {"revision": revision}
+        config: Any = AutoConfig.from_pretrained(source, trust_remote_code=trusts_remote_code(), **more)
         refuse_kernels(config, source)
     return config
 
 
-def read_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
+def read_model(source: str, dtype: torch.dtype, loading: Loading = Loading()) -> PreTrainedModel:
     """The model of a hub name or folder, every weight of it read from there and finite.
+
+    Args:
+        source: The name or folder.
+        dtype: Of the weights.
+        loading: Options of transformers.
 
     Raises:
         ValueError: As `read_config`; or weights are missing, of another shape, pickled with more than tensors in them,
             or not finite.
     """
     model: PreTrainedModel
+    more = loading.arguments()
     with _reading("model", source):
-        if find_adapter_config_file(source) is not None:
+        if find_adapter_config_file(source, revision=loading.revision) is not None:
             raise _SourceError(
                 f"`model` {source!r} holds adapters, which are no model to start from: merge them into their base "
                 "with peft's `merge_and_unload` and save that (`lit-dpo export` merges unless told otherwise)."
             )
-        read_config(source)
+        read_config(source, loading.revision)
         load: Any = AutoModelForCausalLM.from_pretrained
-        model, info = load(source, trust_remote_code=trusts_remote_code(), dtype=dtype, output_loading_info=True)
+        trust = trusts_remote_code()
+        model, info = load(source, trust_remote_code=trust, dtype=dtype, output_loading_info=True, **more)
     _refuse_half(model)
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
@@ -87,15 +141,20 @@ def read_model(source: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or folder.
+
+    Args:
+        source: The name or folder.
+        revision: Branch, tag or commit of a hub name.
 
     Raises:
         ValueError: There is none, it does not load, or it needs code of its own and that is not trusted.
     """
     with _reading("tokenizer", source):
+        more = {} if revision is None else {"revision": revision}
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=trusts_remote_code()
+            source, trust_remote_code=trusts_remote_code(), **more
         )
     return tokenizer
 

@@ -7,8 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from lit_dpo.pair_data import pair_data
+from lit_dpo.version import __version__
 
 
 @contextmanager
@@ -62,3 +66,42 @@ def validate_between_steps(trainer: Trainer) -> None:
     if isinstance(interval, int) and interval % every and interval < trainer.num_training_batches:
         trainer.val_check_batch = max(every, interval // every * every)
         rank_zero_info(f"Validation every {trainer.val_check_batch} batches, whole optimizer steps of {every}.")
+
+
+def step_layout(trainer: Trainer) -> dict[str, int] | None:
+    """How optimizer steps of a fit are cut into batches, if the data module can tell."""
+    data = pair_data(trainer)
+    return data.step_layout() if data is not None and trainer.state.fn == "fit" else None
+
+
+def run_facts(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint and its model card tell of a run so far, as plain values."""
+    data = pair_data(trainer)
+    metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+    packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "chat_template": None if data is None else data.chat_template,
+        "data": None if data is None else data.sources,
+        "step": trainer.global_step,
+        "step_layout": step_layout(trainer),
+        "metrics": metrics,
+        "versions": {name: str(version) for name, version in packages.items()},
+    }
+
+
+def fit_counters(trainer: Trainer, checkpoint: dict[str, Any], old: dict[str, int] | None) -> None:
+    """Fit the counters of a checkpoint to this run's processes; say so if changed rows cannot be noticed.
+
+    Args:
+        trainer: Of the fit that resumes.
+        checkpoint: Its counters are changed in place.
+        old: The `step_layout` of the run that saved.
+
+    Raises:
+        ValueError: To go on, the run would need another number of pairs an optimizer step.
+    """
+    if type(trainer.datamodule).__qualname__ not in checkpoint:  # type: ignore[attr-defined]
+        rank_zero_info("The checkpoint keeps nothing of its rows, so whether they have changed cannot be noticed.")
+    layout = step_layout(trainer)
+    if layout is not None and old is not None:
+        rescale(checkpoint["loops"], old, layout)

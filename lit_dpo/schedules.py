@@ -66,12 +66,14 @@ class WarmupDecay(LRScheduler):
         return [base * self.factor(self.last_epoch) for base in self.base_lrs]
 
 
-def bind(schedule: WarmupDecay, trainer: Trainer) -> None:
-    """Fix a schedule's length to that of a run.
+def bind(schedule: object, trainer: Trainer) -> WarmupDecay | None:
+    """Fix a schedule's length to that of a run, if it is one of ours and has none of its own, and return it then.
 
     Raises:
         ValueError: The run has no end that is known.
     """
+    if not isinstance(schedule, WarmupDecay) or schedule.total_steps is not None:
+        return None
     steps = trainer.estimated_stepping_batches
     if steps == math.inf:
         raise ValueError(
@@ -79,6 +81,7 @@ def bind(schedule: WarmupDecay, trainer: Trainer) -> None:
             "`lr_scheduler.total_steps`."
         )
     schedule.bind(int(steps))
+    return schedule
 
 
 def rebind(schedule: WarmupDecay, trainer: Trainer) -> None:

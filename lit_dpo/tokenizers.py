@@ -26,15 +26,19 @@ _CHATML = (
 )
 
 
-def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub name or local folder, or ``quickstart``: a small one made from the embedded data.
+
+    Args:
+        source: The name or folder.
+        revision: Branch, tag or commit of a hub name.
 
     Raises:
         ValueError: There is no such tokenizer.
     """
     if source == "quickstart":
         return quickstart_tokenizer()
-    return read_tokenizer(source)
+    return read_tokenizer(source, revision)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -22,7 +22,9 @@ FLOORS = {
     "checkpoints": 1,
     "watch": 1,
     "model_card": 1,
+    "quantization": 1,
     "resume": 2,
+    "meter": 3,
     "gradients": 2,
     "pretrained": 2,
     "losses": 2,
@@ -47,11 +49,11 @@ FLOORS = {
     "__main__": 13,
 }
 # On one floor, what may build on what.
-NEIGHBOURS = {("metrics", "losses")}
+NEIGHBOURS = {("metrics", "losses"), ("assembly", "hparams")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "models", "tokenizers", "adapters", "pretrained", "references"}
-KNOW_TRANSFORMERS |= {"assembly", "module", "export"}
+KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export"}
 LONGEST = 350  # lines of a file
 # Files that are being split. Each must still be too long, so that the list shrinks and cannot go stale.
 STILL_LONG = {"module", "data.datamodule"}

@@ -264,8 +264,8 @@ def test_no_advice_names_an_option_that_does_not_exist():
     assert [found for found in sorted(named) if found[0] not in known] == []
 
 
-# An option of torch's optimizers, a part of a model's description, and an option of `lit-dpo export`.
-OTHERS = {"fused", "model_type", "merge"}
+# An option of torch's optimizers, parts of a model's description and of a quantization, an option of `lit-dpo export`.
+OTHERS = {"fused", "model_type", "load_in_4bit", "load_in_8bit", "merge"}
 
 
 def test_no_advice_sets_an_option_that_does_not_exist():

@@ -21,6 +21,7 @@ from lit_dpo.export import (
 )
 from lit_dpo.model_card import model_card
 from lit_dpo.module import PreferenceModule
+from lit_dpo.resume import run_facts
 
 
 class ExportModel(Callback):
@@ -71,7 +72,7 @@ def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge
                 export_checkpoint(checkpoint, folder, merge, **module.objects)
             else:
                 assert module.policy is not None
-                card = model_card(module.hparams, module.facts())
+                card = model_card(module.hparams, run_facts(trainer))
                 with cleaning_up():
                     export(module.policy, module.tokenizer, folder, merge, card)
         finally:

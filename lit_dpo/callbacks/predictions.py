@@ -19,8 +19,10 @@ from lit_dpo.pair_data import pair_data
 class PairPredictionWriter(BasePredictionWriter):
     """Write rewards and log-probs of every predicted pair to a jsonl file, in the order of the data.
 
-    Each line holds ``row`` (``file:line``), ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``,
-    ``logp_chosen`` and ``logp_rejected`` (nats).
+    Each line holds ``row`` (``file:line``), ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``, and
+    log-probs in nats: ``logp_chosen``, ``logp_rejected``, the reference's ``reference_logp_chosen`` and
+    ``reference_logp_rejected``, and with ``--model.predict_tokens true`` lists of one number a token:
+    ``tokens_chosen``, ``tokens_rejected``, ``reference_tokens_chosen`` and ``reference_tokens_rejected``.
 
     Args:
         path: The file, which appears whole at the end of the run; nothing may be there.
@@ -80,9 +82,11 @@ class PairPredictionWriter(BasePredictionWriter):
         return self.path.with_name(f".{self.path.name}.{self._run}.{rank}.part")
 
 
-def _rows(batch: dict[str, Any]) -> list[dict[str, float]]:
-    names = list(batch)
-    return [dict(zip(names, values, strict=True)) for values in zip(*(batch[n].tolist() for n in names), strict=True)]
+def _rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    columns = [
+        column.tolist() if hasattr(column, "tolist") else [v.tolist() for v in column] for column in batch.values()
+    ]
+    return [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,7 +3,15 @@
 from lit_dpo.losses.adpo import ADPOLoss
 from lit_dpo.losses.apo_down import APODownLoss
 from lit_dpo.losses.apo_zero import APOZeroLoss
-from lit_dpo.losses.base import PreferenceLoss, implicit_rewards, log_ratios, per_pair, refuse_missing, token_log_ratios
+from lit_dpo.losses.base import (
+    PreferenceLoss,
+    implicit_rewards,
+    log_ratios,
+    per_pair,
+    refuse_functions,
+    refuse_missing,
+    token_log_ratios,
+)
 from lit_dpo.losses.bco_pair import BCOPairLoss
 from lit_dpo.losses.cpo import CPOLoss
 from lit_dpo.losses.dpo import DPOLoss
@@ -55,6 +63,7 @@ __all__ = [
     "implicit_rewards",
     "log_ratios",
     "per_pair",
+    "refuse_functions",
     "refuse_missing",
     "token_log_ratios",
 ]

@@ -28,6 +28,8 @@ class PreferenceLoss(ABC):
         detach_head: Whether those intermediate log-probs leave final norm and head out of the gradient.
         needs_reference: False for a loss that never looks at the reference; none is then built, and the loss is
             called with a reference of zeros.
+        needs_rejected: False for a loss that never looks at the rejected completion; without a reference it is not
+            scored in training then, and `policy.rejected` is 0 there.
         needs_tokens: True for a loss that reads the log-probs of single tokens, `PairLogps.tokens`.
         columns: Columns of numbers that the loss reads from the rows, in `PairLogps.columns` of the policy.
     """
@@ -42,6 +44,7 @@ class PreferenceLoss(ABC):
         def detach_head(self) -> bool: ...  # noqa: D102
 
     needs_reference: ClassVar[bool] = True
+    needs_rejected: ClassVar[bool] = True
     needs_tokens: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
 
@@ -91,6 +94,33 @@ def per_pair(loss: PreferenceLoss, policy: PairLogps, reference: PairLogps) -> T
         f"`{type(loss).__name__}` must return one value a pair, shape {wanted}, got {got}: leave out its own mean or "
         "sum, since the mean is taken over the pairs of a whole optimizer step."
     )
+
+
+def refuse_functions(name: str, *losses: object) -> None:
+    """Refuse what is no loss, a function above all, with the lines that make one of it.
+
+    Args:
+        name: Of the option.
+        losses: What was given.
+
+    Raises:
+        ValueError: One of them is no `PreferenceLoss`.
+    """
+    for loss in losses:
+        if isinstance(loss, PreferenceLoss):
+            continue
+        if isinstance(loss, type) or not callable(loss):
+            made = f": give `{loss.__name__}(...)` instead of the class" if isinstance(loss, type) else ""
+            raise ValueError(f"`{name}` must be a `PreferenceLoss`, got {loss!r}{made}.")
+        given = getattr(loss, "__name__", "function")
+        given = given if given.isidentifier() else "function"
+        raise ValueError(
+            f"`{name}` must be a `PreferenceLoss`, got a function, whose options no configuration or checkpoint could "
+            f"keep. These lines make it one; give `MyLoss()` then:\n\n"
+            "@dataclasses.dataclass(frozen=True)\n"
+            "class MyLoss(lit_dpo.PreferenceLoss):\n"
+            f"    def __call__(self, policy, reference): return {given}(policy, reference)"
+        )
 
 
 def refuse_missing(loss: PreferenceLoss, columns: Collection[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from lit_dpo.losses.base import PreferenceLoss, check, per_pair
+from lit_dpo.losses.base import PreferenceLoss, check, per_pair, refuse_functions
 from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.pairs import PairLogps
 
@@ -51,12 +51,18 @@ class IntermediateLoss(PreferenceLoss):
         if self.combine == "convex":
             check(0 <= self.weight <= 1, "weight", "in [0, 1]", self.weight)
         check(self.weight >= 0, "weight", "at least 0", self.weight)
+        refuse_functions("base", self.base)
         check(not self.base.layers, "base", "a loss without intermediate layers of its own", self.base)
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
         """As `base` says."""
         return self.base.needs_reference
+
+    @property
+    def needs_rejected(self) -> bool:  # type: ignore[override]
+        """As `base` says."""
+        return self.base.needs_rejected
 
     @property
     def needs_tokens(self) -> bool:  # type: ignore[override]

@@ -14,7 +14,9 @@ class SFTLoss(PreferenceLoss):
     """Negative log-likelihood of the chosen completion, in nats per token unless told otherwise.
 
     The supervised stage before preference tuning, or (in a `WeightedLoss`) a term that keeps the chosen completion
-    likely. It looks at no reference, so none is built; reward metrics then compare plain log-probs.
+    likely. It looks at no reference, so none is built, and not at the rejected completion, which is left out of
+    training: alone it costs about half of a preference loss. In validation both are scored, and reward metrics
+    compare plain log-probs.
 
     The mean runs over the tokens of a pair first and over pairs second, so that every pair counts the same; trainers
     that average over all tokens of a batch weigh long completions more.
@@ -33,6 +35,7 @@ class SFTLoss(PreferenceLoss):
     """
 
     needs_reference: ClassVar[bool] = False
+    needs_rejected: ClassVar[bool] = False
 
     length_normalize: bool = True
 

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lit_dpo.losses.base import PreferenceLoss, check, per_pair
+from lit_dpo.losses.base import PreferenceLoss, check, per_pair, refuse_functions
 from lit_dpo.pairs import PairLogps
 
 
@@ -42,6 +42,7 @@ class WeightedLoss(PreferenceLoss):
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", tuple(self.losses))
         object.__setattr__(self, "weights", tuple(self.weights) or (1.0,) * len(self.losses))
+        refuse_functions("losses", *self.losses)
         check(len(self.losses) > 0, "losses", "at least one loss", self.losses)
         check(
             len(self.weights) == len(self.losses),
@@ -57,6 +58,11 @@ class WeightedLoss(PreferenceLoss):
     def needs_reference(self) -> bool:  # type: ignore[override]
         """Whether any part does."""
         return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def needs_rejected(self) -> bool:  # type: ignore[override]
+        """Whether any part does."""
+        return any(loss.needs_rejected for loss in self.losses)
 
     @property
     def needs_tokens(self) -> bool:  # type: ignore[override]

@@ -37,7 +37,7 @@ def pair_attention(
         query: Shape ``(1, heads, tokens, head width)``.
         key: Shape ``(1, key heads, tokens, head width)``; ``heads`` is a multiple of ``key heads``.
         value: Shape ``(1, key heads, tokens, value width)``.
-        shape: Tokens of prompt, chosen, rejected of every pair, adding up to ``tokens``.
+        shape: Tokens of prompt, chosen, rejected of every pair, adding up to ``tokens``; 0 rejected ones cost nothing.
         scale: Factor on the scores; ``None`` means ``1 / sqrt(head width)``.
         softcap: With a value ``s``, scores become ``s * tanh(scores / s)``.
         dropout: Probability of dropping an attention weight.
@@ -127,8 +127,11 @@ def _pair_by_pair(
     sizes = [size for prompt, chosen, rejected in shape for size in (prompt + chosen, rejected)]
     q, k, v = (torch.split(tensor, sizes, 2) for tensor in (query, key, value))
     out: list[Tensor] = []
-    for pair, (prompt, _, _) in enumerate(shape):
+    for pair, (prompt, _, rejected) in enumerate(shape):
         first, second = 2 * pair, 2 * pair + 1
+        if not rejected:
+            out.append(_causal(q[first], k[first], v[first], scale, softcap, dropout))
+            continue
         k_r, v_r = (torch.cat([x[first][:, :, :prompt], x[second]], 2) for x in (k, v))
         out.append(_causal(q[first], k[first], v[first], scale, softcap, dropout))
         out.append(_causal(q[second], k_r, v_r, scale, softcap, dropout))
@@ -198,10 +201,11 @@ def _calls(shape: tuple[tuple[int, int, int], ...], device: torch.device) -> _Ca
     prompt, chosen, rejected = lengths.unbind(1)
     starts = lengths.sum(1).cumsum(0) - lengths.sum(1)
     queries = torch.stack([prompt + chosen, rejected], 1).flatten()
-    keys = torch.stack([prompt + chosen, prompt + rejected], 1).flatten()
+    keys = torch.stack([prompt + chosen, prompt + rejected], 1).flatten()[queries > 0]
+    queries = queries[queries > 0]
     places = []
     for start, (p, c, r) in zip(starts.tolist(), shape, strict=True):
-        places += [*range(start, start + p + c), *range(start, start + p)]
+        places += [*range(start, start + p + c), *(range(start, start + p) if r else ())]
         places += range(start + p + c, start + p + c + r)
     with torch.inference_mode(False):  # what validation makes must serve training too
         ends = [F.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (queries, keys)]

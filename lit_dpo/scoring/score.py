@@ -212,7 +212,9 @@ def _one_by_one(parts: DecoderParts, batch: PairBatch) -> Iterator[tuple[dict[st
     _use_attention(parts.model, None)
     ids, _, sources = batch.padded()
     sizes = [(prompt + size, size) for prompt, *branches in batch.shape for size in branches]
-    for row, (places, (total, _)) in enumerate(zip(sources.split([size for _, size in sizes]), sizes, strict=True)):
+    for row, (places, (total, size)) in enumerate(zip(sources.split([size for _, size in sizes]), sizes, strict=True)):
+        if not size:  # a rejected completion that is left out
+            continue
         _forget_lengths(parts)
         yield {"input_ids": ids[row : row + 1, :total]}, places - row * batch.longest
 
@@ -243,6 +245,8 @@ def _flat_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any],
 def _padded_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
     _use_attention(parts.model, None)
     ids, mask, sources = batch.padded(_pad_id(parts))
+    if not any(rejected for *_, rejected in batch.shape):  # every other row is a prompt alone then
+        ids, mask, sources = ids[::2], mask[::2], sources - batch.sequences // 2 * batch.longest
     return {"input_ids": ids, "attention_mask": mask}, sources
 
 
