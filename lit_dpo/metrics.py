@@ -125,7 +125,11 @@ def check_monitors(trainer: Trainer, loss: PreferenceLoss) -> None:
     if not watching or any(type(each).__module__.partition(".")[0] not in ("lit_dpo", "lightning") for each in loggers):
         return
     validates = trainer.enable_validation
-    names, everything = metric_names(loss, validates), metric_names(loss, True)
+    under = [c.logs_under for c in trainer.callbacks if hasattr(c, "logs_under")]  # type: ignore[attr-defined]
+    names, everything = (
+        {*found, *(f"{prefix}{name[4:]}" for prefix in under for name in found if name.startswith("val/"))}
+        for found in (metric_names(loss, validates), metric_names(loss, True))
+    )
     idle = []
     for callback in watching:
         monitor = callback.monitor

@@ -35,6 +35,7 @@ FLOORS = {
     "hparams": 6,
     "module": 7,
     "export": 8,
+    "starting": 8,
     "callbacks": 9,
     "stepwise": 10,
     "cli": 11,
