@@ -37,6 +37,7 @@ __all__ = [
     "PairBatch",
     "PairLogps",
     "Partition",
+    "Pool",
     "PreferenceDataModule",
     "PreferenceLoss",
     "PreferenceModule",
@@ -53,12 +54,23 @@ __all__ = [
     "WeightedLoss",
     "__version__",
     "score",
+    "select_rows",
     "trusting_remote_code",
 ]
 
 if TYPE_CHECKING:
     from lit_dpo.adapters import LoRA
-    from lit_dpo.data import BySource, EasyToHard, HardToEasy, OneShot, Partition, PreferenceDataModule, RandomSplit
+    from lit_dpo.data import (
+        BySource,
+        EasyToHard,
+        HardToEasy,
+        OneShot,
+        Partition,
+        Pool,
+        PreferenceDataModule,
+        RandomSplit,
+        select_rows,
+    )
     from lit_dpo.losses import (
         ADPOLoss,
         APODownLoss,

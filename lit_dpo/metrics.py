@@ -187,7 +187,11 @@ def check_monitors(trainer: Trainer, loss: PreferenceLoss, rejected: bool = True
     if not watching or any(type(each).__module__.partition(".")[0] not in ("lit_dpo", "lightning") for each in loggers):
         return
     validates = trainer.enable_validation
-    names, everything = metric_names(loss, validates, rejected), metric_names(loss, True, rejected)
+    under = [c.logs_under for c in trainer.callbacks if hasattr(c, "logs_under")]  # type: ignore[attr-defined]
+    names, everything = (
+        {*found, *(f"{prefix}{name[4:]}" for prefix in under for name in found if name.startswith("val/"))}
+        for found in (metric_names(loss, validates, rejected), metric_names(loss, True, rejected))
+    )
     idle = []
     for callback in watching:
         monitor = callback.monitor

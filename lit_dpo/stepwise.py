@@ -1,27 +1,26 @@
-"""Stepwise DPO: one `Trainer.fit` per partition, the policy of one being the reference of the next."""
+"""Stepwise DPO: one `Trainer.fit` per step, the policy at the end of one being the reference of the next."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from lit_dpo.callbacks import ExportModel
+from lit_dpo.callbacks import ExportModel, FirstModelMetrics
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import write_json
 from lit_dpo.checkpoints.verify import verify
-from lit_dpo.data import PreferenceDataModule
-from lit_dpo.losses import SFTLoss
+from lit_dpo.data import PreferenceDataModule, new_pairs
 from lit_dpo.module import PreferenceModule
-from lit_dpo.pairs import PairBatch
 from lit_dpo.references.frozen import FrozenReference
+from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
 
 
 def fit_stepwise(
@@ -30,61 +29,104 @@ def fit_stepwise(
     make_trainer: Callable[[Path], Trainer],
     folder: str | Path,
     resume: bool = False,
+    first_reference: bool = False,
 ) -> Path:
-    """Train through the partitions of a data module in order.
+    """Train through the steps of a data module's partition in order.
 
-    Each partition gets a fresh Trainer, and with it a fresh optimizer, schedule and early stopping. Policy and
-    reference of partition t both start from the folder that partition t-1 exported: its best checkpoint as ranked by
-    the Trainer's checkpoint callback, or its last policy if there is none. With LoRA, adapters are merged first.
+    A step begins with the question to the partition what to train on: rows of the pool, or new pairs, which are written
+    to ``pairs.jsonl`` first. Policy and reference both start from what the step before exported, the first ones from
+    the module's `model`. A fresh Trainer trains, with a fresh optimizer, schedule and early stopping. In the end the
+    step exports its best checkpoint as ranked by the Trainer's checkpoint callback, or its last policy if there is
+    none, LoRA adapters merged, and the file ``DONE`` says that it is done. When the partition answers ``None``, the
+    step before was the last.
 
     Source: sDPO, https://arxiv.org/abs/2403.19270.
 
     Args:
-        module: What to train. In the end it holds the policy that the last partition exported, be that its best or its
+        module: What to train. In the end it holds the policy that the last step exported, be that its best or its
             last one; sharded over processes, it loads it from there at its next run.
-        datamodule: Its `partition` says how the training pairs are split.
+        datamodule: Its `partition` says what each step trains on.
         make_trainer: Makes a new Trainer whose ``default_root_dir`` is the folder it is given.
-        folder: Where the partitions' folders go: ``partition_0`` and so on, each with ``export`` inside.
-        resume: Go on in a folder that holds partitions: those that are done are left alone, the one under way goes on
-            from its last checkpoint.
+        folder: Where the folders of the steps go: ``partition_0`` and so on, each with ``export`` inside.
+        resume: Go on in a folder that holds steps: those that are done are left alone, the one under way goes on from
+            its last checkpoint, and new pairs that are written already are trained on as they are.
+        first_reference: Measure validations against the first model too, and log that as ``val/first/...`` with the
+            names of the other metrics, so that steps and runs compare. It costs one forward pass over the validation
+            pairs, and the memory of one more model during the first validation; see `FirstModelMetrics`.
 
     Returns:
-        The folder that the last partition exported.
+        The folder that the last step exported.
 
     Raises:
-        ValueError: The reference is a model of its own, or the partitions to go on with held other rows.
-        FileExistsError: `folder` holds partitions already, and it was not said to resume.
+        ValueError: The reference is a model of its own, a step to go on with held other rows, its new pairs have
+            changed, or the partition cannot answer.
+        FileExistsError: `folder` holds steps already, and it was not said to resume.
     """
+    folder = Path(folder)
+    _refuse(module, folder, resume)
+    datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
+    datamodule.setup("fit")
+    policies = StartingPolicies(module, datamodule, make_trainer, folder)
+    more = []
+    if first_reference:
+        if isinstance(policies.first, nn.Module):
+            raise ValueError(
+                "`first_reference` loads the first model again, and a `model` given as an object has been training: "
+                "save it with `save_pretrained` and give the folder."
+            )
+        more = [FirstModelMetrics(policies.first)]
+    for step in count():
+        root = folder_of(folder, step)
+        if step:
+            module.restart_from(policies.of(step))
+        if not _choose(step, root, datamodule, policies):
+            break
+        if resume and _is_done(root, datamodule):
+            rank_zero_info(f"Step {step} is done")
+            continue
+        rank_zero_info(f"Step {step}: {len(datamodule.training.rows)} pairs")
+        trainer = make_trainer(root)
+        if not (root / "export").exists():  # else it was stopped between the export and the mark
+            trainer.callbacks += [*more, ExportModel(str((root / "export").absolute()))]  # type: ignore[attr-defined]
+            trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
+        _note_done(trainer, root, datamodule)
+    if not step:
+        raise ValueError("The partition has no first step: its `next` must answer more than `None` for step 0.")
+    exported = Path(policies.of(step))  # type: ignore[arg-type]  # a folder, as this is no first step
+    _hold(module, exported)
+    rank_zero_info(f"Exported the policy of the last step to {exported}")
+    return exported
+
+
+def _refuse(module: PreferenceModule, folder: Path, resume: bool) -> None:
     reference = getattr(module.reference, "of", None) or module.reference  # the cached one, if it is
     if isinstance(reference, FrozenReference) and reference.model is not None:
         raise ValueError(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )
-    folder = Path(folder)
     if not resume and is_first() and any(folder.glob("partition_*")):  # the others may come when the first has begun
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
-    parts = _split(module, datamodule, make_trainer, folder)
-    exported = folder
-    for number, part in enumerate(parts):
-        root = folder / f"partition_{number}"
-        start, exported = exported, root / "export"
-        if resume and _is_done(root, part, datamodule):
-            rank_zero_info(f"Partition {number + 1} of {len(parts)} is done")
-            continue
-        rank_zero_info(f"Partition {number + 1} of {len(parts)}: {len(part)} pairs")
-        if number:
-            module.restart_from(str(start))
-        datamodule.use_part(number)
-        trainer = make_trainer(root)
-        if exported.exists():  # trained and exported, but stopped before that was noted
-            _note_done(trainer, root, part, datamodule)
-            continue
-        trainer.callbacks.append(ExportModel(str(exported.absolute())))  # type: ignore[attr-defined]
-        trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
-        _note_done(trainer, root, part, datamodule)
-    _hold(module, exported)
-    rank_zero_info(f"Exported the policy of the last partition to {exported}")
-    return exported
+
+
+def _choose(step: int, root: Path, datamodule: PreferenceDataModule, policies: StartingPolicies) -> bool:
+    """Have the data module train on what the partition says, or said before; whether there is such a step."""
+    path = root / new_pairs.FILE
+    if not from_first(path.exists()):
+        answer = datamodule.partition.next(step, policies.pool(step))
+        if answer is None:
+            return False
+        if isinstance(answer, Tensor):
+            datamodule.training.use_rows(answer)
+            return True
+        content = from_first(new_pairs.as_lines(answer, step))
+        datamodule.use_pairs(new_pairs.rows_of(content, step))  # what is malformed is refused before it is written
+        if is_first():
+            new_pairs.write(path, content)
+        wait_for_all()
+    if path.exists():  # unless the first process has yet to write what this one holds already
+        new_pairs.digest(path, datamodule.allow_changes)
+        datamodule.use_pairs(path)
+    return True
 
 
 def _hold(module: PreferenceModule, exported: Path) -> None:
@@ -95,27 +137,34 @@ def _hold(module: PreferenceModule, exported: Path) -> None:
         module.configure_model()
 
 
-def _is_done(root: Path, part: Tensor, datamodule: PreferenceDataModule) -> bool:
-    """Whether a partition is done; raises ValueError if it was one of other rows, or the data have changed since."""
+def _trained_on(root: Path, datamodule: PreferenceDataModule) -> dict[str, Any]:
+    """What a step trains on, for its mark: row numbers of the training set, or the digest of its new pairs."""
+    if datamodule.training.dataset is datamodule.training.train:
+        return {"rows": datamodule.training_rows().tolist()}
+    return {"pairs": new_pairs.digest(root / new_pairs.FILE, datamodule.allow_changes)}
+
+
+def _is_done(root: Path, datamodule: PreferenceDataModule) -> bool:
+    """Whether a step is done; raises ValueError if it was one of other rows, or the data have changed since."""
     mark = root / "DONE"
     if not mark.exists():
         return False
     done = json.loads(mark.read_text(encoding="utf-8"))
     if "data" in done:
-        datamodule.refuse_changes(done["data"], f"`{root}`")
-    if done["rows"] != part.tolist() and not datamodule.allow_changes:
-        raise ValueError(f"`{root}` was trained on other rows than this partition has now: start in a new folder.")
+        datamodule.training.refuse_changes(done["data"], None, f"`{root}`", datamodule.allow_changes)
+    if not datamodule.allow_changes and {**done, **_trained_on(root, datamodule)} != done:
+        raise ValueError(f"`{root}` was trained on other rows than this step has now: start in a new folder.")
     return True
 
 
-def _note_done(trainer: Trainer, root: Path, part: Tensor, datamodule: PreferenceDataModule) -> None:
+def _note_done(trainer: Trainer, root: Path, datamodule: PreferenceDataModule) -> None:
     if trainer.is_global_zero:
-        write_json(root / "DONE", {"rows": part.tolist(), "data": datamodule.state_dict()})
-    trainer.strategy.barrier("partition done")
+        write_json(root / "DONE", {**_trained_on(root, datamodule), "data": datamodule.state_dict()})
+    trainer.strategy.barrier("step done")
 
 
 def _checkpoint_of(root: Path) -> Path | None:
-    """The checkpoint that a partition under way goes on from: its last one, or the one before if that is damaged."""
+    """The checkpoint that a step under way goes on from: its last one, or the one before if that is damaged."""
     found = sorted(root.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
         return None
@@ -129,44 +178,3 @@ def _checkpoint_of(root: Path) -> Path | None:
         rank_zero_info(str(error))
         return previous
     return last
-
-
-def _split(
-    module: PreferenceModule, datamodule: PreferenceDataModule, make_trainer: Callable[[Path], Trainer], folder: Path
-) -> list[Tensor]:
-    datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
-    datamodule.setup("fit")
-    margins = None
-    if datamodule.partition.needs_margins:
-        rank_zero_info("Scoring the training pairs with the starting model")
-        loss, reference = module.loss, module.reference
-        module.loss, module.reference = SFTLoss(), None  # only the policy is asked
-        try:
-            margins = _margins(make_trainer(folder / "scoring"), module, datamodule)
-        finally:
-            module.loss, module.reference = loss, reference
-        module.restart_from(module.model)
-    return datamodule.split(margins)
-
-
-def _margins(trainer: Trainer, module: PreferenceModule, datamodule: PreferenceDataModule) -> Tensor:
-    """The starting model's chosen minus rejected log-prob for every row of the training set, in nats."""
-    batches = trainer.predict(module, datamodule=_Pool(datamodule))
-    assert batches is not None
-    margins = torch.zeros(datamodule.pool_size, dtype=torch.float64, device=trainer.strategy.root_device)
-    for batch in batches:
-        assert isinstance(batch, dict)
-        margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
-    return trainer.strategy.reduce(margins, reduce_op="sum").cpu()
-
-
-class _Pool(LightningDataModule):
-    """All training pairs of a data module, shared among the processes of the Trainer that scores them."""
-
-    def __init__(self, data: PreferenceDataModule) -> None:
-        super().__init__()
-        self.data = data
-
-    def predict_dataloader(self) -> DataLoader[PairBatch]:
-        self.data.trainer = self.trainer
-        return self.data.pool_dataloader()

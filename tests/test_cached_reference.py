@@ -15,6 +15,7 @@ from lit_dpo import (
     IPOLoss,
     LoRA,
     PairBatch,
+    Pool,
     PreferenceDataModule,
     PreferenceModule,
     RandomSplit,
@@ -81,7 +82,7 @@ def run(place, reference=None, steps=0, module=None, data=None, loss=None):
     if pairs_of.stepwise:
         pairs_of.tokenizer = model.tokenizer
         pairs_of.setup("fit")
-        pairs_of.use_part(0)
+        pairs_of.training.use_rows(pairs_of.partition.next(0, Pool(pairs_of.training.pool_sources)))
     trainer.fit(model, pairs_of)
     counts = (reference.scored, reference.reused) if isinstance(reference, CachedReference) else None
     metrics = trainer.validate(model, pairs_of, verbose=False)[0] if steps else {}

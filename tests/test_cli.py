@@ -133,6 +133,26 @@ def test_the_stepwise_config_trains_partition_after_partition(tmp_path):
         assert (part / "version_0" / "config.yaml").exists()
 
 
+def test_steps_compare_by_what_is_measured_from_the_first_model(tmp_path, capsys, quick):
+    files = [runs.pairs_file(tmp_path, 12, f"{n}.jsonl", start=20 * n) for n in (1, 2)]
+    best = [{"class_path": "BestCheckpoint", "init_args": {"monitor": "val/first/rewards/accuracies"}}]
+    more = ("--data.train", json.dumps(files), "--data.batch_size", 4, "--trainer.callbacks", json.dumps(best))
+    assert "watches `val/first/rewards/accuracies`" in fails(capsys, command("fit", tmp_path / "none", "sdpo", *more))
+    more = (*more, "--first_reference", "true")
+    main(command("fit", tmp_path / "run", "sdpo", *more))
+    for step in (0, 1):
+        found = metrics(tmp_path / "run" / "version_0" / f"partition_{step}" / "version_0")
+        assert {name[4:] for name in found if name.startswith("val/")} == {
+            name for key in found if key.startswith("val/") and not key.startswith("val/first/")
+            for name in (key[4:], f"first/{key[4:]}")
+        }  # fmt: skip
+    line = fails(capsys, command("fit", tmp_path / "plain", "dpo", "--first_reference", "true"))
+    assert "set a `--data.partition` of several steps" in line
+    line = fails(capsys, command("validate", tmp_path / "plain", "dpo", "--first_reference", "true"))
+    assert "`--first_reference` is for `fit` alone" in line
+    assert not (tmp_path / "plain").exists()
+
+
 def test_the_configs_differ_where_the_methods_do():
     """Against dpo.yaml, by path in the file."""
 

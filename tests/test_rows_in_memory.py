@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lit_dpo import BySource
+from lit_dpo import BySource, Pool
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from tests import runs
 
@@ -69,7 +69,8 @@ def test_sources_in_memory_have_names_for_partitions(tmp_path):
     path = runs.write(tmp_path / "mine.jsonl", rows[8:])
     sources = [rows[:4], dataset(rows[4:8]), path]
     data = read(runs.data(sources, partition=BySource(["mine", "train 2", "train 1"]), validation_fraction=0))
-    assert [part.tolist() for part in data.split()] == [[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]]
+    steps = [data.partition.next(step, Pool(data.training.pool_sources)).tolist() for step in range(3)]
+    assert steps == [[8, 9, 10, 11], [4, 5, 6, 7], [0, 1, 2, 3]]
 
 
 def test_a_bad_row_is_named_by_its_number():

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM
 
-from lit_dpo import BySource, CachedReference, EasyToHard, FrozenReference, LoRA, OneShot, RandomSplit, score
+from lit_dpo import ADPOLoss, BySource, CachedReference, EasyToHard, FrozenReference, LoRA, OneShot, RandomSplit, score
 from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RewardEarlyStopping
 from lit_dpo.export import export_checkpoint
 from lit_dpo.models import load_model
@@ -57,7 +57,9 @@ def sources(tmp_path):
     return [runs.pairs_file(tmp_path, counts[n], f"{n}.jsonl", start=starts[n]) for n in counts]
 
 
-def stepwise(folder, train, partition, make=None, data_options=None, trainer_options=None, callbacks=list, **options):
+def stepwise(
+    folder, train, partition, make=None, data_options=None, trainer_options=None, callbacks=list, first=False, **options
+):
     """Run through the partitions; return what was seen of each, the module, and the last export."""
     seen = []
     module = make or runs.module(lr=1e-2, optimizer=torch.optim.AdamW, **options)
@@ -67,7 +69,7 @@ def stepwise(folder, train, partition, make=None, data_options=None, trainer_opt
         settings = {"max_epochs": 1, **(trainer_options or {})}
         return runs.trainer(root, callbacks=[Start(seen), *callbacks()], **settings)
 
-    exported = fit_stepwise(module, data, make_trainer, folder)
+    exported = fit_stepwise(module, data, make_trainer, folder, first_reference=first)
     return [entry for entry in seen if entry["losses"]], module, exported
 
 
@@ -244,6 +246,61 @@ def test_the_module_ends_with_the_policy_that_was_exported(tmp_path, sources, ad
     assert torch.equal(first, again)
     if adapter is None:  # else this would test nothing
         assert not runs.same(loaded(tmp_path / "run" / "partition_1" / "export"), ends[1])
+
+
+# -- validation against the first model -------------------------------------------------------------------------------
+
+
+class Validations(Callback):
+    """What the last validation of each step logged."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_train_end(self, trainer, pl_module):
+        self.seen.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+
+
+def parted(metrics):
+    """What is measured from the reference of the step, and what from the first model, under the same names."""
+    first = {name.removeprefix("val/first/"): v for name, v in metrics.items() if name.startswith("val/first/")}
+    return {k.removeprefix("val/"): v for k, v in metrics.items() if not k.startswith("val/first/")}, first
+
+
+KINDS = {
+    "frozen": lambda folder: {},
+    "cached": lambda folder: {"reference": CachedReference(str(folder / "cache"))},
+    "lora": lambda folder: {"adapter": LoRA(rank=2, alpha=64)},
+    "tokens": lambda folder: {"loss": ADPOLoss()},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_validations_against_the_first_model_compare(tmp_path, sources, kind):
+    """The oracle is a run of its own: what is exported, validated against the first model alone."""
+    measured, best = [], []
+
+    def callbacks():
+        best.append(BestCheckpoint("val/first/loss", mode="min"))
+        return [Validations(measured), best[-1]]
+
+    _, module, _ = stepwise(
+        tmp_path / "run", sources[1:], BySource(), callbacks=callbacks, first=True, **KINDS[kind](tmp_path),
+        trainer_options={"val_check_interval": 1.0, "enable_checkpointing": True},
+    )  # fmt: skip
+    assert len(measured) == 2
+    assert all(callback.best_model_path for callback in best)
+    for step, metrics in enumerate(measured):
+        ours, first = parted(metrics)
+        assert ours.keys() == first.keys()
+        exported = str(tmp_path / "run" / f"partition_{step}" / "export")
+        judge = runs.module(exported, reference=FrozenReference(runs.LLAMA), loss=module.loss)
+        (expected,) = runs.trainer().validate(judge, runs.data(sources[1:], validation=sources[1:]), verbose=False)
+        assert first == pytest.approx(parted(expected)[0], abs=2e-4, rel=1e-3)
+        if step == 0:
+            assert first == pytest.approx(ours, abs=1e-5)
+        else:
+            assert first["rewards/margins"] != pytest.approx(ours["rewards/margins"], abs=1e-3)
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------

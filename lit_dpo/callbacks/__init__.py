@@ -2,6 +2,7 @@
 
 from lit_dpo.callbacks.early_stopping import BestCheckpoint, RewardEarlyStopping
 from lit_dpo.callbacks.exporting import ExportModel
+from lit_dpo.callbacks.first_model import FirstModelMetrics
 from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from lit_dpo.callbacks.progress import ProgressLine
@@ -11,6 +12,7 @@ from lit_dpo.callbacks.summary import PolicyLine, RunSummary
 __all__ = [
     "BestCheckpoint",
     "ExportModel",
+    "FirstModelMetrics",
     "LastCheckpoint",
     "PairPredictionWriter",
     "PolicyLine",

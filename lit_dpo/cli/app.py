@@ -133,11 +133,19 @@ class PreferenceCLI(LightningCLI):
             default=None,
             help="CPU threads of torch; without it all cores. A tiny model on a busy machine is faster with 1.",
         )
+        parser.add_argument(
+            "--first_reference",
+            type=bool,
+            default=False,
+            help="In stepwise training, log validations against the first model too, as val/first/...",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Set the number of threads before the first tensor is made, and find what to resume before anything loads."""
         if self._flags.overwrite and self.subcommand != "predict":
             raise ValueError("`--overwrite` is for `predict` alone: leave it out.")
+        if self._get(self.config, "first_reference") and self.subcommand != "fit":
+            raise ValueError("`--first_reference` is for `fit` alone: leave it out.")
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -227,8 +235,14 @@ class PreferenceCLI(LightningCLI):
                 if self._get(self.config, "ckpt_path") is not None:
                     raise ValueError("Stepwise training goes on with `ckpt_path: last` alone, as a whole.")
                 resume = self._continued is not None
-                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, self._run_folder(), resume)
+                first = self._get(self.config, "first_reference")
+                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, self._run_folder(), resume, first)
                 return
+            if self._get(self.config, "first_reference"):
+                raise ValueError(
+                    "`--first_reference` compares the steps of stepwise training: set a `--data.partition` of several "
+                    "steps, or leave it out, as `val/` is measured from the first model already."
+                )
             root = self.trainer.default_root_dir
             if subcommand == "fit" and "://" in root:
                 self.trainer.loggers = [CSVLogger(root, name=None, flush_logs_every_n_steps=1), *self.trainer.loggers]

@@ -2,17 +2,28 @@
 
 from typing import TYPE_CHECKING
 
-__all__ = ["BySource", "EasyToHard", "HardToEasy", "OneShot", "Partition", "PreferenceDataModule", "RandomSplit"]
+__all__ = [
+    "BySource",
+    "EasyToHard",
+    "HardToEasy",
+    "OneShot",
+    "Partition",
+    "Pool",
+    "PreferenceDataModule",
+    "RandomSplit",
+    "select_rows",
+]
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule
-    from lit_dpo.data.partition import BySource, EasyToHard, HardToEasy, OneShot, Partition, RandomSplit
+    from lit_dpo.data.partition import BySource, EasyToHard, HardToEasy, OneShot, Partition, Pool, RandomSplit
+    from lit_dpo.data.selection import select_rows
 else:
 
     def __getattr__(name: str) -> object:
         """Import what is asked for now, so that reading rows needs no torch."""
         if name not in __all__:
             raise AttributeError(f"module `lit_dpo.data` has no `{name}`")
-        from lit_dpo.data import datamodule, partition
+        from lit_dpo.data import datamodule, partition, selection
 
-        return getattr(partition if hasattr(partition, name) else datamodule, name)
+        return getattr(next(home for home in (partition, selection, datamodule) if hasattr(home, name)), name)

@@ -98,20 +98,23 @@ def _longest_rise(numbers: Sequence[int]) -> set[int]:
     return found
 
 
-def record(train: PairDataset, validation: PairDataset | None, drawn: Tensor, seed: int) -> dict[str, str]:
+def record(
+    train: PairDataset, validation: PairDataset | None, drawn: Tensor, seed: int, pairs: PairDataset | None = None
+) -> dict[str, str]:
     """What a checkpoint keeps of the data: a hash of every row, and one of which rows are trained on.
 
     Args:
         train: The training set, held-out rows included.
         validation: A validation set of its own, if there is one.
         drawn: Row numbers that are trained on, in order, int64.
-        seed: Of the order of the epochs.
+        seed: Seed of the order of the epochs.
+        pairs: New pairs of a step, which it trains on in the place of rows of the training set.
 
     Returns:
         Text alone, of 22 characters a row, to be stored in a checkpoint or as JSON.
     """
     order = hashlib.blake2b(drawn.numpy().tobytes() + str(seed).encode(), digest_size=DIGEST).hexdigest()
-    sets = {"train": train, "validation": validation}
+    sets = {"train": train, "validation": validation, "pairs": pairs}
     return {"order": order} | {n: base64.b64encode(s.digest_bytes()).decode() for n, s in sets.items() if s}
 
 
@@ -122,6 +125,7 @@ def refuse_changes(
     order: str | None,
     where: str,
     allowed: bool,
+    pairs: PairDataset | None = None,
 ) -> None:
     """Compare the data with what was recorded of them, and show what differs.
 
@@ -132,6 +136,7 @@ def refuse_changes(
         order: ``record(...)["order"]`` now; ``None`` leaves it out.
         where: What the record is kept in, for the message.
         allowed: Go on with changed training data.
+        pairs: New pairs of a step now, if it trains on such.
 
     Raises:
         ValueError: The training data differ and that was not allowed, or the record does not read.
@@ -140,6 +145,8 @@ def refuse_changes(
     if validation is not None and "validation" in saved:
         _show("validation", saved, validation, where)
     changes = _show("train", saved, train, where)
+    if pairs is not None:
+        changes = _show("pairs", saved, pairs, where) or changes
     if changes is None and order is not None and order != saved.get("order"):
         text = "other rows are held out, or the seed or the partition differ"
     elif changes is not None:

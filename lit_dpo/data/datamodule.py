@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +14,22 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lit_dpo.data.changes import record, refuse_changes
 from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
 from lit_dpo.data.load import OnBadRow, Rows, sources_of
-from lit_dpo.data.loader import ResumableLoader
+from lit_dpo.data.loader import pair_loader, step_layout
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
-from lit_dpo.data.sampler import PairSampler
 from lit_dpo.data.token_cache import read_pairs
 from lit_dpo.data.token_store import TokenStore
-from lit_dpo.data.validation import held_out, overlap
+from lit_dpo.data.training import TrainingPairs
 from lit_dpo.pairs import PairBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What a stage takes its pairs from: the first of these options that is given, else the training pairs.
+_TAKES = {"predict": ("predict", "test", "validation"), "test": ("test", "validation"), "validate": ("validation",)}
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -100,9 +101,8 @@ class PreferenceDataModule(LightningDataModule):
         max_line_bytes: int = MAX_LINE_BYTES,
     ) -> None:
         super().__init__()
-        if max_line_bytes < 1:
-            raise ValueError(f"`max_line_bytes` must be at least 1, got {max_line_bytes}.")
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or 1)):
+        sizes = {"max_line_bytes": max_line_bytes, "batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if not 0 <= validation_fraction < 1:
@@ -112,7 +112,8 @@ class PreferenceDataModule(LightningDataModule):
         self.values = list(values or ())
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self._given = {name: sources_of(sources, name) for name, sources in given.items()}
-        rows = {name: [str(s) for s in self._given[name]] for name in given if _in_memory(self._given[name])}
+        in_memory = [name for name, sources in self._given.items() if any(isinstance(s, Rows) for s in sources)]
+        rows = {name: [str(source) for source in self._given[name]] for name in in_memory}
         self.sources = {**given, **rows}  # plain values: they go into checkpoints and model cards
         self.validation_fraction = validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
@@ -122,14 +123,13 @@ class PreferenceDataModule(LightningDataModule):
         self.num_workers, self.seed, self.tokenizer, self.cache_tokens = num_workers, seed, tokenizer, cache_tokens
         self.allow_changes = False  # no option: a configuration file must not say so
         self.max_line_bytes = max_line_bytes
-        self.parts: list[Tensor] | None = None
-        self.part: int | None = None
         self._sets: dict[str, PairDataset] = {}
-        self._train_rows = torch.arange(0)
+        self._training: TrainingPairs | None = None
+        self._limit: float | None = None
 
     @property
     def stepwise(self) -> bool:
-        """Whether the partition may have more than one part."""
+        """Whether the partition may have more than one step."""
         return not isinstance(self.partition, OneShot)
 
     @property
@@ -187,33 +187,28 @@ class PreferenceDataModule(LightningDataModule):
 
     def _held_out_source(self, stage: str) -> str | None:
         """The option that a stage reads its pairs from; ``None`` means that it needs the training pairs."""
-        order = ("predict", "test", "validation")
-        start = {"predict": 0, "test": 1, "validate": 2}.get(stage, len(order))
-        return next((name for name in order[start:] if self.sources[name]), None)
+        return next((name for name in _TAKES.get(stage, ()) if self.sources[name]), None)
 
     def _setup_fit(self) -> None:
-        if "train" in self._sets:
+        if self._training is not None:
             return
         train = self._load("train")
-        everything = torch.arange(len(train))
-        if self.sources["validation"]:
-            if "validation" not in self._sets:
-                self._sets["validation"] = self._load("validation")
-            self._train_rows = everything
-            if shared := overlap(train, self._sets["validation"]):
-                rank_zero_info(f"validation: {shared}")
-        elif self.has_validation:
-            chosen = held_out(train, self.validation_fraction, self.seed)
-            self._sets["validation"], self._validation_rows = train, everything[chosen]
-            self._train_rows = everything[~chosen]
-            rank_zero_info(f"validation: {int(chosen.sum())} pairs held out of {len(train)}")
-        else:
-            self._train_rows = everything
-            rank_zero_info(f"validation: none, as `validation_fraction` is 0; all {len(train)} pairs are trained on")
+        if self.sources["validation"] and "validation" not in self._sets:
+            self._sets["validation"] = self._load("validation")
+        own = self._sets["validation"] if self.sources["validation"] else None
+        self._training = TrainingPairs(train, own, self.validation_fraction, self.seed)
+        if self._training.said:
+            rank_zero_info(f"validation: {self._training.said}")
+        if self.has_validation:
+            self._sets.setdefault("validation", train)
         self._sets["train"] = train
 
-    _validation_rows: Tensor | None = None
-    _limit: float | None = None
+    @property
+    def training(self) -> TrainingPairs:
+        """The training set as it is divided, and what the step under way trains on; RuntimeError before `setup`."""
+        if self._training is None:
+            raise RuntimeError("No training data are loaded: `setup` comes first.")
+        return self._training
 
     def _load(self, name: str) -> PairDataset:
         store, report, reused = self._read(name)
@@ -245,8 +240,10 @@ class PreferenceDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: a hash of every row, and of which are trained on."""
-        train = self._sets.get("train")
-        return {} if train is None else dict(record(train, self._own_validation, self.training_rows(), self.seed))
+        if self._training is None:
+            return {}
+        self.training_rows()  # which have to be chosen
+        return dict(self._training.record())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with training from a checkpoint of other rows, unless `allow_changes`.
@@ -255,164 +252,97 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: Rows were added, removed, moved or changed, or other ones are held out; shows which.
         """
         if self.trainer is not None and self.trainer.state.fn == "fit":
-            self.refuse_changes(state_dict, "the checkpoint", self.state_dict()["order"])
+            self.training.refuse_changes(state_dict, self.state_dict()["order"], "the checkpoint", self.allow_changes)
 
-    def refuse_changes(self, saved: object, where: str, order: str | None = None) -> None:
-        """Compare the data with an earlier `state_dict`; see `lit_dpo.data.changes.refuse_changes`."""
-        refuse_changes(saved, self._sets["train"], self._own_validation, order, where, self.allow_changes)
+    # -- steps --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _own_validation(self) -> PairDataset | None:
-        return self._sets["validation"] if self.sources["validation"] else None
-
-    # -- partitions ---------------------------------------------------------------------------------------------------
-
-    @property
-    def pool_size(self) -> int:
-        """Rows of the training set, held-out ones included."""
-        return len(self._sets["train"])
-
-    def split(self, margins: Tensor | None = None) -> list[Tensor]:
-        """Split the training pairs into the partition's parts, once.
+    def use_pairs(self, source: str | Path | Rows) -> None:
+        """Train on new pairs from now on; what is validated on stays.
 
         Args:
-            margins: Starting model's chosen minus rejected log-prob of every row of the training set, in nats, for a
-                partition that `needs_margins`.
-        """
-        if self.parts is None:
-            sources = [self._sets["train"].sources[row] for row in self._train_rows.tolist()]
-            pool_margins = None if margins is None else margins[self._train_rows]
-            self.parts = [self._train_rows[part] for part in self.partition.split(sources, pool_margins)]
-        return self.parts
-
-    def use_part(self, part: int) -> None:
-        """Train on this part of the partition from now on, counted from 0."""
-        self.part = part
-
-    def training_rows(self) -> Tensor:
-        """Row numbers trained on now.
+            source: A file of pairs with the usual column names, or rows in memory.
 
         Raises:
-            ValueError: The partition has several parts and none was chosen.
+            ValueError: A row is malformed.
         """
-        if self.part is None and self.stepwise:
+        given = source if isinstance(source, Rows) else str(source)
+        options = {"on_bad_row": self.on_bad_row, "max_line_bytes": self.max_line_bytes, "values": self.values}
+        store, report, _ = read_pairs([given], self._encoder(), {"columns": None, **options}, keep=False)
+        if not isinstance(source, Rows):
+            rank_zero_info(f"new pairs: {report}")
+        self.training.use_pairs(PairDataset(store))
+
+    def training_rows(self) -> Tensor:
+        """Row numbers trained on now, of ``training.dataset``.
+
+        Raises:
+            ValueError: The partition has several steps and none was chosen.
+        """
+        if self.stepwise and not self.training.chosen:
             raise ValueError(
                 f"`{type(self.partition).__name__}` trains in several steps: call `fit_stepwise`, or use `OneShot`."
             )
-        return self._train_rows if self.part is None else self.split()[self.part]
+        return self.training.rows
 
     # -- loaders ------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> DataLoader[PairBatch]:
-        """Training pairs of the current part, shuffled, pairs of similar length together."""
-        accumulate = self.trainer.accumulate_grad_batches if self.trainer else 1
-        loader = self._loader("train", self.training_rows(), self.batch_size, shuffle=True, accumulate=accumulate)
-        loader.sampler.limit = self._batches(len(loader))  # type: ignore[attr-defined]
-        return loader
-
-    def _batches(self, batches: int) -> int:
-        """How many of an epoch's batches the Trainer's `limit_train_batches` lets through."""
-        limit = self.trainer.limit_train_batches if self.trainer else 1.0
-        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        """Training pairs of the step, shuffled, pairs of similar length together."""
+        rows = self.training_rows()
+        return self._loader(self.training.dataset, rows, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
         """Validation pairs, long ones first; nothing if there are none."""
-        if "validation" not in self._sets:
-            return []
-        return self._loader("validation", self._validation_rows, self.eval_batch_size)
+        return self._held_out("validate")
 
     def test_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
         """Test pairs, or the validation pairs if there are none."""
-        if "test" not in self._sets:
-            return self.val_dataloader()
-        return self._loader("test", None, self.eval_batch_size)
+        return self._held_out("test")
 
     def predict_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
         """Predict pairs, else test pairs, else validation pairs."""
-        if "predict" not in self._sets:
-            return self.test_dataloader()
-        return self._loader("predict", self._rows_to_predict, self.eval_batch_size)
+        return self._held_out("predict")
 
-    @property
-    def _rows_to_predict(self) -> Tensor | None:
-        return self._train_rows if self._predicts_training else None
+    def _held_out(self, stage: str) -> DataLoader[PairBatch] | list[Any]:
+        name = next((name for name in _TAKES[stage] if name in self._sets), None)
+        return [] if name is None else self._loader(self._sets[name], self._rows_of(name), self.eval_batch_size)
+
+    def _rows_of(self, name: str) -> Tensor:
+        """Rows of a set: a share of the training set, or the whole of a set of its own."""
+        if self._training is not None and self._sets[name] is self._training.train:
+            return self._training.held_out if name == "validation" else self._training.pool
+        return torch.arange(len(self._sets[name]))
 
     def pool_dataloader(self) -> DataLoader[PairBatch]:
-        """All training pairs of all parts, in no random order, for scoring."""
-        return self._loader("train", self._train_rows, self.eval_batch_size)
+        """All training pairs of all steps, in no random order, for scoring."""
+        return self._loader(self.training.train, self.training.pool, self.eval_batch_size)
 
     def reference_sets(
         self, stage: str
     ) -> Iterator[tuple[PairDataset, Tensor, Callable[[Tensor], DataLoader[PairBatch]]]]:
         """What a stage will see: data set, row numbers, and a function from row numbers to a loader."""
-        rows: dict[str, Tensor | None] = {}
-        if stage == "fit":
-            rows["train"] = self.training_rows()
-        if stage == "validate" or (stage == "fit" and self.trainer and self.trainer.limit_val_batches != 0):
-            rows |= {"validation": self._validation_rows} if "validation" in self._sets else {}
-        elif stage != "fit":
-            names = ("predict", "test", "validation") if stage == "predict" else ("test", "validation")
-            for name in [name for name in names if name in self._sets][:1]:
-                rows[name] = {"validation": self._validation_rows, "predict": self._rows_to_predict}.get(name)
-        for name, numbers in rows.items():
-            dataset = self._sets[name]
-            everything = torch.arange(len(dataset)) if numbers is None else numbers
-            yield dataset, everything, partial(self._loader, name, batch_size=self.eval_batch_size)
+        validates = stage != "fit" or (self.trainer and self.trainer.limit_val_batches != 0)
+        names = _TAKES["validate" if stage == "fit" else stage] if validates else ()
+        found = [name for name in names if name in self._sets][:1]
+        sets = [(self.training.dataset, self.training_rows())] if stage == "fit" else []
+        for dataset, rows in [*sets, *((self._sets[name], self._rows_of(name)) for name in found)]:
+            yield dataset, rows, partial(self._loader, dataset, batch_size=self.eval_batch_size)
 
     def _loader(
-        self, name: str, rows: Tensor | None, batch_size: int, shuffle: bool = False, accumulate: int = 1
+        self, dataset: PairDataset, rows: Tensor, batch_size: int, shuffle: bool = False
     ) -> DataLoader[PairBatch]:
-        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            raise ValueError(
-                "`overfit_batches` is not supported, because Lightning would replace the sampler that makes the "
-                "batches: give `train` a small file instead, or use `limit_train_batches`."
-            )
-        dataset = self._sets[name]
-        processes = self.trainer.distributed_sampler_kwargs if self.trainer else {}
-        sampler = PairSampler(
-            dataset,
-            torch.arange(len(dataset)) if rows is None else rows,
-            batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            accumulate=accumulate,
-            **(processes or {}),
-        )
-        # The sampler yields whole batches, so automatic batching is off.
-        loader = (ResumableLoader if shuffle else DataLoader)(
-            dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=_leave_signals,
-        )
-        if isinstance(loader, ResumableLoader):
-            loader.trainer = self.trainer
-        return loader
+        return pair_loader(dataset, rows, batch_size, self.trainer, self.num_workers, self.seed, shuffle)
 
     def step_layout(self) -> dict[str, int]:
         """How optimizer steps are cut into batches: pairs a step, batches a step, batches an epoch."""
-        trainer = self.trainer
-        assert trainer is not None
-        accumulate, batches = trainer.accumulate_grad_batches, self._batches(len(self.train_dataloader()))
-        pairs = self.batch_size * trainer.world_size * accumulate
-        return {"pairs_per_step": pairs, "accumulate": accumulate, "batches": max(1, batches)}
+        assert self.trainer is not None
+        return step_layout(self.trainer, len(self.train_dataloader()), self.batch_size)
 
     def origin(self, row_ids: Sequence[int], training: bool = False) -> list[str]:
         """Where rows of the prediction set, or of the training set, come from, as ``file:line``."""
-        for name in ("train",) if training else ("predict", "test", "validation"):
-            if name in self._sets:
-                return [self._sets[name].origins[row] for row in row_ids]
-        raise RuntimeError("No data are loaded: `setup` comes before `origin`.")
-
-
-def _in_memory(sources: list[str | Rows]) -> bool:
-    return any(isinstance(source, Rows) for source in sources)
-
-
-def _leave_signals(worker: int) -> None:
-    """Let the main process alone decide what a signal means: workers end when it does."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+        sets = [self._sets[name] for name in _TAKES["predict"] if name in self._sets]
+        if training:
+            sets = [] if self._training is None else [self._training.dataset]
+        if not sets:
+            raise RuntimeError("No data are loaded: `setup` comes before `origin`.")
+        return [sets[0].origins[row] for row in row_ids]

@@ -73,7 +73,7 @@ def sources_of(given: object, name: str) -> list[str | Rows]:
     if isinstance(given, list | tuple) and not (given and isinstance(given[0], Mapping)):
         items = list(given)
     names = [f"{name} {number}" for number in range(1, len(items) + 1)] if len(items) > 1 else [name]
-    return [item if isinstance(item, str) else Rows(item, of) for item, of in zip(items, names, strict=False)]
+    return [item if isinstance(item, str | Rows) else Rows(item, of) for item, of in zip(items, names, strict=False)]
 
 
 @dataclass(frozen=True, slots=True)

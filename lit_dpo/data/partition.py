@@ -1,51 +1,164 @@
-"""Ordered partitions of the training pairs, for stepwise DPO: every pair in exactly one."""
+"""Which pairs each step of stepwise training trains on."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+Prompt = str | Sequence[Mapping[str, str]]
+"""Plain text, or chat messages with ``role`` and ``content``."""
 
-class Partition(ABC):
-    """Splits the pool of training pairs into an ordered list of parts.
 
-    With more than one part, training runs one part after the other, and the policy at the end of one is the reference
-    of the next (stepwise DPO, https://arxiv.org/abs/2403.19270).
+class Pool:
+    """The training pairs, held-out ones left out, and the policy that starts a step.
+
+    `fit_stepwise` makes one for each step. To try a partition by itself, make one of names and functions:
+
+    >>> pool = Pool(["easy", "hard"], score=lambda step: torch.tensor([1.5, -0.5]))
+    >>> pool.rows, pool.margins()
+    (2, tensor([ 1.5000, -0.5000]))
+
+    Args:
+        sources: Name of the data source of each pair, by row number.
+        folder: The folder of the step.
+        score: Gives the margins of the policy that starts a step, numbered from 0; ``None`` means this one.
+        generate: Gives completions; called with the arguments of `sample`.
+
+    Attributes:
+        sources: Name of the data source of each pair, by row number.
     """
 
-    needs_margins: ClassVar[bool] = False
+    def __init__(
+        self,
+        sources: Sequence[str],
+        folder: Path | None = None,
+        score: Callable[[int | None], Tensor] | None = None,
+        generate: Callable[..., list[list[str]]] | None = None,
+    ) -> None:
+        self.sources = sources
+        self._folder, self._score, self._generate = folder, score, generate
 
-    @abstractmethod
-    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
-        """Row numbers of each part, in training order.
+    @property
+    def rows(self) -> int:
+        """Number of pairs; their row numbers count from 0."""
+        return len(self.sources)
 
-        Args:
-            sources: Name of the data source of every pair of the pool.
-            margins: For a partition that `needs_margins`: log-prob of chosen minus rejected under the starting model
-                in nats, shape ``(pairs,)``.
+    @property
+    def folder(self) -> Path:
+        """The folder of the step, made when it is asked for: for files of the partition's own.
 
-        Returns:
-            One int64 tensor a part, none empty, together every row number once.
+        Every process of a run calls `Partition.next`, so that several of them may write there at a time.
 
         Raises:
-            ValueError: The pool cannot be split this way.
+            ValueError: There is none.
+        """
+        if self._folder is None:
+            raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder
+
+    def margins(self, step: int | None = None) -> Tensor:
+        """Log-prob of chosen minus that of rejected under the policy that starts the step, in nats.
+
+        The first call scores all pairs; the values are kept in the folder of the step, so that a resumed run has the
+        same ones. They are the same on all processes.
+
+        Args:
+            step: Another step, up to this one, counted from 0: its starting policy scores.
+
+        Returns:
+            Shape ``(rows,)``, float64.
+
+        Raises:
+            ValueError: There is no policy.
+        """
+        if self._score is None:
+            raise ValueError("Margins need the policy that starts the step: run the partition through `fit_stepwise`.")
+        return self._score(step)
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[list[str]]:
+        """Completions of prompts by the policy that starts the step, as text without special tokens.
+
+        The policy is loaded for the call and generates through transformers. The random numbers depend on `seed`, the
+        step and the place of the prompt alone, so that a resumed step gets the same completions from the same arguments
+        on the same machine, by any number of processes. Several processes share the prompts once they are connected.
+
+        Args:
+            prompts: Texts, or lists of chat messages, which the chat template renders.
+            samples: Completions of each prompt.
+            temperature: Divides the logits, at least 0; 0 takes the likeliest token each time.
+            max_new_tokens: Tokens of a completion at most; one that reaches them has no end.
+            seed: Seed of the random numbers.
+            batch_size: Prompts to complete at a time. Another size draws other random numbers.
+
+        Returns:
+            For each prompt its completions.
+
+        Raises:
+            ValueError: There is no policy, or an argument is out of its range.
+        """
+        if self._generate is None:
+            raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
+        if min(samples, max_new_tokens, batch_size) < 1 or temperature < 0:
+            raise ValueError(
+                "`samples`, `max_new_tokens` and `batch_size` must be at least 1 and `temperature` at least 0, got "
+                f"{samples}, {max_new_tokens}, {batch_size} and {temperature}."
+            )
+        if temperature == 0 and samples > 1:
+            raise ValueError("At `temperature` 0 all samples are equal: ask for one, or set it above 0.")
+        return self._generate(prompts, samples, temperature, max_new_tokens, seed, batch_size)
+
+
+class Partition(ABC):
+    """Says which pairs each step of stepwise training trains on.
+
+    Training runs one step after the other, and the policy at the end of one is the starting policy and the reference of
+    the next (stepwise DPO, https://arxiv.org/abs/2403.19270).
+    """
+
+    @abstractmethod
+    def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:
+        """What the step trains on.
+
+        The answer must depend on its arguments and the files in ``pool.folder`` alone: a resumed run asks again, and
+        so does every process of a run. New pairs are written to ``pairs.jsonl`` in the folder of the step before they
+        are trained on; a run that finds them there does not ask for them again.
+
+        Args:
+            step: Number of the step, from 0.
+            pool: The training pairs, and the policy that starts the step.
+
+        Returns:
+            Row numbers of the pool, an integer tensor of at least one; or new pairs, each a row as a data file has it,
+            with the usual column names; or ``None`` when the step before was the last.
+
+        Raises:
+            ValueError: The pool cannot be divided in this way.
         """
 
 
 class OneShot(Partition):
     """Everything at once: plain training."""
 
-    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
-        """A single part."""
-        return [torch.arange(len(sources))]
+    def next(self, step: int, pool: Pool) -> Tensor | None:
+        """All pairs in a single step."""
+        return _nth([torch.arange(pool.rows)], step)
 
 
 class BySource(Partition):
-    """One part per data source, as in the sDPO paper.
+    """One step for each data source, as in the sDPO paper.
 
     Args:
         order: Names of the sources in training order; empty means the order in which they are given to the data
@@ -55,85 +168,104 @@ class BySource(Partition):
     def __init__(self, order: Sequence[str] = ()) -> None:
         self.order = tuple(order)
 
-    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
-        """One part per source, in order."""
-        found = list(dict.fromkeys(sources))
+    def next(self, step: int, pool: Pool) -> Tensor | None:
+        """The pairs of one source.
+
+        Raises:
+            ValueError: `order` does not name every source once.
+        """
+        found = list(dict.fromkeys(pool.sources))
         if self.order and sorted(self.order) != sorted(found):
             raise ValueError(
                 f"`order` names {', '.join(self.order)}, but the data have the sources {', '.join(found)}."
             )
-        return [_rows_of(name, sources) for name in self.order or found]
+        names = self.order or found
+        return _rows_of(names[step], pool.sources) if step < len(names) else None
 
 
 class RandomSplit(Partition):
-    """Parts of equal size drawn at random: the sDPO paper's ablation.
+    """Steps of equal size drawn at random: the sDPO paper's ablation.
 
     Args:
-        parts: Number of parts, at least 1.
-        seed: Of the draw.
+        parts: Number of steps, at least 1.
+        seed: Seed of the random split.
     """
 
     def __init__(self, parts: int = 2, seed: int = 0) -> None:
         self.parts, self.seed = _positive(parts), seed
 
-    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
-        """Equal random parts; the first ones take the remainder."""
-        order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(self.seed))
-        return [part.sort().values for part in _equal(order, self.parts)]
+    def next(self, step: int, pool: Pool) -> Tensor | None:
+        """An equal share of the pairs; the first steps take the remainder.
+
+        Raises:
+            ValueError: There are fewer pairs than steps.
+        """
+        _refuse_empty(self.parts, pool)
+        order = torch.randperm(pool.rows, generator=torch.Generator().manual_seed(self.seed))
+        return _nth([rows.sort().values for rows in order.tensor_split(self.parts)], step)
 
 
 class EasyToHard(Partition):
-    """Parts ordered from what the starting model already prefers to what it does not.
+    """Steps ordered from what the first model already prefers to what it does not.
 
     Args:
-        parts: ``None`` orders whole sources by the starting model's accuracy, the share of pairs with a positive
-            margin, as in the sDPO paper. A number cuts the pool into that many equal parts by margin, large to small,
-            whatever the source; that form is ours.
+        parts: ``None`` orders whole sources by the first model's accuracy, the share of pairs with a positive margin,
+            as in the sDPO paper. A number cuts the pool into that many equal steps by margin, large to small, whatever
+            the source; that form is ours.
     """
-
-    needs_margins = True
 
     def __init__(self, parts: int | None = None) -> None:
         self.parts = None if parts is None else _positive(parts)
 
-    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
-        """Easy parts first."""
-        if margins is None:
-            raise ValueError("`EasyToHard` needs the starting model's margins: run it through `fit_stepwise`.")
-        if self.parts is not None:
-            order = margins.argsort(descending=True, stable=True)
-            return [part.sort().values for part in _equal(order, self.parts)]
-        by_source = [_rows_of(name, sources) for name in dict.fromkeys(sources)]
-        return sorted(by_source, key=lambda rows: -(margins[rows] > 0).double().mean().item())
+    def next(self, step: int, pool: Pool) -> Tensor | None:
+        """The easiest pairs that are left.
+
+        Raises:
+            ValueError: There are fewer pairs than steps, or no policy.
+        """
+        return _nth(_easy_to_hard(self.parts, pool), step)
 
 
 class HardToEasy(Partition):
-    """The parts of `EasyToHard` in the opposite order: first what the starting model prefers least.
+    """The steps of `EasyToHard` in the opposite order: first what the first model prefers least.
 
     Args:
-        parts: As of `EasyToHard`: ``None`` orders whole sources, a number cuts the pool into that many equal parts.
+        parts: As of `EasyToHard`: ``None`` orders whole sources, a number cuts the pool into that many equal steps.
     """
-
-    needs_margins = True
 
     def __init__(self, parts: int | None = None) -> None:
         self.parts = None if parts is None else _positive(parts)
 
-    def split(self, sources: Sequence[str], margins: Tensor | None = None) -> list[Tensor]:
-        """Hard parts first."""
-        if margins is None:
-            raise ValueError("`HardToEasy` needs the starting model's margins: run it through `fit_stepwise`.")
-        return EasyToHard(self.parts).split(sources, margins)[::-1]
+    def next(self, step: int, pool: Pool) -> Tensor | None:
+        """The hardest pairs that are left.
+
+        Raises:
+            ValueError: There are fewer pairs than steps, or no policy.
+        """
+        return _nth(_easy_to_hard(self.parts, pool)[::-1], step)
+
+
+def _easy_to_hard(parts: int | None, pool: Pool) -> list[Tensor]:
+    _refuse_empty(parts or 1, pool)
+    margins = pool.margins(0)
+    if parts is not None:
+        order = margins.argsort(descending=True, stable=True)
+        return [rows.sort().values for rows in order.tensor_split(parts)]
+    by_source = [_rows_of(name, pool.sources) for name in dict.fromkeys(pool.sources)]
+    return sorted(by_source, key=lambda rows: -(margins[rows] > 0).double().mean().item())
+
+
+def _nth(steps: Sequence[Tensor], step: int) -> Tensor | None:
+    return steps[step] if step < len(steps) else None
 
 
 def _rows_of(name: str, sources: Sequence[str]) -> Tensor:
     return torch.tensor([i for i, source in enumerate(sources) if source == name])
 
 
-def _equal(order: Tensor, parts: int) -> list[Tensor]:
-    if parts > len(order):
-        raise ValueError(f"`parts` is {parts}, but there are only {len(order)} pairs to split.")
-    return list(order.tensor_split(parts))
+def _refuse_empty(parts: int, pool: Pool) -> None:
+    if parts > pool.rows:
+        raise ValueError(f"`parts` is {parts}, but there are only {pool.rows} pairs to split.")
 
 
 def _positive(parts: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_dpo import BySource, PreferenceDataModule, RandomSplit
+from lit_dpo import BySource, Pool, PreferenceDataModule, RandomSplit
 from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 
@@ -134,8 +134,9 @@ def test_several_sources_come_in_order(make, tmp_path):
     second = runs.pairs_file(tmp_path, 4, "second.jsonl", start=100)
     data = make([second, first], validation=first, partition=BySource())
     assert data._sets["train"].sources == ["second"] * 4 + ["first"] * 5
-    assert [part.tolist() for part in data.split()] == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-    data.use_part(1)
+    steps = [data.partition.next(step, Pool(data.training.pool_sources)) for step in range(2)]
+    assert [rows.tolist() for rows in steps] == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    data.training.use_rows(steps[1])
     assert drawn(data.train_dataloader()) == [4, 5, 6, 7, 8]
     assert drawn(data.pool_dataloader()) == list(range(9))
 
@@ -150,8 +151,21 @@ def test_a_validation_source_leaves_all_pairs_for_training(make, tmp_path):
 
 def test_a_partition_never_touches_what_is_held_out(make, tmp_path):
     data = make(runs.pairs_file(tmp_path, 30), partition=RandomSplit(3))
-    parts = [row for part in data.split() for row in part.tolist()]
-    assert sorted(parts + drawn(data.val_dataloader())) == list(range(30))
+    trained = []
+    for step in range(3):
+        data.training.use_rows(data.partition.next(step, Pool(data.training.pool_sources)))
+        trained += drawn(data.train_dataloader())
+    assert sorted({*trained} | {*drawn(data.val_dataloader())}) == list(range(30))
+    assert len({*trained}) == 27
+
+
+@pytest.mark.parametrize(
+    "rows", [[], [27], [-1], [0.0], [True] * 27, [[0]]], ids=["none", "behind", "before", "floats", "mask", "table"]
+)
+def test_what_is_no_row_of_the_pool_is_refused(make, tmp_path, rows):
+    data = make(runs.pairs_file(tmp_path, 30))
+    with pytest.raises(ValueError, match="at least one row number of the pool, from 0 to 26"):
+        data.training.use_rows(torch.tensor(rows))
 
 
 def test_several_parts_need_the_driver(make, tmp_path):

@@ -1,0 +1,222 @@
+"""The policies that start the steps of stepwise training, asked for margins and samples."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_dpo.checkpoints.claim import is_first
+from lit_dpo.checkpoints.tensor_store import TensorStore
+from lit_dpo.data import PreferenceDataModule
+from lit_dpo.data.dataset import DIGEST
+from lit_dpo.data.partition import Pool, Prompt
+from lit_dpo.losses import SimPOLoss
+from lit_dpo.models import ModelSource, load_model
+from lit_dpo.module import PreferenceModule
+from lit_dpo.pairs import PairBatch
+from lit_dpo.pretrained import trusts_remote_code
+from lit_dpo.references.table import fingerprint
+from lit_dpo.resume import seeded
+from lit_dpo.scoring.decoder import own_tensors
+
+
+class StartingPolicies:
+    """What starts each step: the model of the run, then what the step before exported; loaded only when asked.
+
+    Args:
+        module: The module that is trained; its `model` starts the first step.
+        data: The pool, set up.
+        make_trainer: Makes a Trainer for a folder.
+        folder: Where the folders of the steps are.
+    """
+
+    def __init__(
+        self,
+        module: PreferenceModule,
+        data: PreferenceDataModule,
+        make_trainer: Callable[[Path], Trainer],
+        folder: Path,
+    ) -> None:
+        self.module, self.data, self.make_trainer, self.folder = module, data, make_trainer, folder
+        self.first = module.model
+        self._margins: dict[int, Tensor] = {}
+
+    def of(self, step: int) -> ModelSource:
+        """The model that starts a step."""
+        return str(folder_of(self.folder, step - 1) / "export") if step else self.first
+
+    def pool(self, step: int) -> Pool:
+        """What the partition is given for a step."""
+
+        def score(other: int | None) -> Tensor:
+            if other is not None and not 0 <= other <= step:
+                raise ValueError(f"Step {step} knows no margins of step {other}: name itself or an earlier one.")
+            return self.margins(step if other is None else other)
+
+        folder = folder_of(self.folder, step)
+        return Pool(self.data.training.pool_sources, folder, score, partial(self.sample, step))
+
+    @cached_property
+    def _name(self) -> str:
+        """What tells the first model from another: its description, or the weights that an object begins with."""
+        return fingerprint(own_tensors(self.first)) if isinstance(self.first, nn.Module) else str(self.first)
+
+    # -- margins ------------------------------------------------------------------------------------------------------
+
+    def margins(self, step: int) -> Tensor:
+        """See `Pool.margins`; the values are kept in the step's folder, as long as model and rows are the same."""
+        if step not in self._margins:
+            training = self.data.training
+            digests = training.train.digest_bytes(numbers=False)
+            of_pool = (digests[DIGEST * row : DIGEST * (row + 1)] for row in training.pool.tolist())
+            rows = hashlib.sha256(b"".join(of_pool)).hexdigest()
+            who = {"model": "export of the step before" if step else self._name, "seed": self.module.init_seed}
+            store = TensorStore(folder_of(self.folder, step) / "margins", {**who, "rows": rows})
+            tensors, problem = from_first(store.read(lambda found: None if "margins" in found else "it has no margins"))
+            if problem:
+                rank_zero_info(f"Margins {store.data} are damaged ({problem}): scoring anew.")
+            if tensors is None:
+                tensors = {"margins": self._score(step)}
+                if is_first():
+                    store.write(tensors)
+                wait_for_all()
+            self._margins[step] = tensors["margins"]
+        return self._margins[step].clone()
+
+    def _score(self, step: int) -> Tensor:
+        rank_zero_info(f"Scoring {len(self.data.training.pool)} training pairs with the model that starts step {step}")
+        module, trainer = self.module, self.make_trainer(self.folder / "scoring")
+        loss, reference, model = module.loss, module.reference, module.model
+        module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+        module.restart_from(self.of(step))
+        try:
+            batches: Any = trainer.predict(module, datamodule=_Pool(self.data))
+        finally:
+            module.loss, module.reference = loss, reference
+            module.restart_from(model)
+        margins = torch.zeros(len(self.data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
+        for batch in batches:
+            margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
+        return trainer.strategy.reduce(margins, reduce_op="sum").cpu()[self.data.training.pool]
+
+    # -- samples ------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self, step: int, prompts: Sequence[Prompt], samples: int, temperature: float, most: int, seed: int, size: int
+    ) -> list[list[str]]:
+        """See `Pool.sample`: batches of prompts, each with random numbers of its own, shared among the processes."""
+        module = self.module
+        device = self.make_trainer(self.folder / "scoring").strategy.root_device
+        source = self.of(step)
+        if isinstance(source, nn.Module):
+            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
+        else:
+            model = load_model(source, module.tokenizer, module.dtype_name, module.init_seed)
+        model.to(device)
+        ids = [self._ids(prompt) for prompt in prompts]
+        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
+        options: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        options |= {"num_return_sequences": samples, "max_new_tokens": most, "repetition_penalty": 1.0}
+        rank, processes = (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
+        found: dict[int, list[list[str]]] = {}
+        for number in range(rank, len(batches), processes):
+            with seeded(device, seed, step, number):
+                found[number] = self._completed(model, batches[number], options)
+        found = _gathered(found)
+        return [completions for number in range(len(batches)) for completions in found[number]]
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        tokenizer: Any = self.module.tokenizer
+        if isinstance(prompt, str):
+            found = tokenizer(prompt).input_ids
+        else:
+            template = self.data.chat_template or tokenizer.chat_template
+            text = tokenizer.apply_chat_template(
+                list(prompt), chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+            found = tokenizer(text, add_special_tokens=False).input_ids
+        if not found:
+            raise ValueError("A prompt to sample from has no tokens: give one that is not empty.")
+        return list(found)
+
+    @torch.no_grad()
+    def _completed(self, model: Any, prompts: list[list[int]], options: dict[str, Any]) -> list[list[str]]:
+        tokenizer: Any = self.module.tokenizer
+        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[padding or 0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            pad_token_id=padding,
+            trust_remote_code=trusts_remote_code(),
+            **options,
+        )
+        texts, each = [], options["num_return_sequences"]
+        for line, generated in enumerate(out[:, longest:].tolist()):
+            prompt = prompts[line // each]
+            before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + generated))
+            texts.append(whole.removeprefix(before))  # alone, some tokenizers lose the first space
+        return [texts[start : start + each] for start in range(0, len(texts), each)]
+
+
+class _Pool(LightningDataModule):
+    """All training pairs of a data module, shared among the processes of the Trainer that scores them."""
+
+    def __init__(self, data: PreferenceDataModule) -> None:
+        super().__init__()
+        self.data = data
+
+    def predict_dataloader(self) -> DataLoader[PairBatch]:
+        self.data.trainer = self.trainer
+        return self.data.pool_dataloader()
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """The folder of a step, counted from 0."""
+    return folder / f"partition_{step}"
+
+
+# -- processes of a run, once they are connected ----------------------------------------------------------------------
+
+
+def connected() -> bool:
+    """Whether the processes of this run can talk to each other yet."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, on all of them; each has its own until they are connected."""
+    box = [value]
+    if connected():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here, if they are connected."""
+    if connected():
+        dist.barrier()
+
+
+def _gathered(found: dict[int, Any]) -> dict[int, Any]:
+    """What the processes have found, each its own numbers, as one on all."""
+    everyone: list[Any] = [found]
+    if connected():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+    return {number: value for one in everyone for number, value in one.items()}
