@@ -10,13 +10,12 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import (
     PreTrainedTokenizerBase,
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from lit_dpo.adapters import LoRA, merged
+from lit_dpo.card import model_card
 from lit_dpo.checkpoints.claim import number_of
 from lit_dpo.checkpoints.content import check_content
 from lit_dpo.checkpoints.durable import sync_files
@@ -31,6 +31,7 @@ from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpoint
 from lit_dpo.checkpoints.shards import read_shards
 from lit_dpo.checkpoints.verify import manifest_of, verify
+from lit_dpo.extrapolate import Extrapolation
 from lit_dpo.files import refuse_special
 from lit_dpo.models import load_model
 from lit_dpo.module import STATE
@@ -43,6 +44,7 @@ def export(
     folder: str | Path,
     merge: bool = True,
     card: str | None = None,
+    beyond: Extrapolation | None = None,
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with ``from_pretrained``.
 
@@ -54,6 +56,7 @@ def export(
         folder: Must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise only the adapters are written.
         card: Text of the model card, ``README.md``.
+        beyond: Extrapolate the weights that are written; not for adapters alone.
 
     Raises:
         FileExistsError: `folder` holds something already.
@@ -73,6 +76,8 @@ def export(
         os.chmod(part, 0o755)
         with without_bars():
             model.save_pretrained(part)  # type: ignore[operator]
+        if beyond is not None:
+            beyond.apply(part, model.state_dict().keys())
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
@@ -117,60 +122,17 @@ def refuse_existing(target: Path) -> None:
         raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
 
 
-def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """The text of ``README.md`` in the exported folder, in the form that the Hugging Face hub reads.
-
-    Args:
-        options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
-        facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
-    """
-    model = options["model"]
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["lit-dpo", "dpo", "preference-tuning"]}
-    if isinstance(model, str):
-        head["base_model"] = model
-    settings = {
-        "starting model": model,
-        "loss": options["loss"],
-        "reference": options["reference"] or "default",
-        "adapter": options["adapter"] or "none: all weights trained",
-        "dtype of the weights": options["dtype"],
-        "code of the model's own": "ran while training (--trust-remote-code)"
-        if options.get("trust_remote_code")
-        else None,
-        **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
-        "optimizer steps": facts.get("step"),
-        "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),
-    }
-    parts = [
-        f"---\n{yaml.safe_dump(head)}---",
-        "# A policy trained on preferences\n\nTrained with lit_dpo. Settings as the run had them:",
-        _table({name: _shown(value) for name, value in settings.items() if value is not None}),
-    ]
-    if facts.get("metrics"):
-        parts += ["Measured at the exported checkpoint:", _table({k: f"{v:.4g}" for k, v in facts["metrics"].items()})]
-    versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
-    return "\n\n".join([*parts, *([f"Versions: {versions}."] if versions else [])]) + "\n"
-
-
-def _shown(value: Any) -> str:
-    """A loss or reference as it would be written in Python, everything else as it prints."""
-    if isinstance(value, Mapping) and set(value) == {"class_path", "init_args"}:
-        inside = ", ".join(f"{name}={_shown(option)}" for name, option in value["init_args"].items())
-        return f"{value['class_path'].rpartition('.')[2]}({inside})"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return str(value)
-
-
-def _table(values: Mapping[str, str]) -> str:
-    rows = "".join(f"| {name} | `{value.replace('|', '/').replace('`', '')}` |\n" for name, value in values.items())
-    return f"| | |\n|---|---|\n{rows}".rstrip()
-
-
 _PREFIX = "policy."
 
 
-def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str | None = None) -> None:
+def export_run(
+    checkpoint: str,
+    output_dir: str,
+    merge: bool = True,
+    root: str | None = None,
+    extrapolate: float | None = None,
+    base: str | None = None,
+) -> None:
     """Write the policy of a run or a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     Args:
@@ -179,6 +141,8 @@ def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str |
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
         root: Where ``last`` looks for runs; by default the current folder and the folders in its ``runs``.
+        extrapolate: Go beyond the policy: ``policy + extrapolate * (policy - base)`` for each weight (ExPO).
+        base: The folder of the model that training started from, for `extrapolate`.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or no run.
@@ -187,10 +151,13 @@ def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str |
     """
     if root is not None and checkpoint != "last":
         raise ValueError("`root` says where `last` looks for runs: give `last`, or leave `root` out.")
+    if (extrapolate is None) != (base is None):
+        raise ValueError("`extrapolate` and `base` belong together: give both, or leave both out.")
+    beyond = None if extrapolate is None or base is None else Extrapolation(extrapolate, base)
     refuse_existing(Path(output_dir))
     path, which = _meant(checkpoint, root)
     print(f"Exporting {which} `{path}`", flush=True)
-    folder = export_checkpoint(str(path), output_dir, merge)
+    folder = export_checkpoint(str(path), output_dir, merge, beyond)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
     load = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r})('Hello'))"
     print(f"Wrote the policy to `{folder}`: {files}\nNext: {shlex.join(['python', '-c', load])}")
@@ -250,13 +217,16 @@ def refuse_baseless(model: Any, adapter: Any, merge: bool) -> None:
         )
 
 
-def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> Path:
+def export_checkpoint(
+    checkpoint: str, output_dir: str, merge: bool = True, beyond: Extrapolation | None = None
+) -> Path:
     """Write the policy of a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     Args:
         checkpoint: A ``.ckpt`` file written during training, or a folder of shards.
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
+        beyond: Extrapolate the weights that are written.
 
     Returns:
         The folder.
@@ -268,10 +238,10 @@ def export_checkpoint(checkpoint: str, output_dir: str, merge: bool = True) -> P
     """
     refuse_existing(Path(output_dir))
     with cleaning_up():
-        return _export(checkpoint, output_dir, merge)
+        return _export(checkpoint, output_dir, merge, beyond)
 
 
-def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
+def _export(checkpoint: str, output_dir: str, merge: bool, beyond: Extrapolation | None) -> Path:
     content = _read(Path(checkpoint))
     with _one_sentence(checkpoint):
         options = content["hyper_parameters"]
@@ -280,6 +250,10 @@ def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
         tokenizer = load_tokenizer(options["tokenizer"] or options["model"])
         if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
             tokenizer.chat_template = template
+        if beyond is not None:
+            if options["adapter"] is not None and not merge:
+                raise ValueError("Adapters alone cannot be extrapolated: leave `merge` true.")
+            beyond.check(tokenizer)
         model: Any = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"])
         if options["adapter"] is not None:
             model = LoRA(**options["adapter"]).attach(model)
@@ -290,8 +264,8 @@ def _export(checkpoint: str, output_dir: str, merge: bool) -> Path:
                 "earlier checkpoint of the run, or train again with a lower learning rate."
             )
         model.load_state_dict(state)
-        card = model_card(options, content.get(STATE, {}))
-    return export(model, tokenizer, output_dir, merge, card)
+        card = model_card(options, content.get(STATE, {}), beyond)
+    return export(model, tokenizer, output_dir, merge, card, beyond)
 
 
 def _present(model: Any, checkpoint: Path) -> Any:

@@ -380,7 +380,7 @@ class PreferenceModule(LightningModule):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What a model card tells of the run so far, as plain values; see `lit_dpo.export.model_card`."""
+        """What a model card tells of the run so far, as plain values; see `lit_dpo.card.model_card`."""
         data = pair_data(self.trainer)
         metrics = {name: float(v) for name, v in self.trainer.callback_metrics.items() if name.startswith("val/")}
         packages = {"lit_dpo": __version__, "torch": torch.__version__, "transformers": transformers.__version__}

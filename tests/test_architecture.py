@@ -33,6 +33,8 @@ FLOORS = {
     "data": 4,
     "references": 5,
     "hparams": 6,
+    "extrapolate": 6,
+    "card": 7,
     "module": 7,
     "export": 8,
     "callbacks": 9,
@@ -46,7 +48,7 @@ NEIGHBOURS = {("metrics", "losses")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "scoring.audit", "models", "tokenizers", "adapters", "pretrained", "references"}
-KNOW_TRANSFORMERS |= {"module", "export"}
+KNOW_TRANSFORMERS |= {"module", "export", "extrapolate"}
 
 
 def imported(source, type_checking=False):

@@ -11,11 +11,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.progress import finish_progress
+from lit_dpo.card import model_card
 from lit_dpo.export import (
     cleaning_up,
     export,
     export_checkpoint,
-    model_card,
     new_folder,
     refuse_baseless,
     refuse_existing,
