@@ -30,6 +30,7 @@ from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpoint
 from lit_dpo.checkpoints.shards import read_shards
 from lit_dpo.checkpoints.verify import manifest_of, verify
+from lit_dpo.extrapolate import Extrapolation
 from lit_dpo.files import refuse_special
 from lit_dpo.hparams import refuse_absent
 from lit_dpo.model_card import model_card
@@ -45,6 +46,7 @@ def export(
     folder: str | Path,
     merge: bool = True,
     card: str | None = None,
+    beyond: Extrapolation | None = None,
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with ``from_pretrained``.
 
@@ -56,6 +58,7 @@ def export(
         folder: Must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise only the adapters are written.
         card: Text of the model card, ``README.md``.
+        beyond: Extrapolate the weights that are written; not for adapters alone.
 
     Raises:
         FileExistsError: `folder` holds something already.
@@ -75,6 +78,8 @@ def export(
         os.chmod(part, 0o755)
         with without_bars():
             model.save_pretrained(part)  # type: ignore[operator]
+        if beyond is not None:
+            beyond.apply(part, model.state_dict().keys())
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
@@ -122,7 +127,14 @@ def refuse_existing(target: Path) -> None:
 _PREFIX = "policy."
 
 
-def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str | None = None) -> None:
+def export_run(
+    checkpoint: str,
+    output_dir: str,
+    merge: bool = True,
+    root: str | None = None,
+    extrapolate: float | None = None,
+    base: str | None = None,
+) -> None:
     """Write the policy of a run or a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     Args:
@@ -131,6 +143,8 @@ def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str |
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
         root: Where ``last`` looks for runs; by default the current folder and the folders in its ``runs``.
+        extrapolate: Go beyond the policy: ``policy + extrapolate * (policy - base)`` for each weight (ExPO).
+        base: The folder of the model that training started from, for `extrapolate`.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or no run.
@@ -139,10 +153,13 @@ def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str |
     """
     if root is not None and checkpoint != "last":
         raise ValueError("`root` says where `last` looks for runs: give `last`, or leave `root` out.")
+    if (extrapolate is None) != (base is None):
+        raise ValueError("`extrapolate` and `base` belong together: give both, or leave both out.")
+    beyond = None if extrapolate is None or base is None else Extrapolation(extrapolate, base)
     refuse_existing(Path(output_dir))
     path, which = _meant(checkpoint, root)
     print(f"Exporting {which} `{path}`", flush=True)
-    folder = export_checkpoint(str(path), output_dir, merge)
+    folder = export_checkpoint(str(path), output_dir, merge, beyond)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
     load = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r})('Hello'))"
     print(f"Wrote the policy to `{folder}`: {files}\nNext: {shlex.join(['python', '-c', load])}")
@@ -204,6 +221,7 @@ def export_checkpoint(
     checkpoint: str,
     output_dir: str,
     merge: bool = True,
+    beyond: Extrapolation | None = None,
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -214,6 +232,7 @@ def export_checkpoint(
         checkpoint: A ``.ckpt`` file written during training, or a folder of shards.
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
+        beyond: Extrapolate the weights that are written.
         model: The model that the run was given as an object, or another of its class and configuration; it is left as
             it is, and its weights do not matter.
         tokenizer: The tokenizer that the run was given as an object.
@@ -229,13 +248,14 @@ def export_checkpoint(
     """
     refuse_existing(Path(output_dir))
     with cleaning_up():
-        return _export(checkpoint, output_dir, merge, model, tokenizer)
+        return _export(checkpoint, output_dir, merge, beyond, model, tokenizer)
 
 
 def _export(
     checkpoint: str,
     output_dir: str,
     merge: bool,
+    beyond: Extrapolation | None,
     given: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Path:
@@ -255,6 +275,10 @@ def _export(
             tokenizer = copy.deepcopy(tokenizer)
         if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
             tokenizer.chat_template = template
+        if beyond is not None:
+            if options["adapter"] is not None and not merge:
+                raise ValueError("Adapters alone cannot be extrapolated: leave `merge` true.")
+            beyond.check(tokenizer)
         model: Any
         if given is None:
             model = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"], loading)
@@ -269,8 +293,8 @@ def _export(
                 "earlier checkpoint of the run, or train again with a lower learning rate."
             )
         model.load_state_dict(state)
-        card = model_card(options, content.get(STATE, {}))
-    return export(model, tokenizer, output_dir, merge, card)
+        card = model_card(options, content.get(STATE, {}), beyond)
+    return export(model, tokenizer, output_dir, merge, card, beyond)
 
 
 def _present(model: Any, checkpoint: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The model card: what an exported folder says of itself."""
+"""The model card of an exported policy."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 
 import yaml
 
+from lit_dpo.extrapolate import Extrapolation
 
-def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+
+def model_card(options: Mapping[str, Any], facts: Mapping[str, Any], beyond: Extrapolation | None = None) -> str:
     """The text of ``README.md`` in the exported folder, in the form that the Hugging Face hub reads.
 
     Args:
         options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
         facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
+        beyond: How the weights were changed after training.
     """
     model = options["model"]
     head: dict[str, Any] = {"library_name": "transformers", "tags": ["lit-dpo", "dpo", "preference-tuning"]}
@@ -30,6 +33,7 @@ def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         else None,
         **{f"data, {name}": source for name, source in (facts.get("data") or {}).items() if source},
         "optimizer steps": facts.get("step"),
+        "extrapolated": beyond and f"policy + {beyond.alpha} * (policy - base), base {beyond.base}",
         "pairs an optimizer step": (facts.get("step_layout") or {}).get("pairs_per_step"),
     }
     parts = [
@@ -38,7 +42,9 @@ def model_card(options: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         _table({name: _shown(value) for name, value in settings.items() if value is not None}),
     ]
     if facts.get("metrics"):
-        parts += ["Measured at the exported checkpoint:", _table({k: f"{v:.4g}" for k, v in facts["metrics"].items()})]
+        metrics = {name: f"{value:.4g}" for name, value in facts["metrics"].items()}
+        when = ", before its weights were extrapolated" if beyond else ""
+        parts += [f"Measured at the exported checkpoint{when}:", _table(metrics)]
     versions = ", ".join(f"{name} {version}" for name, version in (facts.get("versions") or {}).items())
     return "\n\n".join([*parts, *([f"Versions: {versions}."] if versions else [])]) + "\n"
 

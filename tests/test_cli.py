@@ -93,7 +93,8 @@ def test_no_config_is_forgotten():
         "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "orpo",
         "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
-    assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == ["bf16", "ddp", "fsdp", "fsdp1", "lora"]
+    overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
+    assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays
 
 
 # Of every pair where the policy is the reference: what a run starts at. The others depend on the pairs.
@@ -181,7 +182,7 @@ def test_every_config_says_how_to_run_it():
         assert f"\n#   lit-dpo fit --config {onto}{path.stem}" in path.read_text()
 
 
-@pytest.mark.parametrize("overlay", ["lora", "bf16"])
+@pytest.mark.parametrize("overlay", ["lora", "bf16", "synced"])
 def test_overlays_train_on_top_of_a_method(overlay, tmp_path):
     main(command("fit", tmp_path, "dpo", "--config", CONFIGS / "overlays" / f"{overlay}.yaml"))
     assert metrics(tmp_path / "version_0")["train/loss"][0] == pytest.approx(math.log(2), rel=1e-5)

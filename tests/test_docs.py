@@ -81,6 +81,8 @@ def tiny(words, folder):
     overlay = yaml.safe_load((ROOT / "tests" / "conf" / "tiny.yaml").read_text())
     if any(word.startswith("--data.train") for word in words):
         del overlay["data"]["train"]
+    if "--model.model" in words and Path(words[words.index("--model.model") + 1]).is_dir():  # that the page has made
+        del overlay["model"]
     if "--trainer.max_steps" in words:
         del overlay["trainer"]["max_steps"]
     (folder / "tiny.yaml").write_text(yaml.safe_dump(overlay))
@@ -107,7 +109,7 @@ def folder(tmp_path, monkeypatch):
     for start, name in enumerate(("pairs", "easy", "hard", "train", "test")):
         runs.pairs_file(tmp_path, 24, f"{name}.jsonl", start=24 * start)
     before = dict(sys.modules)
-    for name in ("my_losses", "my_margin", "my_references", "my_mixture", "my_partition"):
+    for name in ("my_losses", "my_margin", "my_references", "my_tempered", "my_partition"):
         sys.modules.pop(name, None)  # of another test's folder
     yield tmp_path
     for path in tmp_path.glob("*.py"):
@@ -198,7 +200,7 @@ def test_every_option_that_is_named_exists(capsys):
         main(["fit", "--help"])
     known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
     known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
-    known |= {"--trust-remote-code", "--overwrite"}
+    known |= {"--trust-remote-code", "--overwrite", "--extrapolate", "--base"}
     known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
     other = {"--strict"}  # of mkdocs
     options_of_a_class = {name for name in known if "." in name}  # such as `--model.loss.beta`

@@ -55,7 +55,10 @@ def one_sentence(message: object) -> str:
     if strategy := re.search(r"invalid strategy name: `strategy='(.*?)'`", text):
         return _no_strategy(strategy[1])
     if "loading state_dict" in text:
-        return "The checkpoint holds other weights than the model has: give the `model` and `adapter` it was made with."
+        return (
+            "The checkpoint holds other weights than the model has: give the `model` and `adapter` it was made with, "
+            "and the `reference` if that is a synced one."
+        )
     if "Weights only load failed" in text:
         return "What `ckpt_path` names does not load as a checkpoint: give a .ckpt file written by `lit-dpo fit`."
     return text
