@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shlex
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +23,7 @@ from transformers.utils import logging
 from lit_dpo.adapters import LoRA, merged
 from lit_dpo.checkpoints.claim import number_of
 from lit_dpo.checkpoints.content import check_content
-from lit_dpo.checkpoints.durable import sync_files
+from lit_dpo.checkpoints.durable import replace_folder
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpoint
 from lit_dpo.checkpoints.shards import read_shards
@@ -68,21 +65,12 @@ def export(
             "or train with a lower learning rate."
         )
     target = new_folder(folder)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        os.chmod(part, 0o755)
+    with replace_folder(target) as part:
         with without_bars():
             model.save_pretrained(part)  # type: ignore[operator]
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
-        sync_files(part)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return target
 
 

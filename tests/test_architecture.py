@@ -140,6 +140,15 @@ def test_data_knows_lightning_in_its_data_module_alone():
     assert {name for name in knows if name.startswith("data.")} - {"data.datamodule"} == STILL_LIGHTNING
 
 
+@each_file
+def test_files_are_renamed_into_place_by_the_one_durable_writer(path):
+    """A journal, which is appended to, makes its own file, and a checkpoint or a log is renamed as a whole."""
+    names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    found = names & {"os.replace", "os.rename", "tempfile.mkstemp", "tempfile.mkdtemp", "tempfile.NamedTemporaryFile"}
+    allowed = {"checkpoints.durable": {"os.replace"}, "checkpoints.journal": {"tempfile.mkstemp"}}
+    assert found == allowed.get(module_of(path), set())
+
+
 def folders(files):
     """The top-level folders and files of the package, each with those that it imports, from ``{module: imports}``."""
     graph = {}

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.checkpoints.durable import new_file, put
 from lit_dpo.pair_data import pair_data
 
 
@@ -71,7 +72,7 @@ class PairPredictionWriter(BasePredictionWriter):
         _write(whole, rows)
         if os.path.lexists(self.path) and not self.overwrite:
             raise FileExistsError(f"`{self.path}` has appeared meanwhile, so the predictions are in `{whole}`.")
-        os.replace(whole, self.path)
+        put(whole, self.path)
         for part in parts:
             part.unlink()
         rank_zero_info(f"Wrote {len(rows)} predictions to {self.path}")
@@ -86,5 +87,5 @@ def _rows(batch: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with new_file(path) as file:
+        file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_dpo.checkpoints.durable import _replace
+from lit_dpo.checkpoints.durable import replace_file
 from lit_dpo.files import refuse_special
 
 if sys.platform != "win32":
@@ -106,8 +106,9 @@ class TensorStore:
             if merge and there is not None:
                 tensors = merge(there, tensors)
             content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-            _replace(self.data, content)
-            _replace(self.header, self._header(content))
+            for path, written in ((self.data, content), (self.header, self._header(content))):
+                with replace_file(path, private=True) as file:
+                    file.write(written)
 
     def make_folder(self) -> None:
         """Make the folder, for its owner alone."""
