@@ -53,7 +53,7 @@ def gradient_norm(policy: nn.Module | None, optimizer: torch.optim.Optimizer) ->
 
     Args:
         policy: Asked only if FSDP1 has wrapped it, whose gradients are plain tensors of a process's share.
-        optimizer: Of the policy's parameters.
+        optimizer: The optimizer of the policy's parameters.
     """
     if isinstance(policy, FullyShardedDataParallel):
         norm: Tensor = policy.clip_grad_norm_(float("inf"))  # which clips nothing

@@ -28,7 +28,7 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
     ``reference/accuracies``. For a loss without a reference, rewards are plain log-probs times beta.
 
     Args:
-        loss: Gives the scale of rewards and the names of its parts.
+        loss: Gives the scale of rewards and its own named terms.
         losses: Its value for each pair, shape ``(batch,)``.
         policy: Log-probs under the policy.
         reference: Log-probs under the reference, or zeros.
@@ -49,7 +49,7 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
         values["displacement"] = (chosen < 0).to(chosen.dtype)
         values["reference/margins"] = reference.margin
         values["reference/accuracies"] = _win(reference.margin)
-    values |= {f"loss/{name}": value for name, value in loss.parts(policy, reference).items()}
+    values |= {f"loss/{name}": value for name, value in loss.terms(policy, reference).items()}
     return values
 
 
@@ -100,7 +100,7 @@ def metric_names(loss: PreferenceLoss, validates: bool) -> set[str]:
     """Names of everything that a fit measures.
 
     Args:
-        loss: With its decoder blocks settled.
+        loss: The loss, its depths resolved to block numbers.
         validates: Whether there is validation.
     """
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)

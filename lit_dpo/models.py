@@ -34,8 +34,8 @@ def load_model(
         source: A hub name or a local folder with weights; or a description such as
             ``{"model_type": "llama", "hidden_size": 64, ...}``, from which a model with random weights is made.
         tokenizer: Fills in what a description leaves out: vocabulary size and special tokens.
-        dtype: Of the weights.
-        seed: Of the random weights: the same description and seed give the same model.
+        dtype: Dtype of the weights.
+        seed: Seed of the random weights: the same description and seed give the same model.
 
     Raises:
         ValueError: There is no such model, it is broken or needs code of its own (see `read_model`), or the

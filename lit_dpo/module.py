@@ -69,8 +69,8 @@ class PreferenceModule(LightningModule):
         optimizer: Makes the optimizer from the trained parameters.
         lr_scheduler: Makes the schedule from the optimizer, stepped once an optimizer step; ``None`` keeps the
             learning rate constant.
-        dtype: Of the weights. Keep float32 and set the Trainer's ``precision: bf16-mixed`` to compute in bfloat16: at
-            the usual learning rates a bfloat16 weight does not move.
+        dtype: Dtype of the weights. Keep float32 and set the Trainer's ``precision: bf16-mixed`` to compute in
+            bfloat16: at the usual learning rates a bfloat16 weight does not move.
         form: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         max_tokens: Tokens of the flat line to compute at once. A batch of more is computed in parts, most of them again

@@ -27,8 +27,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """Saves and loads checkpoints as Lightning does, but never loses one.
 
     A checkpoint is written to a hidden file in its own folder, flushed to the disk, read back, and only then renamed
-    into its place; until then the previous one stands there. A manifest beside it, ``<name>.json``, holds the SHA-256
-    sum that loading checks. Loading never runs code: ``weights_only=True``, always. (Remote paths, with ``://``, are
+    into its place; until then the previous one stands there. A manifest beside it, `<name>.json`, holds the SHA-256
+    sum that loading checks. Loading never runs code: `weights_only=True`, always. (Remote paths, with `://`, are
     Lightning's own business but for that.)
     """
 

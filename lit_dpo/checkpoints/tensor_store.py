@@ -1,8 +1,8 @@
 """Named tensors on disk, written whole or not at all, and checked when read.
 
-Two files for each identity, ``<key>.safetensors`` and ``<key>.json``; the key is the hash of the identity, which names
+Two files for each identity, `<key>.safetensors` and `<key>.json`; the key is the hash of the identity, which names
 everything that decides the values. While values are being computed, those that are there already stand in a journal
-beside them, ``<key>.<random>.journal``.
+beside them, `<key>.<random>.journal`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PATIENCE = 10.0  # seconds to wait for another process that reads or writes; th
 
 
 def cache_folder() -> Path:
-    """``$LIT_DPO_CACHE``, or ``~/.cache/lit_dpo``.
+    """`$LIT_DPO_CACHE`, or `~/.cache/lit_dpo`.
 
     Raises:
         OSError: The user has no home folder.

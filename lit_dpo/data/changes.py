@@ -105,7 +105,7 @@ def record(train: PairDataset, validation: PairDataset | None, drawn: Tensor, se
         train: The training set, held-out rows included.
         validation: A validation set of its own, if there is one.
         drawn: Row numbers that are trained on, in order, int64.
-        seed: Of the order of the epochs.
+        seed: Seed of the order of the epochs.
 
     Returns:
         Text alone, of 22 characters a row, to be stored in a checkpoint or as JSON.

@@ -14,7 +14,7 @@ def held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:
     Args:
         dataset: The training set.
         fraction: Share of the prompts, in [0, 1); at least one prompt and not all of them, unless it is 0.
-        seed: Of the draw.
+        seed: Seed of the random choice.
 
     Raises:
         ValueError: There is only one prompt.

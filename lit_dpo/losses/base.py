@@ -61,7 +61,7 @@ class PreferenceLoss(ABC):
         """This loss for a decoder of ``blocks`` blocks: depths become block numbers, and are checked."""
         return self
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """Named terms worth logging, each of shape ``(batch,)``."""
         return {}
 

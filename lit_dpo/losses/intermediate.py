@@ -86,7 +86,7 @@ class IntermediateLoss(PreferenceLoss):
         last_weight = 1 - self.weight if self.combine == "convex" else 1.0
         return last_weight * terms["last"] + self.weight * terms["layers"]
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """The loss at the last layer, and its mean over the intermediate ones."""
         return self._terms(policy, reference) if self.weight else {}
 

@@ -23,8 +23,8 @@ class Start:
 
     Args:
         trainer: Knows the processes, the device, the precision, and the data module.
-        policy: In place and on its device; before the first step it has its starting weights unless a checkpoint was
-            restored.
+        policy: The policy, in place and on its device; before the first step it has its starting weights unless a
+            checkpoint was restored.
         reload: Loads the starting weights once more, as a model of its own.
         scorer: How the policy is scored, and what the loss wants to know.
     """
@@ -66,7 +66,7 @@ class Reference(ABC):
         """Get its weights, if `build` was given a policy without any, because they are sharded over processes.
 
         Args:
-            policy: With its weights, sharded; adapters attached.
+            policy: The policy with its weights, sharded, adapters attached.
             filling: How sharded models of its own get theirs.
         """
 
