@@ -1,4 +1,4 @@
-"""``python -m lit_dpo``."""
+"""`python -m lit_dpo`."""
 
 from lit_dpo.cli import main
 

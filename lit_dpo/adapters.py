@@ -90,9 +90,9 @@ class LoRA:
 
     Args:
         rank: Rank of each update, at least 1; bigger adapts more and costs more.
-        alpha: Scale of the update, applied as ``alpha / rank``.
+        alpha: Scale of the update, applied as `alpha / rank`.
         dropout: Probability of dropping an input of an adapter while training, in [0, 1).
-        target_modules: Names of the layers to adapt; ``all-linear`` is every linear layer but the output head.
+        target_modules: Names of the layers to adapt; `all-linear` is every linear layer but the output head.
     """
 
     rank: int = 16
@@ -105,7 +105,7 @@ class LoRA:
 
         Args:
             model: The model, changed in place.
-            seed: Of the adapters' random half, so that every process starts from the same one.
+            seed: Seed of the adapters' random half, so that every process starts from the same one.
 
         Raises:
             ImportError: peft is not installed.

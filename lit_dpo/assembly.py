@@ -79,9 +79,9 @@ class Assembly:
         adapter: Low-rank adapters for the policy.
         reference: Built beside the policy.
         gradient_checkpointing: Recompute the policy's activations in the backward pass.
-        max_tokens: Of a part of a batch; ``None`` computes a batch at once.
-        trainer: Of the run under way; ``None`` outside one.
-        mesh: The processes to shard the models over, as FSDP2 does; ``None`` without.
+        max_tokens: Of a part of a batch; `None` computes a batch at once.
+        trainer: Of the run under way; `None` outside one.
+        mesh: The processes to shard the models over, as FSDP2 does; `None` without.
     """
 
     model: ModelSource
@@ -236,7 +236,7 @@ def check_run(
         policy: As built.
         loss: What is to be computed.
         reference: Beside the policy.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        stage: `fit`, `validate`, `test` or `predict`.
 
     Raises:
         ValueError: The loss needs a reference or columns that are not there, or the models cannot read the rows.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import re
 import shlex
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +22,7 @@ from transformers.utils import logging
 from lit_dpo.adapters import LoRA, merged
 from lit_dpo.checkpoints.claim import number_of
 from lit_dpo.checkpoints.content import check_content
-from lit_dpo.checkpoints.durable import sync_files
+from lit_dpo.checkpoints.durable import replace_folder
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpoint
 from lit_dpo.checkpoints.shards import read_shards
@@ -48,7 +45,7 @@ def export(
     card: str | None = None,
     beyond: Extrapolation | None = None,
 ) -> Path:
-    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with ``from_pretrained``.
+    """Write a folder that `AutoModelForCausalLM` and `AutoTokenizer` load with `from_pretrained`.
 
     The folder appears whole or not at all: it is written beside its place and renamed into it.
 
@@ -57,7 +54,7 @@ def export(
         tokenizer: Saved along, chat template included.
         folder: Must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise only the adapters are written.
-        card: Text of the model card, ``README.md``.
+        card: Text of the model card, `README.md`.
         beyond: Extrapolate the weights that are written; not for adapters alone.
 
     Raises:
@@ -73,9 +70,7 @@ def export(
             "or train with a lower learning rate."
         )
     target = new_folder(folder)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        os.chmod(part, 0o755)
+    with replace_folder(target) as part:
         with without_bars():
             model.save_pretrained(part)  # type: ignore[operator]
         if beyond is not None:
@@ -83,13 +78,6 @@ def export(
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
-        sync_files(part)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return target
 
 
@@ -135,15 +123,15 @@ def export_run(
     extrapolate: float | None = None,
     base: str | None = None,
 ) -> None:
-    """Write the policy of a run or a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+    """Write the policy of a run or a checkpoint as a folder for `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
-        checkpoint: A ``.ckpt`` file written during training, or a folder of shards; a run's folder, or its
-            ``checkpoints``, for its best checkpoint, or else its last; ``last`` for that of the newest run.
+        checkpoint: A `.ckpt` file written during training, or a folder of shards; a run's folder, or its
+            `checkpoints`, for its best checkpoint, or else its last; `last` for that of the newest run.
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
-        root: Where ``last`` looks for runs; by default the current folder and the folders in its ``runs``.
-        extrapolate: Go beyond the policy: ``policy + extrapolate * (policy - base)`` for each weight (ExPO).
+        root: Where `last` looks for runs; by default the current folder and the folders in its `runs`.
+        extrapolate: Go beyond the policy: `policy + extrapolate * (policy - base)` for each weight (ExPO).
         base: The folder of the model that training started from, for `extrapolate`.
 
     Raises:
@@ -226,10 +214,10 @@ def export_checkpoint(
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Write the policy of a checkpoint as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+    """Write the policy of a checkpoint as a folder for `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
-        checkpoint: A ``.ckpt`` file written during training, or a folder of shards.
+        checkpoint: A `.ckpt` file written during training, or a folder of shards.
         output_dir: The folder to make; it must not exist, or be empty.
         merge: Fold LoRA adapters into the weights; otherwise write the adapters alone.
         beyond: Extrapolate the weights that are written.

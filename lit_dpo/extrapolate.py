@@ -23,7 +23,7 @@ _CHUNK = 1 << 20  # values at a time
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """ExPO: each weight becomes ``policy + alpha * (policy - base)``.
+    """ExPO: each weight becomes `policy + alpha * (policy - base)`.
 
     It is computed a million values at a time in the files of an exported folder, so that the memory it takes does not
     grow with the model: in float32, or in float64 where the policy's weights are float64, and rounded once to the

@@ -26,8 +26,8 @@ class SeenPairs:
     """What a batch gave, kept until its optimizer step to tell which pair spoiled it.
 
     Args:
-        rows: Row numbers, shape ``(batch,)``.
-        losses: Shape ``(batch,)``.
+        rows: Row numbers, shape `(batch,)`.
+        losses: Shape `(batch,)`.
         policy: Log-probs under the policy, without a graph.
         reference: Log-probs under the reference.
     """
@@ -38,7 +38,7 @@ class SeenPairs:
     reference: PairLogps
 
     def values(self) -> dict[str, Tensor]:
-        """Everything that has to be finite, under the name to report it by, each of shape ``(batch,)``."""
+        """Everything that has to be finite, under the name to report it by, each of shape `(batch,)`."""
         return {
             "policy's log-prob of chosen": self.policy.chosen,
             "policy's log-prob of rejected": self.policy.rejected,
@@ -53,7 +53,7 @@ def gradient_norm(policy: nn.Module | None, optimizer: torch.optim.Optimizer) ->
 
     Args:
         policy: Asked only if FSDP1 has wrapped it, whose gradients are plain tensors of a process's share.
-        optimizer: Of the policy's parameters.
+        optimizer: The optimizer of the policy's parameters.
     """
     if isinstance(policy, FullyShardedDataParallel):
         norm: Tensor = policy.clip_grad_norm_(float("inf"))  # which clips nothing
@@ -69,7 +69,7 @@ def clip(optimizer: torch.optim.Optimizer, norm: Tensor, most: float, algorithm:
         optimizer: Of the policy's parameters.
         norm: Of the whole gradient, 0-dimensional.
         most: What is let through, above 0.
-        algorithm: ``value`` clips each value, anything else the norm.
+        algorithm: `value` clips each value, anything else the norm.
         precision: The Trainer's.
 
     Raises:

@@ -39,11 +39,11 @@ class StepPairs:
     pairs of one batch, not of the whole optimizer step; of several processes each has its own.
 
     Args:
-        row_ids: Row numbers, shape ``(batch,)``.
-        losses: Loss of each pair, its weight included, shape ``(batch,)``.
-        chosen_rewards: Implicit rewards of the chosen completions, shape ``(batch,)``.
-        rejected_rewards: The same of the rejected ones; ``None`` if the loss never looks at them.
-        weights: 0 for a pair that only fills a batch up, shape ``(batch,)``; ``None`` if there is no such pair.
+        row_ids: Row numbers, shape `(batch,)`.
+        losses: Loss of each pair, its weight included, shape `(batch,)`.
+        chosen_rewards: Implicit rewards of the chosen completions, shape `(batch,)`.
+        rejected_rewards: The same of the rejected ones; `None` if the loss never looks at them.
+        weights: 0 for a pair that only fills a batch up, shape `(batch,)`; `None` if there is no such pair.
     """
 
     row_ids: Tensor
@@ -54,7 +54,7 @@ class StepPairs:
 
 
 class History:
-    """Logged values as plain numbers, one dictionary for each time that something was logged, ``step`` first.
+    """Logged values as plain numbers, one dictionary for each time that something was logged, `step` first.
 
     Reading a value waits for the device, so values are kept as they are until `settle` is called where it has been
     waited for already.
@@ -134,10 +134,10 @@ class Meter:
         """Add a batch to the means of a stage, and keep its pairs if it is one of training.
 
         Args:
-            stage: ``train``, ``val`` or ``test``.
+            stage: `train`, `val` or `test`.
             batch: The pairs, as they were scored.
             loss: What was computed.
-            losses: Its value for each pair, shape ``(batch,)``.
+            losses: Its value for each pair, shape `(batch,)`.
             policy: Log-probs under the policy.
             reference: The same under the reference.
             rejected: Whether rejected completions were scored.

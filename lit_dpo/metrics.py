@@ -24,16 +24,16 @@ SHOWN = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "m
 def pair_metrics(
     loss: PreferenceLoss, losses: Tensor, policy: PairLogps, reference: PairLogps, rejected: bool = True
 ) -> dict[str, Tensor]:
-    """Values worth averaging over pairs, under TRL's names where it has one, each of shape ``(batch,)``.
+    """Values worth averaging over pairs, under TRL's names where it has one, each of shape `(batch,)`.
 
-    ``rewards/accuracies`` is the share of pairs whose chosen reward lies above the rejected one; a tie counts one
-    half, and ``rewards/ties`` is the share of ties. With a reference there are also ``displacement``, the share of
-    pairs whose chosen completion became less likely than under the reference, ``reference/margins`` (nats) and
-    ``reference/accuracies``. For a loss without a reference, rewards are plain log-probs times beta.
+    `rewards/accuracies` is the share of pairs whose chosen reward lies above the rejected one; a tie counts one
+    half, and `rewards/ties` is the share of ties. With a reference there are also `displacement`, the share of
+    pairs whose chosen completion became less likely than under the reference, `reference/margins` (nats) and
+    `reference/accuracies`. For a loss without a reference, rewards are plain log-probs times beta.
 
     Args:
-        loss: Gives the scale of rewards and the names of its parts.
-        losses: Its value for each pair, shape ``(batch,)``.
+        loss: Gives the scale of rewards and its own named terms.
+        losses: Its value for each pair, shape `(batch,)`.
         policy: Log-probs under the policy.
         reference: Log-probs under the reference, or zeros.
         rejected: Whether the rejected completions were scored; if not, nothing that needs them is measured.
@@ -55,7 +55,7 @@ def pair_metrics(
         values["displacement"] = (chosen < 0).to(chosen.dtype)
         values["reference/margins"] = reference.margin
         values["reference/accuracies"] = _win(reference.margin)
-    values |= {f"loss/{name}": value for name, value in loss.parts(policy, reference).items()}
+    values |= {f"loss/{name}": value for name, value in loss.terms(policy, reference).items()}
     return values
 
 
@@ -67,18 +67,18 @@ def _win(margin: Tensor) -> Tensor:
 def predictions(
     loss: PreferenceLoss, batch: PairBatch, policy: PairLogps, reference: PairLogps | None, tokens: bool = False
 ) -> dict[str, Any]:
-    """What ``predict`` gives of each pair, on the CPU: a tensor of shape ``(batch,)`` a name.
+    """What `predict` gives of each pair, on the CPU: a tensor of shape `(batch,)` a name.
 
-    ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``, then log-probs in nats: ``logp_chosen``,
-    ``logp_rejected``, and with a reference ``reference_logp_chosen`` and ``reference_logp_rejected``. Of single tokens,
-    if asked for, there are ``tokens_chosen``, ``tokens_rejected``, ``reference_tokens_chosen`` and
-    ``reference_tokens_rejected``, each a list of one tensor a pair.
+    `row_id`, `reward_chosen`, `reward_rejected`, `margin`, then log-probs in nats: `logp_chosen`,
+    `logp_rejected`, and with a reference `reference_logp_chosen` and `reference_logp_rejected`. Of single tokens,
+    if asked for, there are `tokens_chosen`, `tokens_rejected`, `reference_tokens_chosen` and
+    `reference_tokens_rejected`, each a list of one tensor a pair.
 
     Args:
         loss: Gives the scale of rewards.
         batch: The pairs; those of weight zero are left out.
         policy: Log-probs under the policy.
-        reference: The same under the reference; ``None`` if there is none.
+        reference: The same under the reference; `None` if there is none.
         tokens: Give those of single tokens, which must have been kept.
     """
     chosen, rejected = implicit_rewards(policy, policy.zeros() if reference is None else reference, loss.beta)
@@ -120,7 +120,7 @@ class PairMeans(Metric):
         self.add_state("sums", torch.zeros(1, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, values: Mapping[str, Tensor], weights: Tensor | None = None) -> None:
-        """Add the values of some pairs, each of shape ``(batch,)``; a pair counts if its weight is not zero."""
+        """Add the values of some pairs, each of shape `(batch,)`; a pair counts if its weight is not zero."""
         table = torch.stack(
             [torch.ones_like(next(iter(values.values()))), *values.values()]
         ).double()  # (names + 1, batch)
@@ -154,7 +154,7 @@ def metric_names(loss: PreferenceLoss, validates: bool, rejected: bool = True) -
     """Names of everything that a fit measures.
 
     Args:
-        loss: With its decoder blocks settled.
+        loss: The loss, its depths resolved to block numbers.
         validates: Whether there is validation.
         rejected: Whether rejected completions are scored in training.
     """

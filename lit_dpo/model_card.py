@@ -11,11 +11,11 @@ from lit_dpo.extrapolate import Extrapolation
 
 
 def model_card(options: Mapping[str, Any], facts: Mapping[str, Any], beyond: Extrapolation | None = None) -> str:
-    """The text of ``README.md`` in the exported folder, in the form that the Hugging Face hub reads.
+    """The text of `README.md` in the exported folder, in the form that the Hugging Face hub reads.
 
     Args:
         options: The module's hyperparameters: model, loss, reference, adapter, dtype and so on.
-        facts: What a checkpoint says of its run: ``data``, ``step``, ``step_layout``, ``metrics``, ``versions``.
+        facts: What a checkpoint says of its run: `data`, `step`, `step_layout`, `metrics`, `versions`.
         beyond: How the weights were changed after training.
     """
     model = options["model"]

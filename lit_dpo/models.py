@@ -47,15 +47,15 @@ def load_model(
 
     Args:
         source: A hub name or a local folder with weights; or a description such as
-            ``{"model_type": "llama", "hidden_size": 64, ...}``, from which a model with random weights is made.
+            `{"model_type": "llama", "hidden_size": 64, ...}`, from which a model with random weights is made.
         tokenizer: Fills in what a description leaves out: vocabulary size and special tokens.
-        dtype: Of the weights.
-        seed: Of the random weights: the same description and seed give the same model.
+        dtype: Dtype of the weights.
+        seed: Seed of the random weights: the same description and seed give the same model.
         loading: Revision, attention and quantization.
 
     Raises:
         ValueError: An option of `loading` is not for this source, there is no such model, it is broken or needs code
-            of its own (see `read_model`), or the description names no known ``model_type``.
+            of its own (see `read_model`), or the description names no known `model_type`.
     """
     loading.check(source)
     kind, attention = getattr(torch, dtype), loading.attn_implementation
@@ -81,7 +81,7 @@ def empty_model(
     """What `load_model` gives, but without any weights: every tensor is on the meta device.
 
     Raises:
-        ValueError: There is no such model, or the description names no known ``model_type``.
+        ValueError: There is no such model, or the description names no known `model_type`.
     """
     loading.check(source)
     config = read_config(source, loading.revision) if isinstance(source, str) else _config(source, tokenizer)

@@ -40,34 +40,34 @@ class PreferenceModule(LightningModule):
     """Preference-tunes a causal language model with any `PreferenceLoss`.
 
     The training objective is the mean of the loss over pairs, whatever the batch size, accumulation or number of
-    processes. Logged under ``train/``, ``val/`` and ``test/``: see `lit_dpo.metrics.pair_metrics`.
+    processes. Logged under `train/`, `val/` and `test/`: see `lit_dpo.metrics.pair_metrics`.
 
     Args:
         model: The policy to start from: a hub name, a local folder, or a description such as
-            ``{model_type: llama, hidden_size: 256, ...}`` for random weights. In Python also a loaded transformers
+            `{model_type: llama, hidden_size: 256, ...}` for random weights. In Python also a loaded transformers
             model, which is trained as it is, in its place; checkpoints do not hold it, and ask for it again.
         loss: The objective; its repr is printed at the start of a run.
-        reference: Where reference log-probs come from. ``None`` is `AdapterReference` with an adapter, else
+        reference: Where reference log-probs come from. `None` is `AdapterReference` with an adapter, else
             `FrozenReference`; a loss that needs no reference gets none.
         adapter: Train low-rank adapters instead of all weights.
-        tokenizer: Hub name or folder of the tokenizer; ``None`` takes that of `model`. In Python also the object.
+        tokenizer: Hub name or folder of the tokenizer; `None` takes that of `model`. In Python also the object.
         optimizer: Makes the optimizer from the trained parameters.
-        lr_scheduler: Makes the schedule from the optimizer, stepped once an optimizer step; ``None`` keeps the
+        lr_scheduler: Makes the schedule from the optimizer, stepped once an optimizer step; `None` keeps the
             learning rate constant.
-        dtype: Of the weights. Keep float32 and set the Trainer's ``precision: bf16-mixed`` to compute in bfloat16: at
-            the usual learning rates a bfloat16 weight does not move.
-        revision: Branch, tag or commit of a hub name, for model and tokenizer; ``None`` is its main branch.
-        attn_implementation: Attention of the padded form, and of generation; with it ``auto`` is ``padded``, since the
-            flat form has an attention of its own. ``None`` is transformers' choice.
+        dtype: Dtype of the weights. Keep float32 and set the Trainer's `precision: bf16-mixed` to compute in
+            bfloat16: at the usual learning rates a bfloat16 weight does not move.
+        revision: Branch, tag or commit of a hub name, for model and tokenizer; `None` is its main branch.
+        attn_implementation: Attention of the padded form, and of generation; with it `auto` is `padded`, since the
+            flat form has an attention of its own. `None` is transformers' choice.
         quantization: Load the frozen weights under an `adapter` quantized: options of bitsandbytes, such as
-            ``{load_in_4bit: true, bnb_4bit_quant_type: nf4}``, or ``{quant_type: Int8WeightOnlyConfig}`` of torchao.
-        form: ``flat`` computes no padding and each prompt once; ``padded`` serves every model; ``auto`` picks.
+            `{load_in_4bit: true, bnb_4bit_quant_type: nf4}`, or `{quant_type: Int8WeightOnlyConfig}` of torchao.
+        form: `flat` computes no padding and each prompt once; `padded` serves every model; `auto` picks.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         max_tokens: Tokens of the flat line to compute at once. A batch of more is computed in parts, most of them again
             in the backward pass: the same gradient, and the longest batch of an epoch no longer decides what memory
             it takes. Not for sharded models.
         init_seed: Seed of the random weights of a description, and of adapters.
-        predict_tokens: Let ``predict`` give the log-prob of every completion token too.
+        predict_tokens: Let `predict` give the log-prob of every completion token too.
 
     Raises:
         ValueError: An option is out of its range, or (when the models are built) there is no such model.
@@ -186,7 +186,7 @@ class PreferenceModule(LightningModule):
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """All that this fit has logged, also before it was resumed, as numbers; ``step`` counts optimizer steps."""
+        """All that this fit has logged, also before it was resumed, as numbers; `step` counts optimizer steps."""
         return self._meter.history.settle()
 
     def forward(self, batch: PairBatch) -> tuple[PairLogps, PairLogps]:
@@ -211,7 +211,7 @@ class PreferenceModule(LightningModule):
         return losses.mean() if batch.weights is None else (batch.weights * losses).mean()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean loss over the pairs of a batch; every ``log_every_n_steps`` steps log the means since then.
+        """Mean loss over the pairs of a batch; every `log_every_n_steps` steps log the means since then.
 
         (Not in `on_train_batch_end`: a checkpoint that a callback writes there would miss what is logged after it.)
         """
@@ -222,11 +222,11 @@ class PreferenceModule(LightningModule):
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Add a batch to the means of ``val/``."""
+        """Add a batch to the means of `val/`."""
         self._step(batch, "val")
 
     def test_step(self, batch: PairBatch, batch_idx: int) -> None:
-        """Add a batch to the means of ``test/``."""
+        """Add a batch to the means of `test/`."""
         self._step(batch, "test")
 
     def predict_step(self, batch: PairBatch, batch_idx: int) -> dict[str, Any]:

@@ -31,10 +31,10 @@ class PairData(Protocol):
         """Names of the columns in `PairBatch.columns`."""
 
     def step_layout(self) -> dict[str, int]:
-        """How optimizer steps are cut into batches: ``pairs_per_step``, ``accumulate``, ``batches`` of an epoch."""
+        """How optimizer steps are cut into batches: `pairs_per_step`, `accumulate`, `batches` of an epoch."""
 
     def origin(self, row_ids: Sequence[int], training: bool = False) -> list[str]:
-        """Where rows of the prediction set, or of the training set, come from, as ``file:line``."""
+        """Where rows of the prediction set, or of the training set, come from, as `file:line`."""
 
     def reference_sets(self, stage: str) -> Iterable[tuple[Any, Tensor, Callable[[Tensor], Iterable[PairBatch]]]]:
         """What a stage will see: data set, row numbers, and a function from row numbers to a loader."""

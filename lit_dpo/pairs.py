@@ -13,23 +13,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairBatch:
-    """A padding-free batch of preference pairs on one line of tokens, ``[P C R][P C R]...``.
+    """A padding-free batch of preference pairs on one line of tokens, `[P C R][P C R]...`.
 
     The prompt of a pair stands once; the chosen and the rejected completion follow it as two branches. A token
     sees the earlier tokens of its own pair that are prompt or of its own branch, and positions restart at the
     prompt's end for the rejected branch, so the log-probs and gradients are those of separately encoded sequences.
 
     Args:
-        input_ids: Token ids, shape ``(tokens,)``, int64.
-        position_ids: Positions, shape ``(tokens,)``, int64.
-        lengths: Tokens of prompt, chosen, rejected, shape ``(batch, 3)``, each at least 1.
-        row_ids: Index of each pair in its data set, shape ``(batch,)``, int64.
-        weights: Weight of each pair in the mean over pairs, shape ``(batch,)``; ``None`` means 1. A pair of weight 0
+        input_ids: Token ids, shape `(tokens,)`, int64.
+        position_ids: Positions, shape `(tokens,)`, int64.
+        lengths: Tokens of prompt, chosen, rejected, shape `(batch, 3)`, each at least 1.
+        row_ids: Index of each pair in its data set, shape `(batch,)`, int64.
+        weights: Weight of each pair in the mean over pairs, shape `(batch,)`; `None` means 1. A pair of weight 0
             is a filler: it is scored, so that every process does equal work, and counts nowhere.
-        shape: The rows of ``lengths`` as Python integers, read from ``lengths`` when left out. It travels with the
+        shape: The rows of `lengths` as Python integers, read from `lengths` when left out. It travels with the
             batch so that no later step needs to wait for the device.
-        columns: Numbers of the rows, each of shape ``(batch,)``, float32, by the name of their column. One called
-            ``weight`` multiplies the loss of its pair.
+        columns: Numbers of the rows, each of shape `(batch,)`, float32, by the name of their column. One called
+            `weight` multiplies the loss of its pair.
 
     Raises:
         ValueError: A column has not one number a pair.
@@ -64,7 +64,7 @@ class PairBatch:
         weights: Sequence[float] | None = None,
         columns: Mapping[str, Sequence[float]] | None = None,
     ) -> PairBatch:
-        """Lay out token-id lists ``(prompt, chosen, rejected)`` as one flat batch.
+        """Lay out token-id lists `(prompt, chosen, rejected)` as one flat batch.
 
         Raises:
             ValueError: A prompt or completion is empty, there is no pair at all, or a column has not one number a pair.
@@ -112,7 +112,7 @@ class PairBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PairBatch:
-        """The same batch in page-locked host memory (called by a `DataLoader` with ``pin_memory=True``)."""
+        """The same batch in page-locked host memory (called by a `DataLoader` with `pin_memory=True`)."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: object) -> PairBatch:
@@ -207,9 +207,9 @@ class PairBatch:
         """The same pairs as 2B separate right-padded rows, for models that the flat line cannot serve.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` of shape ``(2B, longest)``, rows in the order chosen 0, rejected 0,
+            `input_ids` and `attention_mask` of shape `(2B, longest)`, rows in the order chosen 0, rejected 0,
             chosen 1, ...; and the index into the flattened rows of the hidden state that predicts each target,
-            shape ``(completion tokens,)``, in the order of `targets`.
+            shape `(completion tokens,)`, in the order of `targets`.
         """
         device = self.input_ids.device
         prompts = self.lengths[:, 0].repeat_interleave(2)  # (2B,)
@@ -230,14 +230,14 @@ class PairLogps:
     """Log-probs of both completions of each pair, summed over the completion's tokens, in nats.
 
     Args:
-        chosen: Log-prob of the chosen completion given the prompt, shape ``(batch,)``, float32 or float64.
-        rejected: The same for the rejected completion, shape ``(batch,)``.
-        chosen_tokens: Tokens summed over, the end-of-sequence token included, shape ``(batch,)``.
-        rejected_tokens: The same for the rejected completion, shape ``(batch,)``.
+        chosen: Log-prob of the chosen completion given the prompt, shape `(batch,)`, float32 or float64.
+        rejected: The same for the rejected completion, shape `(batch,)`.
+        chosen_tokens: Tokens summed over, the end-of-sequence token included, shape `(batch,)`.
+        rejected_tokens: The same for the rejected completion, shape `(batch,)`.
         layers: The same at intermediate decoder blocks, by 1-based block number.
-        tokens: Log-prob of each single completion token, shape ``(completion tokens,)``, in the order chosen 0,
-            rejected 0, chosen 1, ...; the tokens of a completion add up to its sum. ``None`` unless asked for.
-        columns: Numbers that came with the rows, each of shape ``(batch,)``, by column name.
+        tokens: Log-prob of each single completion token, shape `(completion tokens,)`, in the order chosen 0,
+            rejected 0, chosen 1, ...; the tokens of a completion add up to its sum. `None` unless asked for.
+        columns: Numbers that came with the rows, each of shape `(batch,)`, by column name.
     """
 
     chosen: Tensor
@@ -293,7 +293,7 @@ class PairLogps:
 
     @property
     def margin(self) -> Tensor:
-        """``chosen - rejected``, shape (batch,)."""
+        """`chosen - rejected`, shape (batch,)."""
         return self.chosen - self.rejected
 
     def per_token(self) -> PairLogps:

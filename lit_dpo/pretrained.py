@@ -29,11 +29,11 @@ def trusting_remote_code(trust: bool = True) -> Iterator[None]:
     """Let models and tokenizers run the Python code that comes with them, while this context lasts.
 
     Only for sources that you trust as you trust a program of your own: their code can do all that you can. The
-    command line's ``--trust-remote-code`` is this context around a whole run. That a run had it is written into its
+    command line's `--trust-remote-code` is this context around a whole run. That a run had it is written into its
     hyperparameters and model card, and no run ever takes it from there.
 
     Args:
-        trust: ``False`` changes nothing.
+        trust: `False` changes nothing.
     """
     token = _trusted.set(trust or _trusted.get())
     try:
@@ -53,7 +53,7 @@ class Loading:
 
     Args:
         revision: Branch, tag or commit of a hub name.
-        attn_implementation: Attention of the model's own; ``None`` is transformers' choice.
+        attn_implementation: Attention of the model's own; `None` is transformers' choice.
         quantization: Options of a quantized model; see `quantization_config`.
     """
 
@@ -79,7 +79,7 @@ class Loading:
             raise ValueError(f"`{option}` would change nothing, since `model` is {kind}: leave it out.")
 
     def arguments(self) -> dict[str, Any]:
-        """What ``from_pretrained`` is told of it."""
+        """What `from_pretrained` is told of it."""
         options = {"revision": self.revision, "attn_implementation": self.attn_implementation}
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization)

@@ -12,12 +12,12 @@ from transformers import BitsAndBytesConfig, TorchAoConfig
 
 
 def quantization_config(options: Mapping[str, Any]) -> Any:
-    """The configuration that ``from_pretrained`` takes, of the library whose options these are.
+    """The configuration that `from_pretrained` takes, of the library whose options these are.
 
     Args:
-        options: Of `transformers.BitsAndBytesConfig`, such as ``{load_in_4bit: true, bnb_4bit_quant_type: nf4}``; or
-            ``quant_type``, the name of one of torchao's configurations, with its own options and those of
-            `transformers.TorchAoConfig`, such as ``{quant_type: Int8WeightOnlyConfig}``.
+        options: Of `transformers.BitsAndBytesConfig`, such as `{load_in_4bit: true, bnb_4bit_quant_type: nf4}`; or
+            `quant_type`, the name of one of torchao's configurations, with its own options and those of
+            `transformers.TorchAoConfig`, such as `{quant_type: Int8WeightOnlyConfig}`.
 
     Raises:
         ValueError: There is no such option, or one has a value that is not allowed.

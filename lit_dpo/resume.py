@@ -30,8 +30,8 @@ def rescale(loops: dict[str, Any], old: dict[str, int], new: dict[str, int]) -> 
     """Turn the counters of batches in a checkpoint into those of a run that cuts optimizer steps differently.
 
     Args:
-        loops: ``checkpoint["loops"]``, changed in place.
-        old: ``pairs_per_step``, ``accumulate`` (batches a step) and ``batches`` (an epoch) of the run that saved.
+        loops: `checkpoint["loops"]`, changed in place.
+        old: `pairs_per_step`, `accumulate` (batches a step) and `batches` (an epoch) of the run that saved.
         new: The same of this run.
 
     Raises:

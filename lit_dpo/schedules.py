@@ -18,7 +18,7 @@ class WarmupDecay(LRScheduler):
     Args:
         optimizer: Its learning rates are the peak.
         warmup: Length of the warm-up: a share of all steps below 1, or a number of steps.
-        decay: ``cosine``, ``linear``, or ``constant`` for no fall.
+        decay: `cosine`, `linear`, or `constant` for no fall.
         final: Where the fall ends, as a share of the peak, in [0, 1].
         total_steps: Optimizer steps in all; the training module fills it in when left out.
 

@@ -34,10 +34,10 @@ def fit_stepwise(
     """Train through the steps of a data module's partition in order.
 
     A step begins with the question to the partition what to train on: rows of the pool, or new pairs, which are written
-    to ``pairs.jsonl`` first. Policy and reference both start from what the step before exported, the first ones from
+    to `pairs.jsonl` first. Policy and reference both start from what the step before exported, the first ones from
     the module's `model`. A fresh Trainer trains, with a fresh optimizer, schedule and early stopping. In the end the
     step exports its best checkpoint as ranked by the Trainer's checkpoint callback, or its last policy if there is
-    none, LoRA adapters merged, and the file ``DONE`` says that it is done. When the partition answers ``None``, the
+    none, LoRA adapters merged, and the file `DONE` says that it is done. When the partition answers `None`, the
     step before was the last.
 
     Source: sDPO, https://arxiv.org/abs/2403.19270.
@@ -46,11 +46,11 @@ def fit_stepwise(
         module: What to train. In the end it holds the policy that the last step exported, be that its best or its
             last one; sharded over processes, it loads it from there at its next run.
         datamodule: Its `partition` says what each step trains on.
-        make_trainer: Makes a new Trainer whose ``default_root_dir`` is the folder it is given.
-        folder: Where the folders of the steps go: ``partition_0`` and so on, each with ``export`` inside.
+        make_trainer: Makes a new Trainer whose `default_root_dir` is the folder it is given.
+        folder: Where the folders of the steps go: `partition_0` and so on, each with `export` inside.
         resume: Go on in a folder that holds steps: those that are done are left alone, the one under way goes on from
             its last checkpoint, and new pairs that are written already are trained on as they are.
-        first_reference: Measure validations against the first model too, and log that as ``val/first/...`` with the
+        first_reference: Measure validations against the first model too, and log that as `val/first/...` with the
             names of the other metrics, so that steps and runs compare. It costs one forward pass over the validation
             pairs, and the memory of one more model during the first validation; see `FirstModelMetrics`.
 

@@ -28,14 +28,14 @@ from lit_dpo.scoring.score import SHARDED_METHOD, completion_logps
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shard parameters, gradients and optimizer state over all processes with PyTorch's ``fully_shard``.
+    """Shard parameters, gradients and optimizer state over all processes with PyTorch's `fully_shard`.
 
     Runs on GPUs, and on CPUs for tests.
 
     Args:
         save_distributed_checkpoint: Write checkpoints as a folder of shards, faster for large models, instead of one
             file that any other strategy can read.
-        process_group_backend: ``nccl``, ``gloo``, or ``None`` to pick by device.
+        process_group_backend: `nccl`, `gloo`, or `None` to pick by device.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False, process_group_backend: str | None = None) -> None:
@@ -63,7 +63,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: Any) -> None:
     Args:
         model: Policy or reference, the same on every process.
         mesh: The one-dimensional data-parallel mesh.
-        precision: The Trainer's; with ``bf16-mixed`` weights are gathered in bfloat16 and gradients reduced in float32.
+        precision: The Trainer's; with `bf16-mixed` weights are gathered in bfloat16 and gradients reduced in float32.
     """
     mixed = MixedPrecisionPolicy()
     if precision == "bf16-mixed":
@@ -89,7 +89,7 @@ def wrap(model: nn.Module, strategy: FSDPStrategy, precision: Any) -> nn.Module:
     Args:
         model: Policy or reference, the same on every process.
         strategy: Its options, such as CPU offload, sharding strategy and mixed precision, are kept.
-        precision: The Trainer's; with ``bf16-mixed`` weights and gradients travel in bfloat16, and buffers, such as
+        precision: The Trainer's; with `bf16-mixed` weights and gradients travel in bfloat16, and buffers, such as
             rotary positions, stay as they are (Lightning would round them).
     """
     mixed = strategy.mixed_precision
@@ -124,7 +124,7 @@ def fill(model: nn.Module, full: nn.Module | None, device: torch.device) -> None
 
     Args:
         model: Sharded, every tensor on the meta device.
-        full: The same model with weights, on the first process; ``None`` on the others.
+        full: The same model with weights, on the first process; `None` on the others.
         device: Where the shards go.
     """
     materialize(model, device)

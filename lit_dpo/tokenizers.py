@@ -27,7 +27,7 @@ _CHATML = (
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub name or local folder, or ``quickstart``: a small one made from the embedded data.
+    """The tokenizer of a hub name or local folder, or `quickstart`: a small one made from the embedded data.
 
     Args:
         source: The name or folder.

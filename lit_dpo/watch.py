@@ -129,7 +129,7 @@ class _Watch:
 
     Args:
         group: The process group whose processes these are.
-        trainer: Of the run that begins.
+        trainer: The Trainer of the run that begins.
     """
 
     def __init__(self, group: Any, trainer: Trainer) -> None:

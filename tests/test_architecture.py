@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import sys
 from pathlib import Path
 
@@ -61,6 +62,8 @@ LONGEST = 350  # lines of a file
 STILL_LONG = {"module", "scoring.score"}
 # The same for the files of `data/` besides the data module that still import Lightning.
 STILL_LIGHTNING = set()
+
+# Files whose docstrings still have double backticks; it may only shrink.
 
 
 def imported(source, type_checking=False):
@@ -145,6 +148,21 @@ def test_data_knows_lightning_in_its_data_module_alone():
         module_of(path) for path in FILES if any(name.startswith("lightning") for name in imported(path.read_text()))
     }
     assert {name for name in knows if name.startswith("data.")} - {"data.datamodule"} == STILL_LIGHTNING
+
+
+def test_code_in_docstrings_stands_in_single_backticks():
+    """As the manual reads them; three in a row fence a block."""
+    assert [module_of(path) for path in FILES if re.search("(?<!`)``(?!`)", path.read_text())] == []
+
+
+@each_file
+def test_files_are_renamed_into_place_by_the_one_durable_writer(path):
+    """A journal and a file of tokens are appended to, and make their own; a checkpoint or a log is renamed whole."""
+    names = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    found = names & {"os.replace", "os.rename", "tempfile.mkstemp", "tempfile.mkdtemp", "tempfile.NamedTemporaryFile"}
+    allowed = {"checkpoints.durable": {"os.replace"}, "checkpoints.journal": {"tempfile.mkstemp"}}
+    allowed["data.token_writer"] = {"tempfile.mkstemp"}
+    assert found == allowed.get(module_of(path), set())
 
 
 def folders(files):

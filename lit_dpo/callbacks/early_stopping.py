@@ -21,7 +21,7 @@ class RewardEarlyStopping(EarlyStopping):
         monitor: Metric to watch.
         patience: Validations without improvement before training stops.
         min_delta: Smallest rise that counts as one.
-        mode: ``max`` or ``min``.
+        mode: `max` or `min`.
         check_finite: Stop as soon as the metric is NaN or infinite.
         verbose: Log every decision.
     """
@@ -58,9 +58,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     Args:
         monitor: Metric to rank checkpoints by.
-        mode: ``max`` or ``min``.
+        mode: `max` or `min`.
         save_top_k: How many of the best to keep; -1 keeps all.
-        dirpath: Folder; ``None`` is ``checkpoints`` in the run's folder.
+        dirpath: Folder; `None` is `checkpoints` in the run's folder.
     """
 
     def __init__(

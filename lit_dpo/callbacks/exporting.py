@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.callbacks.progress import finish_progress
+from lit_dpo.checkpoints.durable import part_beside
 from lit_dpo.export import (
     cleaning_up,
     export,
@@ -59,23 +59,20 @@ class ExportModel(Callback):
 def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge: bool) -> None:
     """Write the best policy, or the last if no checkpoint was ranked; every process calls it, the first one writes."""
     checkpoint: str = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    spare: Path | None = None
     sharded = module.device_mesh is not None or isinstance(trainer.strategy, FSDPStrategy)
-    if not checkpoint and sharded:  # saving a checkpoint is what gathers sharded weights
-        if trainer.is_global_zero:  # a folder of its own, beside the export, which is what gets removed
-            spare = Path(tempfile.mkdtemp(prefix=f".{Path(folder).name}.", dir=new_folder(folder).parent))
-        checkpoint = f"{trainer.strategy.broadcast(spare)}/policy.ckpt"
-        trainer.save_checkpoint(checkpoint, weights_only=True)
-    if trainer.is_global_zero:
-        try:
-            if checkpoint:
-                export_checkpoint(checkpoint, folder, merge, **module.objects)
-            else:
-                assert module.policy is not None
-                card = model_card(module.hparams, run_facts(trainer))
-                with cleaning_up():
-                    export(module.policy, module.tokenizer, folder, merge, card)
-        finally:
-            if spare is not None:
-                shutil.rmtree(spare)
+    with ExitStack() as cleanup:
+        if not checkpoint and sharded:  # saving a checkpoint is what gathers sharded weights
+            spare: Path | None = None
+            if trainer.is_global_zero:  # a folder of its own, beside the export, which is what gets removed
+                spare = cleanup.enter_context(part_beside(new_folder(folder)))
+                spare.mkdir()
+            checkpoint = f"{trainer.strategy.broadcast(spare)}/policy.ckpt"
+            trainer.save_checkpoint(checkpoint, weights_only=True)
+        if trainer.is_global_zero and checkpoint:
+            export_checkpoint(checkpoint, folder, merge, **module.objects)
+        elif trainer.is_global_zero:
+            assert module.policy is not None
+            card = model_card(module.hparams, run_facts(trainer))
+            with cleaning_up():
+                export(module.policy, module.tokenizer, folder, merge, card)
     trainer.strategy.barrier("export")

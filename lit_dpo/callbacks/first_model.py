@@ -18,9 +18,9 @@ from lit_dpo.pairs import PairBatch, PairLogps
 
 
 class FirstModelMetrics(Callback):
-    """Log the validation metrics as measured from the first model too: ``val/first/NAME`` beside each ``val/NAME``.
+    """Log the validation metrics as measured from the first model too: `val/first/NAME` beside each `val/NAME`.
 
-    In stepwise training ``val/`` is measured from the reference of the step, and so it begins at zero in each one. What
+    In stepwise training `val/` is measured from the reference of the step, and so it begins at zero in each one. What
     is measured from one and the same model compares between steps and between runs.
 
     The first validation loads the model and scores the validation pairs with it: one forward pass, and the memory of

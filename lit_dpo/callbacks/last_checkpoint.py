@@ -41,12 +41,12 @@ class Stopped(SystemExit):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keep ``last.ckpt`` to resume from, and save it before stopping when asked to.
+    """Keep `last.ckpt` to resume from, and save it before stopping when asked to.
 
     It is written after every validation, every `every_n_steps` optimizer steps, and at the end of training. The one
-    before it stays as ``previous.ckpt``. SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 are noted; after the optimizer step under
+    before it stays as `previous.ckpt`. SIGTERM, Ctrl-C, SIGHUP and SIGUSR1 are noted; after the optimizer step under
     way (and its validation, if one is due) the run saves and exits with 128 + the signal's number: 143, 130, 129, 138.
-    A second Ctrl-C does not wait. A SIGHUP that is ignored (``nohup``) or handled already, and such a SIGUSR1, are left
+    A second Ctrl-C does not wait. A SIGHUP that is ignored (`nohup`) or handled already, and such a SIGUSR1, are left
     alone. Before training and after it signals do what they do to any program: there is nothing to save.
 
     Of several processes any one may get the signal. If one of them fails or is killed, the others end too.
@@ -54,13 +54,13 @@ class LastCheckpoint(Checkpoint):
     Resuming from it continues the run bit for bit: same rows, losses, learning rates and weights.
 
     Args:
-        every_n_steps: Optimizer steps between two saves besides those after validations; ``None`` makes none.
-        dirpath: Folder; ``None`` is ``checkpoints`` in the run's folder.
+        every_n_steps: Optimizer steps between two saves besides those after validations; `None` makes none.
+        dirpath: Folder; `None` is `checkpoints` in the run's folder.
 
     Raises:
         ValueError: `every_n_steps` is less than 1.
         OSError: (at the start of training) `dirpath` cannot be written to, has not enough space, or holds a
-            ``last.ckpt`` of somebody else's.
+            `last.ckpt` of somebody else's.
     """
 
     def __init__(self, every_n_steps: int | None = None, dirpath: str | None = None) -> None:

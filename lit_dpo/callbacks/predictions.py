@@ -13,16 +13,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_dpo.checkpoints.durable import new_file, put
 from lit_dpo.pair_data import pair_data
 
 
 class PairPredictionWriter(BasePredictionWriter):
     """Write rewards and log-probs of every predicted pair to a jsonl file, in the order of the data.
 
-    Each line holds ``row`` (``file:line``), ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``, and
-    log-probs in nats: ``logp_chosen``, ``logp_rejected``, the reference's ``reference_logp_chosen`` and
-    ``reference_logp_rejected``, and with ``--model.predict_tokens true`` lists of one number a token:
-    ``tokens_chosen``, ``tokens_rejected``, ``reference_tokens_chosen`` and ``reference_tokens_rejected``.
+    Each line holds `row` (`file:line`), `row_id`, `reward_chosen`, `reward_rejected`, `margin`, and
+    log-probs in nats: `logp_chosen`, `logp_rejected`, the reference's `reference_logp_chosen` and
+    `reference_logp_rejected`, and with `--model.predict_tokens true` lists of one number a token:
+    `tokens_chosen`, `tokens_rejected`, `reference_tokens_chosen` and `reference_tokens_rejected`.
 
     Args:
         path: The file, which appears whole at the end of the run; nothing may be there.
@@ -73,7 +74,7 @@ class PairPredictionWriter(BasePredictionWriter):
         _write(whole, rows)
         if os.path.lexists(self.path) and not self.overwrite:
             raise FileExistsError(f"`{self.path}` has appeared meanwhile, so the predictions are in `{whole}`.")
-        os.replace(whole, self.path)
+        put(whole, self.path)
         for part in parts:
             part.unlink()
         rank_zero_info(f"Wrote {len(rows)} predictions to {self.path}")
@@ -90,5 +91,5 @@ def _rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with new_file(path) as file:
+        file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)

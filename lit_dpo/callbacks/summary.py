@@ -20,7 +20,7 @@ _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logp
 class RunSummary(Callback):
     """Print a table of the first, the best and the last validation at the end of training, and what to do next.
 
-    With ``num_sanity_val_steps: -1`` the first one is from before training. The best is ranked as the run's checkpoint
+    With `num_sanity_val_steps: -1` the first one is from before training. The best is ranked as the run's checkpoint
     callback ranks, or by reward accuracy without one.
     """
 

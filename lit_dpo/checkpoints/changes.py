@@ -29,11 +29,11 @@ def refuse_changes(
     """Compare the configuration of a run that resumes with the saved one, and show what differs.
 
     Args:
-        saved: The ``config.yaml`` of the run; nothing is compared if there is none.
+        saved: The `config.yaml` of the run; nothing is compared if there is none.
         current: The configuration of this run as yaml.
         allowed: Go on nevertheless.
         completed: Makes of an earlier configuration, as nested values, the yaml that it would be written as today, the
-            options that have come since at their defaults; ``None`` if it cannot be read today.
+            options that have come since at their defaults; `None` if it cannot be read today.
 
     Returns:
         The names of the options that differ.

@@ -37,7 +37,7 @@ class RunFolder:
 
     @classmethod
     def claim(cls, root: Path) -> RunFolder:
-        """Make the folder of a new run, ``version_N`` after the highest in `root`; two runs never get the same one.
+        """Make the folder of a new run, `version_N` after the highest in `root`; two runs never get the same one.
 
         Gaps stay gaps, so the highest number is always the newest run.
 
@@ -133,6 +133,6 @@ def is_first() -> bool:
 
 
 def number_of(folder: Path, stem: str = "version") -> int:
-    """The N of ``version_N``, or -1."""
+    """The N of `version_N`, or -1."""
     found = re.fullmatch(rf"{stem}_([0-9]+)", folder.name)
     return int(found[1]) if found else -1

@@ -22,8 +22,8 @@ def check_content(content: Any, path: Path, weights: bool = True) -> None:
     """Refuse what was loaded from a checkpoint's place and has not the form of one.
 
     Args:
-        content: As `torch.load` gave it.
-        path: To name it by.
+        content: What `torch.load` gave.
+        path: The path that messages name.
         weights: They are in it, and not loaded already or in shards beside it.
 
     Raises:

@@ -1,29 +1,136 @@
-"""Files and folders that a crash cannot spoil: written whole beside their place, flushed, renamed."""
+"""The one way to write what a crash must not spoil: whole beside its place, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one, never a part."""
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextmanager
+def replace_file(target: Path, private: bool = False) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: a reader sees the old one or the new one, also after a power cut.
+
+    Args:
+        target: The file; what stands there is replaced at the end, and left as it is on an error.
+        private: Only its owner may read it.
+
+    Raises:
+        OSError: It cannot be written. Nothing is left of what was.
+    """
+    forget_parts_of_the_dead(target)
+    with part_beside(target) as part:
+        with new_file(part, private) as file:
+            yield file
+        put(part, target)
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """A new folder to fill, which appears under its own name at the end, whole, or not at all.
+
+    Args:
+        target: Where; only an empty folder may stand there.
+
+    Raises:
+        OSError: It cannot be made, or something stands there. Nothing is left of what was written.
+    """
+    with part_beside(target) as part:
+        part.mkdir()
+        yield part
+        sync_files(part)
+        if target.exists():
+            target.rmdir()
+        put(part, target)
+
+
+@contextmanager
+def part_beside(target: Path) -> Iterator[Path]:
+    """A name beside a file or folder, to write it under; what stands there in the end is removed.
+
+    No other writer uses the name, and it says which process of which machine does.
+    """
+    part = target.with_name(f"{_stem(target)}{os.getpid()}.{secrets.token_hex(8)}.part")
+    if os.path.lexists(part):
+        raise FileExistsError(f"`{part}` exists already: remove it.")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+        yield part
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(path: Path, private: bool = False) -> Iterator[BinaryIO]:
+    """A file that was not there, on the disk when it is closed without an error."""
+    with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600 if private else 0o666)) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def put(part: Path, target: Path) -> None:
+    """Rename a finished file or folder into its place, so that a power cut does not undo it."""
+    os.replace(part, target)
+    sync_folder(target.parent)
+
+
+def forget_parts_of_the_dead(target: Path) -> None:
+    """Remove what processes of this machine had written of a file when they were killed."""
+    for part in target.parent.glob(f"{glob.escape(_stem(target))}*.part"):
+        found = re.fullmatch(r"(\d+)(\.[0-9a-f]{16})?\.part", part.name.removeprefix(_stem(target)))
+        if found and part.is_file() and not _is_alive(int(found[1])):
+            part.unlink(missing_ok=True)
+
+
+def _stem(target: Path) -> str:
+    """How the names of a file's parts begin, those that this machine writes."""
+    return f".{target.name}.{socket.gethostname()}-"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file whole or not at all."""
+    with replace_file(path) as file:
+        file.write(json.dumps(content).encode())
+
+
+def sync_files(folder: Path) -> None:
+    """Have every file of a folder on the disk before this returns."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def refuse_unwritable(folder: Path, needed: int) -> None:
@@ -49,55 +156,3 @@ def refuse_unwritable(folder: Path, needed: int) -> None:
             f"A checkpoint needs about {needed:,} bytes and `{folder}` has {free:,} free: make room, or choose "
             "another folder."
         )
-
-
-def _part_of(target: Path) -> Path:
-    """Where this process writes a file before it is renamed into its place; no other process does."""
-    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
-
-
-def _forget_parts_of_the_dead(target: Path) -> None:
-    """Remove what processes of this machine had written of a file when they were killed."""
-    for part in target.parent.glob(f"{glob.escape(f'.{target.name}.{socket.gethostname()}-')}*.part"):
-        process = part.name.removesuffix(".part").rpartition("-")[2]
-        if process.isdigit() and not _is_alive(int(process)):
-            part.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file whole or not at all, and to the disk before this returns."""
-    part = _part_of(path)
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync_folder(path.parent)
-
-
-def sync_files(folder: Path) -> None:
-    """Have every file of a folder on the disk before this returns."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def first_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity; ``None`` if there is none.
+    """The name of the first tensor that holds a NaN or an infinity; `None` if there is none.
 
     The sum of a tensor is finite only if all its values are, and reads them once, at the speed of memory; a sum that is
     not is looked into, for finite values can overflow too. Waits for each device once.

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_dpo.checkpoints.content import check_content
-from lit_dpo.checkpoints.durable import _forget_parts_of_the_dead, _part_of, _sync_folder, write_json
+from lit_dpo.checkpoints.durable import forget_parts_of_the_dead, new_file, part_beside, put, write_json
 from lit_dpo.checkpoints.shards import SHARDS_META
 from lit_dpo.checkpoints.verify import _known_sums, _problem, _sum_of_file, manifest_of, verify
 
@@ -27,8 +27,8 @@ class DurableCheckpointIO(TorchCheckpointIO):
     """Saves and loads checkpoints as Lightning does, but never loses one.
 
     A checkpoint is written to a hidden file in its own folder, flushed to the disk, read back, and only then renamed
-    into its place; until then the previous one stands there. A manifest beside it, ``<name>.json``, holds the SHA-256
-    sum that loading checks. Loading never runs code: ``weights_only=True``, always. (Remote paths, with ``://``, are
+    into its place; until then the previous one stands there. A manifest beside it, `<name>.json`, holds the SHA-256
+    sum that loading checks. Loading never runs code: `weights_only=True`, always. (Remote paths, with `://`, are
     Lightning's own business but for that.)
     """
 
@@ -42,23 +42,18 @@ class DurableCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        part = _part_of(target)
         written = _Hashed()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _forget_parts_of_the_dead(target)
-            with part.open("wb") as file:
-                written.file = file
-                torch.save(checkpoint, written)  # type: ignore[arg-type]  # it needs to be written to, no more
-                file.flush()
-                os.fsync(file.fileno())
-            if _sum_of_file(part) != written.sum.hexdigest():
-                raise OSError("what was written does not read back")
-            _commit(part, target, written.sum.hexdigest())
+            forget_parts_of_the_dead(target)
+            with part_beside(target) as part:
+                with new_file(part) as written.file:
+                    torch.save(checkpoint, written)  # type: ignore[arg-type]  # it needs to be written to, no more
+                if _sum_of_file(part) != written.sum.hexdigest():
+                    raise OSError("what was written does not read back")
+                _commit(part, target, written.sum.hexdigest())
         except (OSError, RuntimeError) as error:  # torch turns an error of the disk into a RuntimeError
             raise _cannot_save(target, written, error) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def load_checkpoint(
         self,
@@ -119,13 +114,14 @@ def keep_as(path: Path, other: Path) -> None:
         return  # what stands there under the second name may be the only sound one
     if other.is_dir():
         _remove(other)
-    part = _part_of(other)
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, part)
-    _commit(part, other, _sum_of_file(path))
+    forget_parts_of_the_dead(other)
+    with part_beside(other) as part:
+        try:
+            os.link(path, part)
+        except OSError:  # a file system without links
+            with path.open("rb") as source, new_file(part) as copy:
+                shutil.copyfileobj(source, copy)
+        _commit(part, other, _sum_of_file(path))
 
 
 def _remove(path: Path) -> None:
@@ -169,8 +165,7 @@ def _commit(part: Path, target: Path, new: str) -> None:
     if old not in known:
         old = None  # what stands there is damaged, and must not be vouched for
     write_json(manifest, {"format": 1, "sha256": new, "previous": old})
-    os.replace(part, target)
-    _sync_folder(target.parent)
+    put(part, target)
 
 
 def _cannot_save(target: Path, written: _Hashed, error: Exception) -> OSError:

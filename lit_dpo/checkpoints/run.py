@@ -24,7 +24,7 @@ def refuse_foreign_logs(logger: Logger, root: Path, ours: bool) -> None:
     Args:
         logger: One of the user's.
         root: Where the runs are.
-        ours: The run that is resumed had this logger too; what it has logged so far is kept in ``metrics_0.csv`` and
+        ours: The run that is resumed had this logger too; what it has logged so far is kept in `metrics_0.csv` and
             so on.
 
     Raises:
@@ -48,7 +48,7 @@ def refuse_foreign_logs(logger: Logger, root: Path, ours: bool) -> None:
 
 
 def newest_run(root: Path, what: str = "`ckpt_path: last`") -> Path:
-    """The run that ``ckpt_path: last`` means: the newest ``version_N`` in a folder.
+    """The run that `ckpt_path: last` means: the newest `version_N` in a folder.
 
     Args:
         root: The folder.
@@ -80,7 +80,7 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 def folder_of_run(path: Path) -> Path | None:
-    """The run that a folder is, or whose ``checkpoints`` it is, or the newest of those in it; else nothing."""
+    """The run that a folder is, or whose `checkpoints` it is, or the newest of those in it; else nothing."""
     if not path.is_dir() or path.suffix == ".ckpt" or (path / SHARDS_META).exists():
         return None
     if path.name == "checkpoints":
@@ -137,7 +137,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def rotate_metrics(run: Path) -> None:
-    """Let a logger that begins anew leave what was measured before the interruption in ``metrics_0.csv`` and so on."""
+    """Let a logger that begins anew leave what was measured before the interruption in `metrics_0.csv` and so on."""
     metrics = run / "metrics.csv"
     if metrics.exists():
         number = max((number_of(path.with_suffix(""), "metrics") for path in run.glob("metrics_*.csv")), default=-1)

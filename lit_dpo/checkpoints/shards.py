@@ -45,7 +45,7 @@ def read_shards(folder: Path, prefix: str) -> dict[str, Any]:
 
     Args:
         folder: Written by a strategy that shards.
-        prefix: Of the tensors' names, ``state_dict.policy.`` for the policy's.
+        prefix: How the names of the tensors to read begin, `state_dict.policy.` for the policy's.
 
     Returns:
         The content as a single file would have it.

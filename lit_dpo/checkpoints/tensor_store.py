@@ -1,8 +1,8 @@
 """Named tensors on disk, written whole or not at all, and checked when read.
 
-Two files for each identity, ``<key>.safetensors`` and ``<key>.json``; the key is the hash of the identity, which names
+Two files for each identity, `<key>.safetensors` and `<key>.json`; the key is the hash of the identity, which names
 everything that decides the values. While values are being computed, those that are there already stand in a journal
-beside them, ``<key>.<random>.journal``.
+beside them, `<key>.<random>.journal`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_dpo.checkpoints.durable import _replace
+from lit_dpo.checkpoints.durable import replace_file
 from lit_dpo.files import refuse_special
 
 if sys.platform != "win32":
@@ -32,7 +32,7 @@ _PATIENCE = 10.0  # seconds to wait for another process that reads or writes; th
 
 
 def cache_folder() -> Path:
-    """``$LIT_DPO_CACHE``, or ``~/.cache/lit_dpo``.
+    """`$LIT_DPO_CACHE`, or `~/.cache/lit_dpo`.
 
     Raises:
         OSError: The user has no home folder.
@@ -106,8 +106,9 @@ class TensorStore:
             if merge and there is not None:
                 tensors = merge(there, tensors)
             content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-            _replace(self.data, content)
-            _replace(self.header, self._header(content))
+            for path, written in ((self.data, content), (self.header, self._header(content))):
+                with replace_file(path, private=True) as file:
+                    file.write(written)
 
     def make_folder(self) -> None:
         """Make the folder, for its owner alone."""

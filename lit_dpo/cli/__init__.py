@@ -1,4 +1,4 @@
-"""The command line, ``lit-dpo``."""
+"""The command line, `lit-dpo`."""
 
 import os
 import signal

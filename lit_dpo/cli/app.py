@@ -1,4 +1,4 @@
-"""The command line: ``lit-dpo fit|validate|test|predict`` on LightningCLI, and the tools."""
+"""The command line: `lit-dpo fit|validate|test|predict` on LightningCLI, and the tools."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from lit_dpo.watch import watch_over
 
 
 class SaveConfig(SaveConfigCallback):
-    """Save the whole configuration of a fit as ``config.yaml`` in its folder, but never over another file.
+    """Save the whole configuration of a fit as `config.yaml` in its folder, but never over another file.
 
     Args:
         resumed: The run goes on in its folder, where its configuration is and was compared with.

@@ -1,6 +1,6 @@
 """The shipped configurations: found by name from any folder, listed, and copied out.
 
-They stand at the top of the repository, in ``configs/``, and travel in the wheel as ``lit_dpo/configs/``.
+They stand at the top of the repository, in `configs/`, and travel in the wheel as `lit_dpo/configs/`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def with_paths(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def described() -> str:
-    """The list that ``lit-dpo configs`` prints: a name a line, and what it is."""
+    """The list that `lit-dpo configs` prints: a name a line, and what it is."""
     return "\n".join(f"{name:<{_WIDTH}} {_first_comment(path)}" for name, path in shipped().items())
 
 
@@ -60,7 +60,7 @@ def copy(name: str, target: Path) -> None:
     """Write a shipped configuration to a new file.
 
     Args:
-        name: As ``lit-dpo configs`` lists it.
+        name: As `lit-dpo configs` lists it.
         target: The file to make.
 
     Raises:

@@ -59,7 +59,7 @@ class Parser(LightningArgumentParser):
 
 
 def completed(parser: Any, values: Mapping[str, Any]) -> str | None:
-    """A configuration as yaml, the options that it does not name at their defaults; ``None`` if it does not parse."""
+    """A configuration as yaml, the options that it does not name at their defaults; `None` if it does not parse."""
     with suppress(SystemExit), redirect_stderr(StringIO()):
         text: str = parser.dump(parser.parse_object(dict(values)), skip_none=False)
         return text

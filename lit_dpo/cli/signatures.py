@@ -27,7 +27,7 @@ class Parameter:
     Args:
         name: Its name.
         type: Its annotation, as it is written.
-        default: Its default, as it is written; ``None`` if it must be given.
+        default: Its default, as it is written; `None` if it must be given.
         help: What its docstring says.
         nested: Whether it may have options of its own, because its type is more than text and numbers.
     """

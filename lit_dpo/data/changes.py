@@ -133,7 +133,7 @@ def refuse_changes(
         saved: What `record` gave then.
         train: The training set now.
         validation: The validation set now, if it is one of its own; changes of it are shown, never refused.
-        order: ``record(...)["order"]`` now; ``None`` leaves it out.
+        order: `record(...)["order"]` now; `None` leaves it out.
         where: What the record is kept in, for the message.
         allowed: Go on with changed training data.
         pairs: New pairs of a step now, if it trains on such.

@@ -39,35 +39,35 @@ class PreferenceDataModule(LightningDataModule):
     tokenizer comes from the module that trains.
 
     Args:
-        train: Data sources: local files (jsonl, json, csv, parquet, gzipped too), folders, ``save_to_disk`` folders,
-            hub names; ``name:split`` picks a split. ``quickstart`` is the small embedded set. In Python also rows in
+        train: Data sources: local files (jsonl, json, csv, parquet, gzipped too), folders, `save_to_disk` folders,
+            hub names; `name:split` picks a split. `quickstart` is the small embedded set. In Python also rows in
             memory: a list of dictionaries or a `datasets.Dataset`, here and for the other three.
         validation: Sources of the validation pairs; without any, `validation_fraction` of the training pairs.
-        test: Sources for ``test``, and for ``predict`` unless `predict` is given; without any, the validation pairs.
-        predict: Sources for ``predict``. ``train`` means the pairs that are trained on, in their order; a folder
-            of that name is ``./train``.
+        test: Sources for `test`, and for `predict` unless `predict` is given; without any, the validation pairs.
+        predict: Sources for `predict`. `train` means the pairs that are trained on, in their order; a folder
+            of that name is `./train`.
         validation_fraction: Share of training pairs to hold out, in [0, 1); pairs of one prompt stay together. With 0
             all are trained on, and there is no validation unless `validation` names sources.
         batch_size: Pairs a batch on each process.
-        eval_batch_size: The same for validation, test and predict; ``None`` means twice `batch_size`.
+        eval_batch_size: The same for validation, test and predict; `None` means twice `batch_size`.
         max_length: Most tokens of prompt and one completion together.
-        truncation: ``keep_start`` cuts completions' ends and refuses longer prompts; ``keep_end`` cuts prompts' starts
+        truncation: `keep_start` cuts completions' ends and refuses longer prompts; `keep_end` cuts prompts' starts
             first.
         append_eos: End completions with the EOS token; without it the model learns nothing about where to end.
-        chat_template: A chat template in the place of the tokenizer's own: the path of a ``.jinja`` file, or its text.
+        chat_template: A chat template in the place of the tokenizer's own: the path of a `.jinja` file, or its text.
             Checkpoints and exports keep it.
-        columns: Own names for the columns, as ``{prompt: question, chosen: good, rejected: bad}``.
-        values: Names of columns of numbers that travel with the rows to the loss. ``weight`` multiplies the loss of
+        columns: Own names for the columns, as `{prompt: question, chosen: good, rejected: bad}`.
+        values: Names of columns of numbers that travel with the rows to the loss. `weight` multiplies the loss of
             its pair, whatever the loss; the mean is still taken over the number of pairs. Every row has to have them,
             those of `predict` apart, which meet no loss.
-        on_bad_row: ``error`` stops at the first malformed row, ``skip`` counts and reports them.
+        on_bad_row: `error` stops at the first malformed row, `skip` counts and reports them.
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
         num_workers: Processes that make batches; pairs are in memory as token ids, so 0 is rarely slower.
         seed: Of the order of pairs and of the held-out share.
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
-        cache_tokens: Keep the token ids of large sources in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``, for later runs
+        cache_tokens: Keep the token ids of large sources in `$LIT_DPO_CACHE` or `~/.cache/lit_dpo`, for later runs
             and for the other processes of a node. Any change of row, tokenizer, template or limit is noticed.
-        max_line_bytes: Most bytes, decompressed, of a line of a data file, and of a whole ``.json`` file that is no
+        max_line_bytes: Most bytes, decompressed, of a line of a data file, and of a whole `.json` file that is no
             JSON lines; a longer one is refused by its number instead of filling the memory.
 
     Attributes:
@@ -186,7 +186,7 @@ class PreferenceDataModule(LightningDataModule):
             self.trainer.limit_val_batches, self._limit = self._limit, None
 
     def _held_out_source(self, stage: str) -> str | None:
-        """The option that a stage reads its pairs from; ``None`` means that it needs the training pairs."""
+        """The option that a stage reads its pairs from; `None` means that it needs the training pairs."""
         return next((name for name in _TAKES.get(stage, ()) if self.sources[name]), None)
 
     def _setup_fit(self) -> None:
@@ -273,7 +273,7 @@ class PreferenceDataModule(LightningDataModule):
         self.training.use_pairs(PairDataset(store))
 
     def training_rows(self) -> Tensor:
-        """Row numbers trained on now, of ``training.dataset``.
+        """Row numbers trained on now, of `training.dataset`.
 
         Raises:
             ValueError: The partition has several steps and none was chosen.
@@ -339,7 +339,7 @@ class PreferenceDataModule(LightningDataModule):
         return step_layout(self.trainer, len(self.train_dataloader()), self.batch_size)
 
     def origin(self, row_ids: Sequence[int], training: bool = False) -> list[str]:
-        """Where rows of the prediction set, or of the training set, come from, as ``file:line``."""
+        """Where rows of the prediction set, or of the training set, come from, as `file:line`."""
         sets = [self._sets[name] for name in _TAKES["predict"] if name in self._sets]
         if training:
             sets = [] if self._training is None else [self._training.dataset]

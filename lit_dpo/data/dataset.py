@@ -23,7 +23,7 @@ class BatchPlan:
 
     Args:
         rows: Row numbers in the data set.
-        weights: Their weights in the mean over pairs; ``None`` means 1 each.
+        weights: Their weights in the mean over pairs; `None` means 1 each.
     """
 
     rows: list[int]
@@ -31,7 +31,7 @@ class BatchPlan:
 
 
 class Origins(Sequence[str]):
-    """Where rows come from, such as ``path/file.jsonl:17``; each text is put together when it is asked for."""
+    """Where rows come from, such as `path/file.jsonl:17`; each text is put together when it is asked for."""
 
     def __init__(self, store: TokenStore) -> None:
         self._store = store
@@ -53,9 +53,9 @@ class PairDataset(Dataset[PairBatch]):
         rows: Where the rows are; or the rows themselves, all with numbers of the same columns, to be held in memory.
 
     Attributes:
-        lengths: Tokens of prompt, chosen and rejected, shape ``(rows, 3)``, int64.
+        lengths: Tokens of prompt, chosen and rejected, shape `(rows, 3)`, int64.
         origins: Where each row comes from.
-        columns: The rows' numbers, each of shape ``(rows,)``, float64, by column name.
+        columns: The rows' numbers, each of shape `(rows,)`, float64, by column name.
     """
 
     def __init__(self, rows: Sequence[EncodedRow] | TokenStore) -> None:
@@ -80,7 +80,7 @@ class PairDataset(Dataset[PairBatch]):
 
     @property
     def prompts(self) -> Array:
-        """A hash of each row's prompt before it was cut, equal where the prompts are; shape ``(rows, 2)`` uint64."""
+        """A hash of each row's prompt before it was cut, equal where the prompts are; shape `(rows, 2)` uint64."""
         return self.store.column("prompt")
 
     @property
@@ -94,7 +94,7 @@ class PairDataset(Dataset[PairBatch]):
         return prompt.tolist(), chosen.tolist(), rejected.tolist()
 
     def content_keys(self, rows: Tensor) -> Tensor:
-        """What reference log-probs of these rows are found by, shape ``(n, 2)`` int64; as `references.content_keys`."""
+        """What reference log-probs of these rows are found by, shape `(n, 2)` int64; as `references.content_keys`."""
         return torch.from_numpy(self.store.column("content")[rows.numpy()])
 
     def swapped_digest(self, row: int) -> bytes:

@@ -63,7 +63,7 @@ def sources_of(given: object, name: str) -> list[str | Rows]:
     """What an option names, as a list: names as they are, rows in memory as `Rows`.
 
     Args:
-        given: A name, rows in memory, a list of such, or ``None``.
+        given: A name, rows in memory, a list of such, or `None`.
         name: The option.
 
     Raises:

@@ -22,11 +22,11 @@ class ResumableLoader(DataLoader[PairBatch]):
     """A loader of training batches that begins at the batch which the Trainer needs next.
 
     The position is read from the Trainer's own progress when the first batch is asked for: by then Lightning has
-    restored it, whatever hook of the user's made it set up the loader early. The sampler has to have ``set_epoch``,
-    and ``start`` to say how many batches of the epoch to leave out.
+    restored it, whatever hook of the user's made it set up the loader early. The sampler has to have `set_epoch`,
+    and `start` to say how many batches of the epoch to leave out.
 
     Attributes:
-        trainer: Whose progress to follow; ``None`` starts at the beginning.
+        trainer: Whose progress to follow; `None` starts at the beginning.
     """
 
     trainer: Trainer | None = None
@@ -63,7 +63,7 @@ def pair_loader(
         dataset: The pairs.
         rows: Row numbers.
         batch_size: Pairs of one process in one batch.
-        trainer: Knows the processes, and where training stands; ``None`` is one process.
+        trainer: Knows the processes, and where training stands; `None` is one process.
         workers: Processes that make batches.
         seed: Seed of the order.
         shuffle: For training: in random order, cut into the Trainer's optimizer steps; otherwise long pairs come first.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lit_dpo.checkpoints.durable import _replace, _sync_folder, write_json
+from lit_dpo.checkpoints.durable import replace_file, write_json
 from lit_dpo.data.load import Rows
 from lit_dpo.files import read_json
 
@@ -46,8 +46,8 @@ def write(path: Path, content: bytes) -> None:
     """Write the file and its digest beside it, whole or not at all, and to the disk before this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(_record(path), {"sha256": hashlib.sha256(content).hexdigest()})  # the file counts with it alone
-    _replace(path, content)
-    _sync_folder(path.parent)
+    with replace_file(path) as file:
+        file.write(content)
 
 
 def digest(path: Path, allow_changes: bool = False) -> str:

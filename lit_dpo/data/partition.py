@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Prompt = str | Sequence[Mapping[str, str]]
-"""Plain text, or chat messages with ``role`` and ``content``."""
+"""Plain text, or chat messages with `role` and `content`."""
 
 
 class Pool:
@@ -25,7 +25,7 @@ class Pool:
     Args:
         sources: Name of the data source of each pair, by row number.
         folder: The folder of the step.
-        score: Gives the margins of the policy that starts a step, numbered from 0; ``None`` means this one.
+        score: Gives the margins of the policy that starts a step, numbered from 0; `None` means this one.
         generate: Gives completions; called with the arguments of `sample`.
 
     Attributes:
@@ -71,7 +71,7 @@ class Pool:
             step: Another step, up to this one, counted from 0: its starting policy scores.
 
         Returns:
-            Shape ``(rows,)``, float64.
+            Shape `(rows,)`, float64.
 
         Raises:
             ValueError: There is no policy.
@@ -132,8 +132,8 @@ class Partition(ABC):
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:
         """What the step trains on.
 
-        The answer must depend on its arguments and the files in ``pool.folder`` alone: a resumed run asks again, and
-        so does every process of a run. New pairs are written to ``pairs.jsonl`` in the folder of the step before they
+        The answer must depend on its arguments and the files in `pool.folder` alone: a resumed run asks again, and
+        so does every process of a run. New pairs are written to `pairs.jsonl` in the folder of the step before they
         are trained on; a run that finds them there does not ask for them again.
 
         Args:
@@ -142,7 +142,7 @@ class Partition(ABC):
 
         Returns:
             Row numbers of the pool, an integer tensor of at least one; or new pairs, each a row as a data file has it,
-            with the usual column names; or ``None`` when the step before was the last.
+            with the usual column names; or `None` when the step before was the last.
 
         Raises:
             ValueError: The pool cannot be divided in this way.
@@ -209,7 +209,7 @@ class EasyToHard(Partition):
     """Steps ordered from what the first model already prefers to what it does not.
 
     Args:
-        parts: ``None`` orders whole sources by the first model's accuracy, the share of pairs with a positive margin,
+        parts: `None` orders whole sources by the first model's accuracy, the share of pairs with a positive margin,
             as in the sDPO paper. A number cuts the pool into that many equal steps by margin, large to small, whatever
             the source; that form is ours.
     """
@@ -230,7 +230,7 @@ class HardToEasy(Partition):
     """The steps of `EasyToHard` in the opposite order: first what the first model prefers least.
 
     Args:
-        parts: As of `EasyToHard`: ``None`` orders whole sources, a number cuts the pool into that many equal steps.
+        parts: As of `EasyToHard`: `None` orders whole sources, a number cuts the pool into that many equal steps.
     """
 
     def __init__(self, parts: int | None = None) -> None:

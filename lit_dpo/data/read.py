@@ -74,7 +74,7 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None, max_line_bytes: int
 
 
 def missing(spec: str) -> str | None:
-    """What is wrong with a source that looks like a path where nothing is; ``None`` if there is something to try."""
+    """What is wrong with a source that looks like a path where nothing is; `None` if there is something to try."""
     name = _split_off(spec)[0]
     path = Path(name).expanduser()
     looks = name.startswith((".", "/", "~")) or bool(_suffix(path))
@@ -82,7 +82,7 @@ def missing(spec: str) -> str | None:
 
 
 def files_of(spec: str) -> list[Path] | None:
-    """The files that `read_rows` reads, in order; ``None`` where they cannot be told, as of names on the hub.
+    """The files that `read_rows` reads, in order; `None` where they cannot be told, as of names on the hub.
 
     Raises:
         ValueError: There is no such split, or no data file in the folder.

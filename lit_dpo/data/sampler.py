@@ -30,11 +30,11 @@ class PairSampler(DistributedSampler[BatchPlan]):
         rows: Row numbers to draw from.
         batch_size: Pairs of one process in one batch.
         shuffle: Random order, new in each epoch; otherwise long pairs come first.
-        seed: Of the order.
+        seed: Seed of the random order.
         accumulate: Batches per optimizer step.
         num_replicas: Number of processes.
         rank: Number of this process.
-        limit: Batches of an epoch that will be asked for; ``None`` means all.
+        limit: Batches of an epoch that will be asked for; `None` means all.
 
     Attributes:
         start: Batches of the next epoch to leave out at its beginning, to resume in its middle.

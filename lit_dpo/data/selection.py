@@ -63,7 +63,7 @@ def select_rows(
         keep: Row numbers from 0, in the order of reading, which is that of the lines of a file; or a function that says
             of a row, with the columns of the source, whether to keep it.
         complement: Give the rows that `keep` leaves out.
-        name: What to call the source; ``None`` is the name of the file, or ``rows``.
+        name: What to call the source; `None` is the name of the file, or `rows`.
 
     Raises:
         ValueError: A number is negative or given twice. When the rows are read: a number is too large, or a line of a

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_dpo.checkpoints.durable import _replace
+from lit_dpo.checkpoints.durable import put, replace_file
 from lit_dpo.checkpoints.tensor_store import TensorStore, _lock, cache_folder
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.load import EncodedRow, Rows, load_pairs
@@ -40,14 +40,14 @@ class TokenCache:
     row that was added costs its own encoding alone. Rows that are refused are not kept. If neither the data files nor
     anything that is done with them has changed, their rows are not even read: `whole` has them all.
 
-    The files lie in ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``: ``<key>.tokens``, which every process maps, and
-    ``<key>.json`` beside it; and ``<key>.<random>.part`` while rows are being encoded, which serves the next run if
+    The files lie in `$LIT_DPO_CACHE` or `~/.cache/lit_dpo`: `<key>.tokens`, which every process maps, and
+    `<key>.json` beside it; and `<key>.<random>.part` while rows are being encoded, which serves the next run if
     that one is killed.
 
     Args:
         encoder: Encodes what is not kept.
         specs: Names of the data sets; each list of them has a file of its own.
-        load: What else decides which rows there are and what is reported of them, as plain values; ``None`` where it
+        load: What else decides which rows there are and what is reported of them, as plain values; `None` where it
             cannot be told, and then all rows are read.
 
     Attributes:
@@ -171,17 +171,18 @@ class TokenCache:
         """Put the rows in their place, and remove parts that serve nobody any more."""
         assert self._files is not None
         if store.path is not None and store.path != self._data:
-            os.replace(store.path, self._data)
+            put(store.path, self._data)
             store.path = self._data
         names = {name: getattr(store.names, name) for name in ("sources", "places", "values")}
         header = {"identity": self._identity, "load": self._load, "sums": _sums(store), "report": report, **names}
         content = json.dumps(header, indent=1).encode()
         if json.loads(content) != self._header:
-            _replace(self._files.header, content)
+            with replace_file(self._files.header) as file:
+                file.write(content)
         self._writer.abandon()
         for path, size in self._parts.items():
-            with suppress(OSError), path.open("rb") as file:
-                if _lock(file, exclusive=True) and os.fstat(file.fileno()).st_size == size:
+            with suppress(OSError), path.open("rb") as part:
+                if _lock(part, exclusive=True) and os.fstat(part.fileno()).st_size == size:
                     path.unlink()
         return store
 

@@ -1,7 +1,7 @@
 """Encoded rows in one file that is mapped into memory: 4 bytes a token, and one fixed record a row.
 
 A file is a sequence of blocks. A block is a head, the records of up to `BLOCK` rows, and their token ids one after the
-other (a token that is not scored as ``~id``, below 0); the head says how many there are and carries a sum over them. So
+other (a token that is not scored as `~id`, below 0); the head says how many there are and carries a sum over them. So
 a file that was cut short by a kill holds every block that was finished, and damage costs the block it is in. Nothing in
 a file is executed, and every number in it that says where to read is checked before it is used.
 """
@@ -124,11 +124,11 @@ class TokenStore:
         content: The bytes of the file.
         blocks: Those to use, in order.
         names: What the numbers in the records stand for.
-        path: The file; ``None`` if the bytes are in memory.
+        path: The file; `None` if the bytes are in memory.
 
     Attributes:
-        starts: Where the token ids of each row begin, in units of 4 bytes, shape ``(rows,)`` int64.
-        lengths: Tokens of prompt, chosen and rejected, shape ``(rows, 3)`` int64.
+        starts: Where the token ids of each row begin, in units of 4 bytes, shape `(rows,)` int64.
+        lengths: Tokens of prompt, chosen and rejected, shape `(rows, 3)` int64.
     """
 
     content: mmap.mmap | bytes | bytearray
@@ -157,7 +157,7 @@ class TokenStore:
         return self.blocks[-1].end if self.blocks else 0
 
     def column(self, name: str) -> Array:
-        """One entry of every row's record, copied out of the file; shape ``(rows, ...)``."""
+        """One entry of every row's record, copied out of the file; shape `(rows, ...)`."""
         kind = record(self.blocks[0].values if self.blocks else 0)
         parts = [np.frombuffer(self.content, kind, block.rows, block.records)[name] for block in self.blocks]
         found = np.concatenate(parts) if parts else np.empty(0, kind)[name]
@@ -165,10 +165,10 @@ class TokenStore:
         return found
 
     def find(self, keys: Array) -> Array:
-        """Row numbers of keys, shape ``(n,)``; -1 where no row has the key.
+        """Row numbers of keys, shape `(n,)`; -1 where no row has the key.
 
         Args:
-            keys: As the records hold them, shape ``(n, 2)``.
+            keys: As the records hold them, shape `(n, 2)`.
         """
         if self._by_key is None:
             known = self.column("key")
@@ -187,7 +187,7 @@ class TokenStore:
         return np.frombuffer(self.content, kind, 1, block.records + (row - self._firsts[number]) * kind.itemsize)[0]
 
     def place(self, row: int) -> str:
-        """The location of a row, such as ``path/file.jsonl:17``."""
+        """The location of a row, such as `path/file.jsonl:17`."""
         found = self.record(row)
         return join_place(self.names.places[found["place"]], found["numbers"].tolist())
 

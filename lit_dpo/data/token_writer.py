@@ -33,8 +33,8 @@ class TokenWriter:
     are those of a file that is there already, nothing is written at all.
 
     Args:
-        folder: Where the file goes; ``None`` keeps all in memory.
-        name: What its name begins with; it ends in ``.part`` until `finish`.
+        folder: Where the file goes; `None` keeps all in memory.
+        name: What its name begins with; it ends in `.part` until `finish`.
         seal: What the file belongs to; see `pack`.
         follow: Files whose rows may be those to come.
         worth: Rows that are worth a file.
@@ -124,7 +124,7 @@ class TokenWriter:
                 self.path = None
 
     def finish(self) -> TokenStore:
-        """The rows: those of a file that is there already, of the new file (still a ``.part``), or in memory."""
+        """The rows: those of a file that is there already, of the new file (still a `.part`), or in memory."""
         self._flush()
         names = Names(list(self._sources), list(self._places), self._values)
         for store in self._follow:
@@ -204,7 +204,7 @@ def of_flags(kept: int) -> dict[str, int | bool]:
 
 
 def _words(hashes: Sequence[bytes]) -> Array:
-    """Hashes of 16 bytes as pairs of numbers, shape ``(n, 2)``."""
+    """Hashes of 16 bytes as pairs of numbers, shape `(n, 2)`."""
     return np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
 
 

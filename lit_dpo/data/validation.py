@@ -16,7 +16,7 @@ def held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:
     Args:
         dataset: The training set.
         fraction: Share of the prompts, in [0, 1); at least one prompt and not all of them, unless it is 0.
-        seed: Of the draw.
+        seed: Seed of the random choice.
 
     Raises:
         ValueError: There is only one prompt.
@@ -51,7 +51,7 @@ def _numbered(hashes: Array) -> tuple[Array, int]:
     """Different hashes numbered in the order in which they first come, and how many there are.
 
     Args:
-        hashes: Shape ``(n, 2)`` uint64.
+        hashes: Shape `(n, 2)` uint64.
     """
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal ones the first stands first
     new = np.ones(len(hashes), dtype=bool)

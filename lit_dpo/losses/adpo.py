@@ -18,12 +18,12 @@ class ADPOLoss(PreferenceLoss):
 
     DPO compares whole completions; here the first segment of the chosen one is compared with the first of the rejected
     one, and so on, so that a lead in one place does not make up for a loss in another. With u the share of a segment's
-    tokens in the log-ratio, the loss of a pair is ``-sum_s logsigmoid(beta * (u_w[s] - u_l[s]))``; it starts at
-    ``segments * log(2)``.
+    tokens in the log-ratio, the loss of a pair is `-sum_s logsigmoid(beta * (u_w[s] - u_l[s]))`; it starts at
+    `segments * log(2)`.
 
     Source: Oi et al., Autoregressive Direct Preference Optimization, https://arxiv.org/abs/2602.09533, its adaptive
     family. The default number of segments is our choice, and so is where they end: segment s of n tokens in m segments
-    ends after ``floor(s * n / m)``. Segments are empty where there are fewer tokens than segments, and an empty one
+    ends after `floor(s * n / m)`. Segments are empty where there are fewer tokens than segments, and an empty one
     adds nothing to u.
 
     Args:
@@ -52,7 +52,7 @@ class ADPOLoss(PreferenceLoss):
         check(whole, "segments", "a whole number, at least 1", self.segments)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         if self.segments == 1:  # the completion, whose sum is at hand
             chosen, rejected = log_ratios(policy, reference)
             return -F.logsigmoid(self.beta * (chosen - rejected))
@@ -62,7 +62,7 @@ class ADPOLoss(PreferenceLoss):
         chosen, rejected = sums.view(-1, 2, self.segments).unbind(1)  # (batch, segments) each
         return -F.logsigmoid(self.beta * (chosen - rejected)).sum(1)
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """The mean over segments, which compares runs with different numbers of them."""
         return {"segment_mean": self(policy, reference) / self.segments}
 

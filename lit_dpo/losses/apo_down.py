@@ -13,7 +13,7 @@ class APODownLoss(PreferenceLoss):
     """Lower both completions, the rejected one more.
 
     It fits data whose chosen completions are worse than what the model writes already, and which still tell the worse
-    from the worst. The loss of a pair is ``sigmoid(beta * r_w) + 1 - sigmoid(beta * (r_w - r_l))``; where the policy is
+    from the worst. The loss of a pair is `sigmoid(beta * r_w) + 1 - sigmoid(beta * (r_w - r_l))`; where the policy is
     the reference, the gradient on the chosen completion is 0. `APOZeroLoss` is for better chosen completions.
 
     Source: D'Oosterlinck et al., Anchored Preference Optimization, https://arxiv.org/abs/2408.06266, equation 8.
@@ -38,7 +38,7 @@ class APODownLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return (self.beta * chosen).sigmoid() + 1 - (self.beta * (chosen - rejected)).sigmoid()
 

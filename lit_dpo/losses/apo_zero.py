@@ -13,7 +13,7 @@ class APOZeroLoss(PreferenceLoss):
     """Raise the chosen completion and lower the rejected one, each measured from the reference.
 
     DPO fixes only the difference of the two, so that both may fall. Here each has an anchor of its own: the loss of a
-    pair is ``1 - sigmoid(beta * r_w) + sigmoid(beta * r_l)``. It fits data whose chosen completions are better than
+    pair is `1 - sigmoid(beta * r_w) + sigmoid(beta * r_l)`. It fits data whose chosen completions are better than
     what the model writes; `APODownLoss` is for the others. SmolLM3 was trained with this one.
 
     Source: D'Oosterlinck et al., Anchored Preference Optimization, https://arxiv.org/abs/2408.06266, equation 7.
@@ -38,7 +38,7 @@ class APOZeroLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return 1 - (self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
 

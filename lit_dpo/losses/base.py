@@ -58,22 +58,22 @@ class PreferenceLoss(ABC):
 
     @abstractmethod
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``; the mean over pairs is the caller's."""
+        """Loss of each pair, shape `(batch,)`; the mean over pairs is the caller's."""
 
     def resolve(self, blocks: int) -> Self:
-        """This loss for a decoder of ``blocks`` blocks: depths become block numbers, and are checked."""
+        """This loss for a decoder of `blocks` blocks: depths become block numbers, and are checked."""
         return self
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
-        """Named terms worth logging, each of shape ``(batch,)``."""
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+        """Named terms worth logging, each of shape `(batch,)`."""
         return {}
 
     def formula(self) -> str:
         """The loss of a pair as one line of mathematics with the options filled in; the constructor call unless given.
 
-        In it ``logp_w`` and ``logp_l`` are the policy's log-probs of chosen and rejected completion, ``r_w`` and
-        ``r_l`` the same minus the reference's, and ``|y_w|`` and ``|y_l|`` the numbers of tokens. ``r_w[a:b]`` is the
-        share of the tokens a to b in ``r_w``, ``r_w[s]`` that of segment s, and ``m = min(|y_w|, |y_l|)``. Any other
+        In it `logp_w` and `logp_l` are the policy's log-probs of chosen and rejected completion, `r_w` and
+        `r_l` the same minus the reference's, and `|y_w|` and `|y_l|` the numbers of tokens. `r_w[a:b]` is the
+        share of the tokens a to b in `r_w`, `r_w[s]` that of segment s, and `m = min(|y_w|, |y_l|)`. Any other
         name is a column of the row.
         """
         return repr(self)
@@ -141,12 +141,12 @@ def refuse_missing(loss: PreferenceLoss, columns: Collection[str]) -> None:
 
 
 def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """``r_w`` and ``r_l``: policy minus reference log-probs of chosen and rejected, each of shape ``(batch,)``."""
+    """`r_w` and `r_l`: policy minus reference log-probs of chosen and rejected, each of shape `(batch,)`."""
     return policy.chosen - reference.chosen.detach(), policy.rejected - reference.rejected.detach()
 
 
 def token_log_ratios(policy: PairLogps, reference: PairLogps) -> Tensor:
-    """Policy minus reference log-prob of every completion token, shape ``(completion tokens,)``.
+    """Policy minus reference log-prob of every completion token, shape `(completion tokens,)`.
 
     Raises:
         ValueError: One of the two has no log-probs of single tokens.
@@ -159,7 +159,7 @@ def token_log_ratios(policy: PairLogps, reference: PairLogps) -> Tensor:
 
 
 def column(policy: PairLogps, name: str) -> Tensor:
-    """The numbers of one column of the rows, in the log-probs' dtype, shape ``(batch,)``.
+    """The numbers of one column of the rows, in the log-probs' dtype, shape `(batch,)`.
 
     Raises:
         ValueError: The column did not come along.
@@ -170,12 +170,12 @@ def column(policy: PairLogps, name: str) -> Tensor:
 
 
 def implicit_rewards(policy: PairLogps, reference: PairLogps, beta: float) -> tuple[Tensor, Tensor]:
-    """Rewards ``beta * r`` of chosen and rejected, detached, each of shape ``(batch,)``; the same for every loss."""
+    """Rewards `beta * r` of chosen and rejected, detached, each of shape `(batch,)`; the same for every loss."""
     chosen, rejected = log_ratios(policy.detach(), reference.detach())
     return beta * chosen, beta * rejected
 
 
 def check(condition: bool, name: str, rule: str, value: object) -> None:
-    """Raise ValueError ```name` must be rule, got value.`` unless the condition holds."""
+    """Raise ValueError, that the option `name` must be `rule` and what it is, unless the condition holds."""
     if not condition:
         raise ValueError(f"`{name}` must be {rule}, got {value}.")

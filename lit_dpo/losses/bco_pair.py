@@ -13,7 +13,7 @@ from lit_dpo.pairs import PairLogps
 class BCOPairLoss(PreferenceLoss):
     """Classify each completion by itself: chosen ones as good, rejected ones as bad.
 
-    The loss of a pair is ``-logsigmoid(beta * r_w) - logsigmoid(-beta * r_l)``, an upper bound of DPO.
+    The loss of a pair is `-logsigmoid(beta * r_w) - logsigmoid(-beta * r_l)`, an upper bound of DPO.
     It pins down the level of both rewards where DPO pins down their difference only, and is the quality term of Mixed
     Preference Optimization (`configs/mpo.yaml`). The full method shifts both rewards by their running mean; a loss per
     pair has none, and the shift here is 0, as in TRL 1.16.
@@ -40,7 +40,7 @@ class BCOPairLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return -F.logsigmoid(self.beta * chosen) - F.logsigmoid(-self.beta * rejected)
 

@@ -16,7 +16,7 @@ class CPOLoss(PreferenceLoss):
 
     A uniform reference drops out of DPO, which saves the second model; the negative log-likelihood of the chosen
     completion keeps the policy near the preferred data instead. The loss of a pair is
-    ``-logsigmoid(beta * (logp_w - logp_l)) - sft_weight * logp_w / |y_w|``.
+    `-logsigmoid(beta * (logp_w - logp_l)) - sft_weight * logp_w / |y_w|`.
 
     Source: Xu et al., Contrastive Preference Optimization, https://arxiv.org/abs/2401.08417. The supervised term is
     per token, as in TRL; its mean runs over the tokens of a pair first and over pairs second.
@@ -46,11 +46,11 @@ class CPOLoss(PreferenceLoss):
         check(self.sft_weight >= 0, "sft_weight", "at least 0", self.sft_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
-        terms = self.parts(policy, reference)
+        """Loss of each pair, shape `(batch,)`."""
+        terms = self.terms(policy, reference)
         return terms["preference"] + self.sft_weight * terms["sft"]
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """The preference term, and the supervised one before weighting."""
         return {"preference": -F.logsigmoid(self.beta * policy.margin), "sft": -policy.per_token().chosen}
 

@@ -13,11 +13,11 @@ from lit_dpo.pairs import PairLogps
 class DPOLoss(PreferenceLoss):
     """Raise the chosen completion over the rejected one, measured from the reference model.
 
-    The loss of a pair with ``h = r_w - r_l``, the difference of its two policy-to-reference log-ratios, is
-    ``-(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)``. Without smoothing it
+    The loss of a pair with `h = r_w - r_l`, the difference of its two policy-to-reference log-ratios, is
+    `-(1 - label_smoothing) * logsigmoid(beta * h) - label_smoothing * logsigmoid(-beta * h)`. Without smoothing it
     falls for ever as h grows; with smoothing (conservative DPO) its minimum lies at the reward margin
-    ``log((1 - label_smoothing) / label_smoothing)``. With `length_normalize`, h is the difference of the two log-ratios
-    per token, ``r_w / |y_w| - r_l / |y_l|``, so that a long completion weighs no more than a short one; beta is then
+    `log((1 - label_smoothing) / label_smoothing)`. With `length_normalize`, h is the difference of the two log-ratios
+    per token, `r_w / |y_w| - r_l / |y_l|`, so that a long completion weighs no more than a short one; beta is then
     some fifty times larger (Tulu 3 and OLMo 3 take 5). Reward metrics stay those of the sums.
 
     Source: Rafailov et al., Direct Preference Optimization, https://arxiv.org/abs/2305.18290; smoothing from the
@@ -50,7 +50,7 @@ class DPOLoss(PreferenceLoss):
         check(0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", self.label_smoothing)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         if self.length_normalize:
             policy, reference = policy.per_token(), reference.per_token()
         chosen, rejected = log_ratios(policy, reference)

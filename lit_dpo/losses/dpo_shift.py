@@ -15,7 +15,7 @@ class DPOShiftLoss(PreferenceLoss):
 
     Chosen and rejected completions resemble each other, and DPO lowers both. A little less weight on the rejected one
     gives up some margin for likelihood of the chosen one. The loss of a pair is
-    ``-logsigmoid(beta * (r_w - rejected_weight * r_l))``.
+    `-logsigmoid(beta * (r_w - rejected_weight * r_l))`.
 
     Source: Yang et al., DPO-Shift, https://arxiv.org/abs/2502.07599, with a fixed factor.
 
@@ -42,7 +42,7 @@ class DPOShiftLoss(PreferenceLoss):
         check(0 < self.rejected_weight <= 1, "rejected_weight", "in (0, 1]", self.rejected_weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return -F.logsigmoid(self.beta * (chosen - self.rejected_weight * rejected))
 

@@ -14,8 +14,8 @@ class DPOPLoss(PreferenceLoss):
     """DPO with a penalty where the chosen completion falls below the reference.
 
     DPO can lower both completions as long as the rejected one falls further, which it does above all on pairs that
-    differ in a few tokens. The loss of a pair is ``-logsigmoid(beta * (r_w - r_l - penalty * max(0, -r_w)))``; it
-    equals DPO wherever ``r_w >= 0``.
+    differ in a few tokens. The loss of a pair is `-logsigmoid(beta * (r_w - r_l - penalty * max(0, -r_w)))`; it
+    equals DPO wherever `r_w >= 0`.
 
     Source: Pal et al., Smaug, https://arxiv.org/abs/2402.13228v2, equation 3. The penalty stands inside the sigmoid
     and under beta; version 1 of the paper printed it outside, which its authors corrected.
@@ -44,7 +44,7 @@ class DPOPLoss(PreferenceLoss):
         check(self.penalty >= 0, "penalty", "at least 0", self.penalty)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return -F.logsigmoid(self.beta * (chosen - rejected - self.penalty * F.relu(-chosen)))
 

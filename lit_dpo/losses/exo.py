@@ -15,10 +15,10 @@ class EXOLoss(PreferenceLoss):
     """Match the policy's preference to a nearly certain one, in the direction of the KL that seeks modes.
 
     DPO minimises the divergence of the data's preference from the policy's; this takes the other direction, which is
-    that of reinforcement learning. With ``q = sigmoid(beta * (r_w - r_l))`` and the preference
-    ``(1 - label_smoothing, label_smoothing)`` of the label, the loss of a pair is
-    ``q * log(q / (1 - label_smoothing)) + (1 - q) * log((1 - q) / label_smoothing)``, which is 0 at
-    ``q = 1 - label_smoothing``.
+    that of reinforcement learning. With `q = sigmoid(beta * (r_w - r_l))` and the preference
+    `(1 - label_smoothing, label_smoothing)` of the label, the loss of a pair is
+    `q * log(q / (1 - label_smoothing)) + (1 - q) * log((1 - q) / label_smoothing)`, which is 0 at
+    `q = 1 - label_smoothing`.
 
     Source: Ji et al., Towards Efficient Exact Optimization, https://arxiv.org/abs/2402.00856, equation 16.
 
@@ -47,7 +47,7 @@ class EXOLoss(PreferenceLoss):
         check(0 < self.label_smoothing < 0.5, "label_smoothing", "in (0, 0.5)", self.label_smoothing)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         margin, eps = self.beta * (chosen - rejected), self.label_smoothing
         right = margin.sigmoid() * (F.logsigmoid(margin) - math.log1p(-eps))

@@ -17,19 +17,19 @@ class FDPOLoss(PreferenceLoss):
 
     The divergence decides in which way the policy may stray from the reference, and with it how much of the
     reference's variety is kept. With the derivative f' of its generator the loss of a pair is
-    ``-logsigmoid(beta * (f'(e^r_w) - f'(e^r_l)))``, where ``f'(e^r)`` is, up to a constant that cancels,
-    ``logsigmoid(r)`` for ``js``, ``-e^-r`` for ``forward_kl``, and ``e^((alpha - 1) * r) / (alpha - 1)`` for
-    ``alpha``, which lies between the forward KL (alpha 0) and the reverse KL (alpha 1). The last two grow
+    `-logsigmoid(beta * (f'(e^r_w) - f'(e^r_l)))`, where `f'(e^r)` is, up to a constant that cancels,
+    `logsigmoid(r)` for `js`, `-e^-r` for `forward_kl`, and `e^((alpha - 1) * r) / (alpha - 1)` for
+    `alpha`, which lies between the forward KL (alpha 0) and the reverse KL (alpha 1). The last two grow
     exponentially and saturate soon: with log-ratios of -2 and -6 the forward KL's loss is 0 already. Exponents count
-    as at most 80, near the end of float32's range; this bound is TRL's for ``alpha``, and ours for ``forward_kl``.
+    as at most 80, near the end of float32's range; this bound is TRL's for `alpha`, and ours for `forward_kl`.
 
     Source: Wang et al., Beyond Reverse KL, https://arxiv.org/abs/2309.16240. No default is published; this is our
     choice.
 
     Args:
         beta: Strength of the pull to the reference, above 0, in rewards per nat; bigger stays closer.
-        divergence: ``js``, ``forward_kl`` or ``alpha``.
-        alpha: Of the divergence ``alpha`` only, in (0, 1); left out, it is 0.5.
+        divergence: `js`, `forward_kl` or `alpha`.
+        alpha: Order of the divergence `alpha`, in (0, 1), for that divergence only; left out, it is 0.5.
 
     Raises:
         ValueError: An option is out of its range.
@@ -55,7 +55,7 @@ class FDPOLoss(PreferenceLoss):
             check(0 < self.alpha < 1, "alpha", "in (0, 1)", self.alpha)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return -F.logsigmoid(self.beta * (self._score(chosen) - self._score(rejected)))
 

@@ -13,7 +13,7 @@ from lit_dpo.pairs import PairLogps
 class HingeLoss(PreferenceLoss):
     """Raise the chosen completion over the rejected one up to a fixed margin, then stop.
 
-    The loss of a pair is ``max(0, 1 - beta * (r_w - r_l))``. A pair whose reward margin has reached 1 has no gradient
+    The loss of a pair is `max(0, 1 - beta * (r_w - r_l))`. A pair whose reward margin has reached 1 has no gradient
     any more, where DPO goes on pushing.
 
     Source: Zhao et al., SLiC-HF, https://arxiv.org/abs/2305.10425, in the form with a reference of Liu et al.,
@@ -21,7 +21,7 @@ class HingeLoss(PreferenceLoss):
 
     Args:
         beta: Strength of the pull to the reference, above 0, in rewards per nat; bigger stays closer. The margin is
-            reached at ``1 / beta`` nats.
+            reached at `1 / beta` nats.
 
     Raises:
         ValueError: An option is out of its range.
@@ -40,7 +40,7 @@ class HingeLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return F.relu(1 - self.beta * (chosen - rejected))
 

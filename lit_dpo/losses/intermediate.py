@@ -15,8 +15,8 @@ from lit_dpo.pairs import PairLogps
 class IntermediateLoss(PreferenceLoss):
     """A loss at the last layer mixed with the same loss at intermediate layers.
 
-    Layer k's log-probs come from ``head(final_norm(h_k))``, h_k being the output of the k-th decoder block; there are
-    no new parameters. The loss of a pair is ``(1 - weight) * L(last) + weight * mean_k L(layer k)``, where L is `base`
+    Layer k's log-probs come from `head(final_norm(h_k))`, h_k being the output of the k-th decoder block; there are
+    no new parameters. The loss of a pair is `(1 - weight) * L(last) + weight * mean_k L(layer k)`, where L is `base`
     and each layer is measured against the same layer of the reference.
 
     Source: Intermediate Direct Preference Optimization, https://arxiv.org/abs/2408.02923. The paper leaves three
@@ -28,7 +28,7 @@ class IntermediateLoss(PreferenceLoss):
         layers: Where: 1-based block numbers (22 is the output of the 22nd block), or depths in (0, 1] such as 0.6875,
             rounded to the nearest block. At least one.
         weight: Share of the intermediate term, in [0, 1]; 0 equals `base` exactly, 1 looks at no last layer.
-        combine: ``convex`` as above; ``additive`` is ``L(last) + weight * mean_k L(layer k)``, any weight >= 0.
+        combine: `convex` as above; `additive` is `L(last) + weight * mean_k L(layer k)`, any weight >= 0.
         detach_head: Keep the intermediate term's gradient out of final norm and head.
 
     Raises:
@@ -80,19 +80,19 @@ class IntermediateLoss(PreferenceLoss):
         return self.base.beta
 
     def resolve(self, blocks: int) -> Self:
-        """This loss with every depth turned into the number of the nearest of ``blocks`` decoder blocks."""
+        """This loss with every depth turned into the number of the nearest of `blocks` decoder blocks."""
         numbers = tuple(dict.fromkeys(_block_number(layer, blocks) for layer in self.layers))
         return replace(self, layers=numbers)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         if self.weight == 0:
             return self.base(policy, reference)
         terms = self._terms(policy, reference)
         last_weight = 1 - self.weight if self.combine == "convex" else 1.0
         return last_weight * terms["last"] + self.weight * terms["layers"]
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """The loss at the last layer, and its mean over the intermediate ones."""
         return self._terms(policy, reference) if self.weight else {}
 

@@ -12,7 +12,7 @@ from lit_dpo.pairs import PairLogps
 class IPOLoss(PreferenceLoss):
     """Bring the log-ratio difference to a finite target instead of pushing it to infinity.
 
-    The loss of a pair is ``(h - 1 / (2 * beta)) ** 2`` with ``h = r_w - r_l``, so it stays regularised even where
+    The loss of a pair is `(h - 1 / (2 * beta)) ** 2` with `h = r_w - r_l`, so it stays regularised even where
     the preferences are certain, where DPO's pull to the reference fades.
 
     Source: Azar et al., A General Theoretical Paradigm to Understand Learning from Human Preferences,
@@ -21,7 +21,7 @@ class IPOLoss(PreferenceLoss):
 
     Args:
         beta: Strength of the pull to the reference, above 0 (the paper's tau); bigger stays closer. The target
-            ``1 / (2 * beta)`` is in nats per token with `length_normalize`, else in nats.
+            `1 / (2 * beta)` is in nats per token with `length_normalize`, else in nats.
         length_normalize: Take h from means over the completion's tokens (the authors' confirmed form) instead of
             sums.
 
@@ -43,7 +43,7 @@ class IPOLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         if self.length_normalize:
             policy, reference = policy.per_token(), reference.per_token()
         chosen, rejected = log_ratios(policy, reference)

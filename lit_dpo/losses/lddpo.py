@@ -17,8 +17,8 @@ class LDDPOLoss(PreferenceLoss):
     """DPO in which the tokens that make one completion longer than the other weigh less.
 
     The longer completion of a pair has the larger log-ratio by its length alone. Both keep their first
-    ``m = min(|y_w|, |y_l|)`` tokens in full; the tokens after them count `alpha` times, under policy and reference
-    alike. With ``r' = r[:m] + alpha * r[m:]`` the loss of a pair is ``-logsigmoid(beta * (r_w' - r_l'))``.
+    `m = min(|y_w|, |y_l|)` tokens in full; the tokens after them count `alpha` times, under policy and reference
+    alike. With `r' = r[:m] + alpha * r[m:]` the loss of a pair is `-logsigmoid(beta * (r_w' - r_l'))`.
 
     Source: Liu et al., Length Desensitization in DPO, https://arxiv.org/abs/2409.06411.
 
@@ -46,7 +46,7 @@ class LDDPOLoss(PreferenceLoss):
         check(0 <= self.alpha <= 1, "alpha", "in [0, 1]", self.alpha)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         lengths = policy.completion_lengths.long()  # (2B,)
         shared = torch.minimum(policy.chosen_tokens, policy.rejected_tokens).long().repeat_interleave(2)
         runs = torch.stack([shared, lengths - shared], dim=1).flatten()  # (4B,)

@@ -14,7 +14,7 @@ class MinorDPOLoss(PreferenceLoss):
     """DPO that stops pushing a rejected completion once it has fallen below the reference.
 
     DPO can lower the rejected completion without end, and drags the policy away with it. The loss of a pair is
-    ``-logsigmoid(beta * (r_w - max(0, r_l)))``; it equals DPO wherever ``r_l >= 0``, and has no gradient on the
+    `-logsigmoid(beta * (r_w - max(0, r_l)))`; it equals DPO wherever `r_l >= 0`, and has no gradient on the
     rejected completion elsewhere, nor where the policy is the reference.
 
     Source: Xie et al., Minor DPO Reject Penalty to Increase Training Robustness, https://arxiv.org/abs/2408.09834, as
@@ -40,7 +40,7 @@ class MinorDPOLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         return -F.logsigmoid(self.beta * (chosen - F.relu(rejected)))
 

@@ -14,8 +14,8 @@ class NCAPairLoss(PreferenceLoss):
     """Tell each completion from noise by itself, so that the chosen one's likelihood does not fall.
 
     DPO fits the difference of two rewards; this fits each of them. The loss of a pair is
-    ``-logsigmoid(beta * r_w) - (logsigmoid(-beta * r_w) + logsigmoid(-beta * r_l)) / 2``. The chosen completion's terms
-    alone are lowest at ``beta * r_w = log 2``.
+    `-logsigmoid(beta * r_w) - (logsigmoid(-beta * r_w) + logsigmoid(-beta * r_l)) / 2`. The chosen completion's terms
+    alone are lowest at `beta * r_w = log 2`.
 
     Source: Chen et al., Noise Contrastive Alignment of Language Models, https://arxiv.org/abs/2402.05369.
 
@@ -39,7 +39,7 @@ class NCAPairLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         chosen, rejected = self.beta * chosen, self.beta * rejected
         return -F.logsigmoid(chosen) - (F.logsigmoid(-chosen) + F.logsigmoid(-rejected)) / 2

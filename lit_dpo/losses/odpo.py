@@ -16,11 +16,11 @@ class ODPOLoss(PreferenceLoss):
     """DPO that asks for a lead as large as the gap between the scores of the two completions.
 
     Not every chosen completion is better by the same amount. The rows say by how much, in their columns
-    ``score_chosen`` and ``score_rejected``. With the offset ``D = alpha * log(score_chosen - score_rejected)`` the
-    loss of a pair is ``-logsigmoid(beta * (r_w - r_l) - D)``; with `scaling` ``linear``, D is alpha times the gap.
+    `score_chosen` and `score_rejected`. With the offset `D = alpha * log(score_chosen - score_rejected)` the
+    loss of a pair is `-logsigmoid(beta * (r_w - r_l) - D)`; with `scaling` `linear`, D is alpha times the gap.
 
     The logarithm asks less and less as the gap closes. A pair whose gap is 0 or below has no offset at all: its loss is
-    0, which is the limit and our choice, and the share of such pairs is logged as ``loss/without_gap``.
+    0, which is the limit and our choice, and the share of such pairs is logged as `loss/without_gap`.
 
     Source: Amini et al., Direct Preference Optimization with an Offset, https://arxiv.org/abs/2402.10571; alpha and
     the logarithm as in the authors' code.
@@ -28,7 +28,7 @@ class ODPOLoss(PreferenceLoss):
     Args:
         beta: Strength of the pull to the reference, above 0, in rewards per nat; bigger stays closer.
         alpha: Size of the offset, at least 0; 0 is plain DPO.
-        scaling: ``log`` or ``linear``: what the offset makes of the gap.
+        scaling: `log` or `linear`: what the offset makes of the gap.
 
     Raises:
         ValueError: An option is out of its range, or (when called) a column of scores is missing.
@@ -55,7 +55,7 @@ class ODPOLoss(PreferenceLoss):
         check(self.scaling in ("log", "linear"), "scaling", "`log` or `linear`", self.scaling)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         margin, gap = self.beta * (chosen - rejected), _gap(policy)
         if self.alpha == 0:
@@ -65,7 +65,7 @@ class ODPOLoss(PreferenceLoss):
         offset = self.alpha * torch.where(gap > 0, gap, 1).log()
         return torch.where(gap > 0, -F.logsigmoid(margin - offset), 0)
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """With the logarithm: 1 for a pair whose scores do not put the chosen completion first, else 0."""
         gap = _gap(policy)
         return {"without_gap": (gap <= 0).to(gap.dtype)} if self.scaling == "log" else {}

@@ -15,9 +15,9 @@ from lit_dpo.pairs import PairLogps
 class ORPOLoss(PreferenceLoss):
     """Supervised fine-tuning that also raises the odds of chosen over rejected, with no reference.
 
-    One stage from a base model does the work of two. With ``a = logp / |y|``, the mean log-prob of a token, and the
-    odds ``e^a / (1 - e^a)``, the loss of a pair is
-    ``-a_w - weight * logsigmoid((a_w - a_l) - (log(1 - e^a_w) - log(1 - e^a_l)))``. Odds grow without bound as a
+    One stage from a base model does the work of two. With `a = logp / |y|`, the mean log-prob of a token, and the
+    odds `e^a / (1 - e^a)`, the loss of a pair is
+    `-a_w - weight * logsigmoid((a_w - a_l) - (log(1 - e^a_w) - log(1 - e^a_l)))`. Odds grow without bound as a
     reaches 0, so that a counts as at most -1e-6 inside them, which is our choice. Reward metrics are those of the
     summed log-probs.
 
@@ -46,11 +46,11 @@ class ORPOLoss(PreferenceLoss):
         check(self.weight >= 0, "weight", "at least 0", self.weight)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
-        terms = self.parts(policy, reference)
+        """Loss of each pair, shape `(batch,)`."""
+        terms = self.terms(policy, reference)
         return terms["sft"] + self.weight * terms["odds"]
 
-    def parts(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
+    def terms(self, policy: PairLogps, reference: PairLogps) -> dict[str, Tensor]:
         """The supervised term, and that of the odds before weighting."""
         means = policy.per_token()
         return {"sft": -means.chosen, "odds": -F.logsigmoid(_log_odds(means.chosen) - _log_odds(means.rejected))}

@@ -13,9 +13,9 @@ from lit_dpo.pairs import PairLogps
 class RDPOLoss(PreferenceLoss):
     """DPO that asks less of a pair whose chosen completion is the longer one.
 
-    A penalty of ``alpha`` rewards a token in what the policy maximises, ``E[reward - alpha * |y|] - beta * KL``, gives
-    each completion the reward ``beta * r + alpha * |y|``, up to a constant of the prompt. The loss of a pair is
-    ``-logsigmoid(beta * (r_w - r_l) + alpha * (|y_w| - |y_l|))``: a longer chosen completion has part of its lead
+    A penalty of `alpha` rewards a token in what the policy maximises, `E[reward - alpha * |y|] - beta * KL`, gives
+    each completion the reward `beta * r + alpha * |y|`, up to a constant of the prompt. The loss of a pair is
+    `-logsigmoid(beta * (r_w - r_l) + alpha * (|y_w| - |y_l|))`: a longer chosen completion has part of its lead
     already and is pushed less. Some public code has this sign reversed.
 
     Source: Park et al., Disentangling Length from Quality in DPO, https://arxiv.org/abs/2403.19159; also the loss of
@@ -44,7 +44,7 @@ class RDPOLoss(PreferenceLoss):
         check(self.alpha >= 0, "alpha", "at least 0", self.alpha)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         longer = (policy.chosen_tokens - policy.rejected_tokens).to(chosen.dtype)
         return -F.logsigmoid(self.beta * (chosen - rejected) + self.alpha * longer)

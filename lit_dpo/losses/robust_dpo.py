@@ -13,8 +13,8 @@ from lit_dpo.pairs import PairLogps
 class RobustDPOLoss(PreferenceLoss):
     """DPO made unbiased where a known share of the labels is swapped.
 
-    Swapped labels bias DPO. With ``h = r_w - r_l`` and the share ``eps`` of swapped labels, the loss of a pair is
-    ``(-(1 - eps) * logsigmoid(beta * h) + eps * logsigmoid(-beta * h)) / (1 - 2 * eps)``; its mean over noisy labels
+    Swapped labels bias DPO. With `h = r_w - r_l` and the share `eps` of swapped labels, the loss of a pair is
+    `(-(1 - eps) * logsigmoid(beta * h) + eps * logsigmoid(-beta * h)) / (1 - 2 * eps)`; its mean over noisy labels
     is DPO's over clean ones. Unlike the smoothed DPO it has no minimum: it falls for ever as h grows.
 
     Source: Chowdhury et al., Provably Robust DPO, https://arxiv.org/abs/2403.00409.
@@ -42,7 +42,7 @@ class RobustDPOLoss(PreferenceLoss):
         check(0 <= self.label_smoothing < 0.5, "label_smoothing", "in [0, 0.5)", self.label_smoothing)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         margin, eps = self.beta * (chosen - rejected), self.label_smoothing
         return (-(1 - eps) * F.logsigmoid(margin) + eps * F.logsigmoid(-margin)) / (1 - 2 * eps)

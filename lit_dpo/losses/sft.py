@@ -40,7 +40,7 @@ class SFTLoss(PreferenceLoss):
     length_normalize: bool = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         return -(policy.per_token() if self.length_normalize else policy).chosen
 
     def formula(self) -> str:

@@ -15,8 +15,8 @@ class SimPOLoss(PreferenceLoss):
     """Raise the chosen completion's mean log-prob over the rejected one's by a margin, with no reference.
 
     The reward is what decoding maximises, the mean log-prob of a token, so that length alone earns nothing and no
-    reference model takes memory. With ``a = logp / |y|`` the loss of a pair is
-    ``-logsigmoid(beta * (a_w - a_l - gamma_beta_ratio))``. Nothing but a small learning rate keeps the policy close to
+    reference model takes memory. With `a = logp / |y|` the loss of a pair is
+    `-logsigmoid(beta * (a_w - a_l - gamma_beta_ratio))`. Nothing but a small learning rate keeps the policy close to
     its start. Reward metrics are those of the summed log-probs.
 
     Source: Meng et al., SimPO, https://arxiv.org/abs/2405.14734, and the options of the authors' code.
@@ -47,7 +47,7 @@ class SimPOLoss(PreferenceLoss):
         check(self.gamma_beta_ratio >= 0, "gamma_beta_ratio", "at least 0", self.gamma_beta_ratio)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         return -F.logsigmoid(self.beta * (policy.per_token().margin - self.gamma_beta_ratio))
 
     def formula(self) -> str:

@@ -12,7 +12,7 @@ from lit_dpo.pairs import PairLogps
 class SPPOLoss(PreferenceLoss):
     """Bring each log-ratio to a target of its own: up for chosen, down for rejected.
 
-    The loss of a pair is ``(r_w - 1 / (2 * beta)) ** 2 + (r_l + 1 / (2 * beta)) ** 2``. The paper's targets come from
+    The loss of a pair is `(r_w - 1 / (2 * beta)) ** 2 + (r_l + 1 / (2 * beta)) ** 2`. The paper's targets come from
     the probability of winning under a preference model; here it is 1 for chosen and 0 for rejected.
 
     Source: Wu et al., Self-Play Preference Optimization, https://arxiv.org/abs/2405.00675, equation 4.7 with hard
@@ -20,7 +20,7 @@ class SPPOLoss(PreferenceLoss):
 
     Args:
         beta: Strength of the pull to the reference, above 0 (the paper's 1 / eta); bigger stays closer. The targets
-            are ``1 / (2 * beta)`` nats: 500 at the default.
+            are `1 / (2 * beta)` nats: 500 at the default.
 
     Raises:
         ValueError: An option is out of its range.
@@ -39,7 +39,7 @@ class SPPOLoss(PreferenceLoss):
         check(self.beta > 0, "beta", "positive", self.beta)
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
-        """Loss of each pair, shape ``(batch,)``."""
+        """Loss of each pair, shape `(batch,)`."""
         chosen, rejected = log_ratios(policy, reference)
         target = 1 / (2 * self.beta)
         return (chosen - target) ** 2 + (rejected + target) ** 2

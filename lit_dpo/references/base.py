@@ -24,8 +24,8 @@ class Start:
 
     Args:
         trainer: Knows the processes, the device, the precision, and the data module.
-        policy: In place and on its device; before the first step it has its starting weights unless a checkpoint was
-            restored.
+        policy: The policy, in place and on its device; before the first step it has its starting weights unless a
+            checkpoint was restored.
         reload: Loads the starting weights once more, as a model of its own.
         scorer: How the policy is scored, and what the loss wants to know.
     """
@@ -53,7 +53,7 @@ class Filling:
 class Reference(ABC):
     """The model that rewards are measured from: it never trains, and a subclass says where its log-probs come from.
 
-    Subclass it as a dataclass with ``@dataclass(eq=False)``; the fields are its options, in Python and on the command
+    Subclass it as a dataclass with `@dataclass(eq=False)`; the fields are its options, in Python and on the command
     line, and a subclass needs nothing but `score`. A field may hold another reference or a list of them; what a
     subclass does not override is done by each of these in turn.
 
@@ -87,7 +87,7 @@ class Reference(ABC):
         """Get its weights, if `build` was given a policy without any, because they are sharded over processes.
 
         Args:
-            policy: With its weights, sharded; adapters attached.
+            policy: The policy with its weights, sharded, adapters attached.
             filling: How sharded models of its own get theirs.
         """
         for part in self.parts():
@@ -144,7 +144,7 @@ class Reference(ABC):
         Args:
             policy: The model in training.
             batch: B pairs on its device.
-            scorer: How the policy itself is scored; ``scorer(model, batch)`` scores another model in the same way.
+            scorer: How the policy itself is scored; `scorer(model, batch)` scores another model in the same way.
                 With `Scorer.per_token` the log-probs of single tokens are wanted too, and with `Scorer.layers` those
                 at intermediate blocks.
         """

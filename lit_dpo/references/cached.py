@@ -43,9 +43,9 @@ class CachedReference(Reference):
     them; what holds sums alone is then scored again.
 
     Args:
-        folder: Where the values are kept; ``None`` is ``$LIT_DPO_CACHE`` or ``~/.cache/lit_dpo``.
+        folder: Where the values are kept; `None` is `$LIT_DPO_CACHE` or `~/.cache/lit_dpo`.
         audit_rows: Reused rows to score again at the start of a run.
-        of: The reference whose values are kept; ``None`` is the policy before its first step. Its models wait in the
+        of: The reference whose values are kept; `None` is the policy before its first step. Its models wait in the
             CPU's memory while the policy trains, unless they are sharded.
 
     Raises:

@@ -21,7 +21,7 @@ class FrozenReference(Reference):
     """A second model: a frozen copy of the policy as it starts, or another model.
 
     Args:
-        model: Hub name, folder or description of the reference; ``None`` is a copy of the policy's starting weights.
+        model: Hub name, folder or description of the reference; `None` is a copy of the policy's starting weights.
             It must share the policy's tokenizer.
     """
 

@@ -17,8 +17,8 @@ from lit_dpo.scoring.score import Scorer
 class MixedReference(Reference):
     """Several references as one: the weighted mean of their log-probs, which is a geometric mean of probabilities.
 
-    A policy that is pulled to K references with strengths ``beta_k`` has its optimum where a policy has it that is
-    pulled to this one with the strength ``sum beta_k``, with the weights ``beta_k / sum beta_k``. What is mixed: the
+    A policy that is pulled to K references with strengths `beta_k` has its optimum where a policy has it that is
+    pulled to this one with the strength `sum beta_k`, with the weights `beta_k / sum beta_k`. What is mixed: the
     log-prob of each completion, and where the loss asks for them the log-prob of each token and the same at
     intermediate layers. The mean is not normalised to a probability. For whole completions the missing constant depends
     on the prompt alone and drops out of the difference of the two log-ratios; it stays in losses that look at one
@@ -29,7 +29,7 @@ class MixedReference(Reference):
 
     Args:
         references: The references, at least one. Each may be any other, a mixture too.
-        weights: One for each, above 0, adding up to 1; ``None`` weighs all alike.
+        weights: One for each, above 0, adding up to 1; `None` weighs all alike.
 
     Raises:
         ValueError: An option is out of its range.

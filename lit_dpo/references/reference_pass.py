@@ -29,7 +29,7 @@ class Pass:
     """Scoring under way: what there is of it is written to a journal, and a terminal shows how far it is.
 
     Args:
-        trainer: Whose processes score.
+        trainer: The Trainer whose processes score.
         store: Where the values will go.
         rows: How many are to be scored; without any, nothing is opened.
 
@@ -108,10 +108,10 @@ def score_rows(
     """Score every row of a loader, each process its share, and gather the results on all: now and then, to be kept.
 
     Args:
-        of: What gives the log-probs; ``None`` is the model, its adapters switched off.
+        of: What gives the log-probs; `None` is the model, its adapters switched off.
         model: Gives the policy before its first step.
-        start: Of the run.
-        loader: As many batches on every process.
+        start: What is there at the start of the run.
+        loader: The batches, as many on every process.
         scorer: What is asked for.
         under_way: Is told, and keeps each block.
 

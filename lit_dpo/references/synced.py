@@ -21,7 +21,7 @@ from lit_dpo.scoring.score import Scorer
 class SyncedReference(Reference):
     """A second model that starts as the policy does and follows it, every `every` optimizer steps.
 
-    Then each of its weights becomes ``(1 - mix) * reference + mix * policy``. A `mix` of 1 copies the policy (TR-DPO's
+    Then each of its weights becomes `(1 - mix) * reference + mix * policy`. A `mix` of 1 copies the policy (TR-DPO's
     hard update), a smaller one is its soft update, and with `every` 1 the reference is an exponential moving average of
     the policy. Steps are optimizer steps, whatever the accumulation, and are counted from the start of the run. With
     LoRA the adapters are folded into what is mixed, so that the reference is a whole model then too. The weights stand

@@ -21,7 +21,7 @@ _TOKENS, _COUNTS = "tokens.", "counts."  # names of stored tensors begin so
 
 
 def content_keys(batch: PairBatch) -> Tensor:
-    """A 128-bit hash of each pair's token ids and boundaries, shape ``(batch, 2)`` int64.
+    """A 128-bit hash of each pair's token ids and boundaries, shape `(batch, 2)` int64.
 
     Computed with tensor operations on the batch's device, without waiting for it.
     """
@@ -70,8 +70,8 @@ class TokenLogps(NamedTuple):
     """Log-probs of single tokens, as many a row as its completions have.
 
     Args:
-        values: Those of all rows one after the other, shape ``(tokens,)``.
-        counts: How many each row has, shape ``(rows,)`` int64; 0 where they are not known.
+        values: Those of all rows one after the other, shape `(tokens,)`.
+        counts: How many each row has, shape `(rows,)` int64; 0 where they are not known.
     """
 
     values: Tensor
@@ -89,8 +89,8 @@ class TokenLogps(NamedTuple):
         """Those of a batch's completion tokens; NaN where they are not known. It does not wait for the device.
 
         Args:
-            rows: Row number of each pair, shape ``(batch,)``.
-            there: Whether it is that pair's row, shape ``(batch,)``.
+            rows: Row number of each pair, shape `(batch,)`.
+            there: Whether it is that pair's row, shape `(batch,)`.
             batch: B pairs.
         """
         counts = batch.lengths[:, 1:].sum(1)
@@ -106,8 +106,8 @@ class LogpsTable:
     """Log-probs of rows by content key, for the last layer and intermediate ones.
 
     Args:
-        keys: Content keys, shape ``(rows, 2)`` int64.
-        columns: ``last`` and ``layer.K`` -> log-probs of chosen and rejected, shape ``(rows, 2)``; NaN where not known.
+        keys: Content keys, shape `(rows, 2)` int64.
+        columns: `last` and `layer.K` -> log-probs of chosen and rejected, shape `(rows, 2)`; NaN where not known.
         tokens: The same names -> log-probs of single tokens, where these were asked for.
     """
 
@@ -176,14 +176,14 @@ class LogpsTable:
         return LogpsTable(self.keys.to(device), {name: v.to(device) for name, v in self.columns.items()}, tokens)
 
     def find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Row numbers of keys, shape ``(n,)``, and whether each is really there, shape ``(n,)``."""
+        """Row numbers of keys, shape `(n,)`, and whether each is really there, shape `(n,)`."""
         if not len(self):
             return keys[:, 0] * 0, keys[:, 0] != keys[:, 0]
         rows = torch.searchsorted(self._first, keys[:, 0].contiguous()).clamp(max=len(self) - 1)
         return rows, (self.keys[rows] == keys).all(1)
 
     def known(self, keys: Tensor, columns: Iterable[str], per_token: bool = False) -> Tensor:
-        """Whether every one of these columns is known for each key, and with `per_token` its tokens; shape ``(n,)``."""
+        """Whether every one of these columns is known for each key, and with `per_token` its tokens; shape `(n,)`."""
         rows, known = self.find(keys)
         for name in columns:
             values, tokens = self.columns.get(name), self.tokens.get(name)
@@ -238,7 +238,7 @@ def joined(blocks: list[LogpsTable]) -> list[LogpsTable]:
 
 
 def first_of_each(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct keys, shape ``(n, 2)``, and where each stands first, shape ``(n,)``."""
+    """Distinct keys, shape `(n, 2)`, and where each stands first, shape `(n,)`."""
     unique, inverse = torch.unique(keys, dim=0, return_inverse=True)
     places = torch.full((len(unique),), len(keys)).scatter_reduce(0, inverse, torch.arange(len(keys)), "amin")
     return unique, places

@@ -1,11 +1,11 @@
 """Attention over a flat batch of pairs that share their prompt.
 
 A token sees the earlier tokens of its own pair that are prompt or of its own branch. Written as two ordinary attention
-calls a pair: one causal call over ``[P C]``, and one of the queries of R over the keys ``[P R]``, causal and aligned to
+calls a pair: one causal call over `[P C]`, and one of the queries of R over the keys `[P R]`, causal and aligned to
 the end. No mask over the whole line exists, no padding is computed, and the prompt is computed once.
 
 On a GPU in half precision the calls of all pairs are one variable-length flash call: its queries are the flat line as
-it stands, cut into ``[P C] [R]``, and its keys are those of ``[P C] [P R]``.
+it stands, cut into `[P C] [R]`, and its keys are those of `[P C] [P R]`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def pair_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Exact attention over the flat line ``[P C R][P C R]...``.
+    """Exact attention over the flat line `[P C R][P C R]...`.
 
     Args:
-        query: Shape ``(1, heads, tokens, head width)``.
-        key: Shape ``(1, key heads, tokens, head width)``; ``heads`` is a multiple of ``key heads``.
-        value: Shape ``(1, key heads, tokens, value width)``.
-        shape: Tokens of prompt, chosen, rejected of every pair, adding up to ``tokens``; 0 rejected ones cost nothing.
-        scale: Factor on the scores; ``None`` means ``1 / sqrt(head width)``.
-        softcap: With a value ``s``, scores become ``s * tanh(scores / s)``.
+        query: Shape `(1, heads, tokens, head width)`.
+        key: Shape `(1, key heads, tokens, head width)`; `heads` is a multiple of `key heads`.
+        value: Shape `(1, key heads, tokens, value width)`.
+        shape: Tokens of prompt, chosen, rejected of every pair, adding up to `tokens`; 0 rejected ones cost nothing.
+        scale: Factor on the scores; `None` means `1 / sqrt(head width)`.
+        softcap: With a value `s`, scores become `s * tanh(scores / s)`.
         dropout: Probability of dropping an attention weight.
 
     Returns:
-        Shape ``(1, heads, tokens, value width)``.
+        Shape `(1, heads, tokens, value width)`.
     """
     kind = query.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -157,7 +157,7 @@ def _all_pairs_at_once(
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, calls: _Calls, dropout: float, scale: float | None) -> Tensor:
-    """PyTorch's flash kernel, causal, aligned to the end; shapes ``(tokens, heads, width)``.
+    """PyTorch's flash kernel, causal, aligned to the end; shapes `(tokens, heads, width)`.
 
     (The operator below `torch.nn.attention.varlen`, whose signature differs between PyTorch 2.11 and 2.13.)
     """
@@ -181,8 +181,8 @@ class _Calls(NamedTuple):
     """The two calls of every pair, [P C] and then R over [P R], as one of variable length.
 
     Args:
-        keys: Places in the flat line of all calls' keys, shape ``(keys,)``.
-        query_ends: Where each call's queries end, a zero before them, shape ``(2 * pairs + 1,)``, int32.
+        keys: Places in the flat line of all calls' keys, shape `(keys,)`.
+        query_ends: Where each call's queries end, a zero before them, shape `(2 * pairs + 1,)`, int32.
         key_ends: The same of its keys.
         longest_query: Most queries of a call.
         longest_key: Most keys of a call.

@@ -37,7 +37,7 @@ def choose_form(model: nn.Module, form: BatchForm = "auto") -> tuple[BatchForm, 
     on its place on the line.
 
     Returns:
-        ``auto`` or ``padded``, and the reason where the flat line does not serve.
+        `auto` or `padded`, and the reason where the flat line does not serve.
 
     Raises:
         ValueError: The form asked for, or every form, gives other log-probs than the model itself.

@@ -20,7 +20,7 @@ class DecoderParts:
         model: The causal language model itself, adapters' wrapper taken off.
         decoder: Token ids to final hidden states.
         blocks: The decoder blocks in order.
-        norm: The norm behind the last block; ``None`` if it was not found, and then only the last layer can be scored.
+        norm: The norm behind the last block; `None` if it was not found, and then only the last layer can be scored.
         head: Hidden states to logits.
     """
 

@@ -20,7 +20,7 @@ def in_fabric(model: Any, run: Callable[[nn.Module, PairBatch], PairLogps], batc
     """Score by the model inside of Fabric's wrapper, under the precision that Fabric was given.
 
     Args:
-        model: As Fabric has wrapped it.
+        model: The model as Fabric has wrapped it.
         run: Scores by the model inside.
         batch: B pairs on its device.
 

@@ -25,21 +25,21 @@ def token_logps(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """Log-probability of each target under ``softmax(cap(scale * (hidden @ weight.T + bias)))``, in nats.
+    """Log-probability of each target under `softmax(cap(scale * (hidden @ weight.T + bias)))`, in nats.
 
-    Products run in the dtype of ``hidden`` (or of autocast), everything after them in float32, or float64 for float64
-    input. Gradients flow to ``hidden``, ``weight`` and ``bias`` and are exact.
+    Products run in the dtype of `hidden` (or of autocast), everything after them in float32, or float64 for float64
+    input. Gradients flow to `hidden`, `weight` and `bias` and are exact.
 
     Args:
-        hidden: Final hidden states at the predicting positions, shape ``(tokens, width)``.
-        weight: Weight of the output head, shape ``(vocabulary, width)``.
-        targets: Token ids to score, shape ``(tokens,)``, int64.
-        bias: Bias of the output head, shape ``(vocabulary,)``.
+        hidden: Final hidden states at the predicting positions, shape `(tokens, width)`.
+        weight: Weight of the output head, shape `(vocabulary, width)`.
+        targets: Token ids to score, shape `(tokens,)`, int64.
+        bias: Bias of the output head, shape `(vocabulary,)`.
         scale: Factor on the logits.
-        softcap: With a value ``s``, logits become ``s * tanh(logits / s)``.
+        softcap: With a value `s`, logits become `s * tanh(logits / s)`.
 
     Returns:
-        Shape ``(tokens,)``, float32 or float64.
+        Shape `(tokens,)`, float32 or float64.
 
     >>> token_logps(torch.zeros(2, 3), torch.randn(4, 3), torch.tensor([0, 3])).tolist()  # -log(4), twice
     [-1.3862943649291992, -1.3862943649291992]
@@ -56,11 +56,11 @@ def sum_by_completion(logps: Tensor, lengths: Tensor) -> Tensor:
     """Sums over runs of consecutive tokens.
 
     Args:
-        logps: One value a token, shape ``(tokens,)``.
-        lengths: Length of each run, shape ``(runs,)``, adding up to ``tokens``.
+        logps: One value a token, shape `(tokens,)`.
+        lengths: Length of each run, shape `(runs,)`, adding up to `tokens`.
 
     Returns:
-        Shape ``(runs,)``. The order of summation is fixed, so equal input gives equal bits on every device.
+        Shape `(runs,)`. The order of summation is fixed, so equal input gives equal bits on every device.
     """
     return torch.segment_reduce(logps, "sum", lengths=lengths, unsafe=True)
 
@@ -108,7 +108,7 @@ def _slices(size: int, tile: int) -> list[slice]:
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, first: bool = False) -> None:
-    """``into += left @ right``, or ``into = left @ right`` the first time; the sum has the dtype of `into`."""
+    """`into += left @ right`, or `into = left @ right` the first time; the sum has the dtype of `into`."""
     if into.dtype == left.dtype:
         into.addmm_(left, right, beta=0 if first else 1)
     elif first:

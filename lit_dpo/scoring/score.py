@@ -27,7 +27,7 @@ from lit_dpo.scoring.logps import sum_by_completion, token_logps
 from lit_dpo.scoring.parts import in_parts
 
 BatchForm = Literal["auto", "flat", "padded"]
-"""How a batch reaches the model: one padding-free line with each prompt once, or padded rows. ``auto`` picks."""
+"""How a batch reaches the model: one padding-free line with each prompt once, or padded rows. `auto` picks."""
 
 PAIR_ATTENTION = "lit_dpo_pairs"
 SHARDED_METHOD = "completion_logps"
@@ -35,7 +35,7 @@ SHARDED_METHOD = "completion_logps"
 
 @dataclass(frozen=True)
 class Scorer:
-    """How a batch of pairs is scored; ``scorer(model, batch)`` scores it.
+    """How a batch of pairs is scored; `scorer(model, batch)` scores it.
 
     The decoder runs once over the batch. Only completion tokens reach the output head, tile by tile, so nothing of
     size (tokens, vocabulary) is ever alive. Gradients are exact.
@@ -49,10 +49,10 @@ class Scorer:
         layers: 1-based numbers of decoder blocks to score besides the last: their output goes through the model's
             own final norm and head.
         detach_head: Keep the gradient of `layers` out of final norm and head.
-        form: ``flat`` shares prompts and computes no padding; ``padded`` serves every causal language model;
-            ``auto`` takes the flat line wherever `flat_obstacle` finds nothing against it.
+        form: `flat` shares prompts and computes no padding; `padded` serves every causal language model;
+            `auto` takes the flat line wherever `flat_obstacle` finds nothing against it.
         max_tokens: Tokens of the flat line to compute at once, at least 1; a pair of more is a part of its own.
-            ``None`` computes the whole batch at once. Not for sharded models, whose shards are gathered once a forward
+            `None` computes the whole batch at once. Not for sharded models, whose shards are gathered once a forward
             pass.
         per_token: Keep the log-prob of every completion token, in `PairLogps.tokens`, at every layer asked for.
 
@@ -81,7 +81,7 @@ class Scorer:
             batch: B pairs on the model's device.
 
         Returns:
-            Sums over completion tokens, shape ``(batch,)`` each, float32 (float64 for a float64 model).
+            Sums over completion tokens, shape `(batch,)` each, float32 (float64 for a float64 model).
 
         Raises:
             ValueError: The flat form was asked for and cannot serve this model or batch, or a layer does not exist.
@@ -132,13 +132,13 @@ def score(
         per_token: See `Scorer`.
 
     Returns:
-        Sums over completion tokens, shape ``(batch,)`` each, float32 (float64 for a float64 model).
+        Sums over completion tokens, shape `(batch,)` each, float32 (float64 for a float64 model).
     """
     return Scorer(tuple(layers), detach_head, form, max_tokens, per_token)(model, batch)
 
 
 def completion_logps(model: nn.Module, batch: PairBatch, scorer: Scorer) -> tuple[Tensor, ...]:
-    """The part of scoring that touches weights: log-probs of all completion tokens, one ``(tokens,)`` a layer."""
+    """The part of scoring that touches weights: log-probs of all completion tokens, one `(tokens,)` a layer."""
     parts, layers = decoder_parts(model), scorer.layers
     detach_head = scorer.detach_head and torch.is_grad_enabled()  # without a graph there is nothing to keep out
     columns: list[list[Tensor]] = [[] for _ in (None, *layers)]  # states of the last layer, then of `layers`
@@ -156,7 +156,7 @@ def completion_logps(model: nn.Module, batch: PairBatch, scorer: Scorer) -> tupl
 
 
 def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | None:
-    """Why the flat form cannot serve this model, or this batch on it; ``None`` if it can."""
+    """Why the flat form cannot serve this model, or this batch on it; `None` if it can."""
     parts = decoder_parts(model)
     base = parts.model
     if getattr(base, "_is_stateful", False):
@@ -178,7 +178,7 @@ def flat_obstacle(model: nn.Module, batch: PairBatch | None = None) -> str | Non
 
 
 def length_turn(parts: DecoderParts) -> int | None:
-    """Tokens beyond which a model's rotary positions depend on the sequence's length; ``None`` if they never do."""
+    """Tokens beyond which a model's rotary positions depend on the sequence's length; `None` if they never do."""
     config = parts.model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     turns = []
@@ -256,7 +256,7 @@ def _pad_id(parts: DecoderParts) -> int:
 
 
 def _use_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Switch the attention implementation; ``None`` is the one the model was loaded with."""
+    """Switch the attention implementation; `None` is the one the model was loaded with."""
     current: str = model.config._attn_implementation
     if current != PAIR_ATTENTION:
         object.__setattr__(model, "_attention_before_lit_dpo", current)

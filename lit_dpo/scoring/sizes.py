@@ -17,7 +17,7 @@ def check_sizes(model: nn.Module, longest: int, largest: int) -> str | None:
     """Refuse rows that the model cannot read.
 
     Args:
-        model: As for `score`.
+        model: A model that `score` takes.
         longest: Tokens of the longest sequence, prompt and one completion together.
         largest: Largest token id.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import base64
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
 from rich.console import Console
 
+from lit_dpo.checkpoints.durable import new_file, part_beside, put
 from lit_dpo.version import __version__
 
 _STYLE = """
@@ -70,7 +70,7 @@ def paragraph(text: str) -> str:
 
 
 def block(text: str, kind: str = "", label: str = "") -> str:
-    """Text as it is, lines and spaces kept; ``kind`` is ``prompt``, ``chosen``, ``rejected`` or nothing.
+    """Text as it is, lines and spaces kept; `kind` is `prompt`, `chosen`, `rejected` or nothing.
 
     >>> block("1 < 2", "chosen")
     '<pre class="chosen">1 &lt; 2</pre>'
@@ -137,7 +137,7 @@ def refuse_taken(path: str | Path, overwrite: bool = False) -> Path:
     """The path of a file to write, found out before anything is computed.
 
     Raises:
-        FileExistsError: Something is there; with ``overwrite``, something that is no regular file.
+        FileExistsError: Something is there; with `overwrite`, something that is no regular file.
     """
     target = Path(path)
     plain = target.is_file() and not target.is_symlink()
@@ -155,15 +155,11 @@ def write(path: str | Path, content: str | bytes, overwrite: bool = False) -> Pa
     """
     target = refuse_taken(path, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with part_beside(target) as part:
+        with new_file(part) as file:
             file.write(content.encode() if isinstance(content, str) else content)
-        os.chmod(part, 0o644)
         if overwrite:
-            os.replace(part, target)
+            put(part, target)
         else:
             os.link(part, target)  # fails where a file has appeared; a rename would replace it
-    finally:
-        Path(part).unlink(missing_ok=True)
     return target

@@ -11,12 +11,12 @@ from tests.losses.values import close, neg_log_sigmoid, random_logps, token_logp
 @pytest.mark.parametrize("segments", [1, 2, 3, 10])
 def test_agrees_with_the_formula(beta, segments):
     policy, reference = random_logps(0, batch=20), random_logps(1, batch=20)
-    parts, others = policy.split_tokens(), reference.split_tokens()
+    terms, others = policy.split_tokens(), reference.split_tokens()
     expected = []
     for pair in range(20):
         sums = []
         for side in (0, 1):
-            ratios = (parts[2 * pair + side] - others[2 * pair + side]).tolist()
+            ratios = (terms[2 * pair + side] - others[2 * pair + side]).tolist()
             of_segment = [0.0] * segments
             for place, ratio in enumerate(ratios):  # token after token into the segment that it lies in
                 s = next(s for s in range(segments) if place < (s + 1) * len(ratios) // segments)
@@ -33,8 +33,8 @@ def test_by_hand():
     # sums -0.5 against -3, and 2 against 2. log(1 + e^-2.5) + log(2) = 0.0788897 + 0.6931472.
     policy = token_logps([([0.5, -1.0, 2.0, 0.5, -0.5], [-3.0, 1.0, 1.0])])
     assert ADPOLoss(beta=1.0, segments=2)(policy, policy.zeros()).item() == pytest.approx(0.7720369, abs=1e-7)
-    parts = ADPOLoss(beta=1.0, segments=2).parts(policy, policy.zeros())
-    assert parts["segment_mean"].item() == pytest.approx(0.3860184, abs=1e-7)
+    terms = ADPOLoss(beta=1.0, segments=2).terms(policy, policy.zeros())
+    assert terms["segment_mean"].item() == pytest.approx(0.3860184, abs=1e-7)
 
 
 def test_the_gradient_reaches_the_tokens_of_its_segment_alone():

@@ -238,7 +238,7 @@ def test_resolve_keeps_what_is_resolved(loss):
 
 @every_loss
 def test_parts_are_per_pair_too(loss):
-    for name, value in loss.parts(random_logps(8), random_logps(9)).items():
+    for name, value in loss.terms(random_logps(8), random_logps(9)).items():
         assert name.isidentifier()
         assert value.shape == (5,)
 
@@ -349,7 +349,7 @@ def test_a_loss_of_ones_own_needs_only_a_call(tmp_path):
     assert (loss.beta, loss.layers, loss.detach_head, loss.needs_reference) == (1.0, (), False, True)
     assert loss(logps(0.5, 0.0), logps(0.0, 0.0)).tolist() == [1.5]
     assert loss.resolve(blocks=3) is loss
-    assert loss.parts(logps(0.5, 0.0), logps(0.0, 0.0)) == {}
+    assert loss.terms(logps(0.5, 0.0), logps(0.0, 0.0)) == {}
     assert (loss.needs_tokens, loss.columns) == (False, ())
     assert loss.formula() == repr(loss)
     assert OwnLoss not in concrete_losses()

@@ -20,8 +20,8 @@ def test_by_hand():
     # 0.1 * (-40 + 50) = 1 and log(1 + e^-1) = 0.3132617; 40 nats over 20 tokens are 2.
     policy, reference = at(0.0, 0.0)
     assert CPOLoss()(policy, reference).item() == pytest.approx(2.3132617, abs=1e-7)
-    parts = CPOLoss().parts(policy, reference)
-    assert {k: v.item() for k, v in parts.items()} == pytest.approx({"preference": 0.3132617, "sft": 2.0}, abs=1e-7)
+    terms = CPOLoss().terms(policy, reference)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx({"preference": 0.3132617, "sft": 2.0}, abs=1e-7)
     # sigmoid(-1) = 0.2689414, times 0.1, and 1 / 20 from the supervised term.
     assert gradient(CPOLoss(), policy, reference) == pytest.approx([-0.0768941, 0.0268941], abs=1e-7)
 

@@ -47,8 +47,8 @@ def test_by_hand():
     # Added instead of mixed: 0.1269280 + 0.3 * 1.4100376 = 0.5499393
     added = IntermediateLoss(layers=(1, 2), combine="additive")
     assert added(policy, reference).item() == pytest.approx(0.5499392898, abs=1e-9)
-    parts = loss.parts(policy, reference)
-    assert {k: round(v.item(), 6) for k, v in parts.items()} == {"last": 0.126928, "layers": 1.410038}
+    terms = loss.terms(policy, reference)
+    assert {k: round(v.item(), 6) for k, v in terms.items()} == {"last": 0.126928, "layers": 1.410038}
 
 
 def test_defaults_are_the_papers():
@@ -70,7 +70,7 @@ def test_weight_zero_is_the_base_exactly_and_looks_at_no_layer(base, combine):
     policy, reference = random_logps(0, layers=()), random_logps(1, layers=())
     loss = IntermediateLoss(base, layers=(1,), weight=0.0, combine=combine)
     assert torch.equal(loss(policy, reference), base(policy, reference))
-    assert loss.parts(policy, reference) == {}
+    assert loss.terms(policy, reference) == {}
 
 
 def test_weight_one_is_the_layer_exactly():

@@ -46,8 +46,8 @@ def test_a_pair_without_a_gap_is_left_alone_and_counted():
     (grad,) = torch.autograd.grad(value.sum(), inputs)
     assert value[0] > 0
     assert value[1:].tolist() == grad[1:].tolist() == [0.0, 0.0]
-    assert ODPOLoss().parts(policy, values)["without_gap"].tolist() == [0.0, 1.0, 1.0]
-    assert ODPOLoss(scaling="linear").parts(policy, values) == {}
+    assert ODPOLoss().terms(policy, values)["without_gap"].tolist() == [0.0, 1.0, 1.0]
+    assert ODPOLoss(scaling="linear").terms(policy, values) == {}
 
 
 def test_without_offset_it_is_dpo():

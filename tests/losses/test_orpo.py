@@ -23,8 +23,8 @@ def test_by_hand():
     # log(1 + 1 / 0.6721635) = 0.9113720, and 2 + 0.1 * 0.9113720 = 2.0911372.
     policy, reference = at(0.0, 0.0)
     assert ORPOLoss()(policy, reference).item() == pytest.approx(2.0911372, abs=1e-7)
-    parts = ORPOLoss().parts(policy, reference)
-    assert {k: v.item() for k, v in parts.items()} == pytest.approx({"sft": 2.0, "odds": 0.911372}, abs=1e-6)
+    terms = ORPOLoss().terms(policy, reference)
+    assert {k: v.item() for k, v in terms.items()} == pytest.approx({"sft": 2.0, "odds": 0.911372}, abs=1e-6)
     # d log(odds) / da = 1 / (1 - probability): 0.1 * 0.5980277 * 1.1565176 / 20 on top of 1 / 20, and
     # 0.1 * 0.5980277 * 1.2328565 / 30.
     assert gradient(ORPOLoss(), policy, reference) == pytest.approx([-0.0534582, 0.0024576], abs=1e-6)

@@ -81,8 +81,8 @@ def test_agrees_with_trls_experimental_trainers(name):
     policy = golden_logps("policy", torch.float64)
     value = {
         "simpo": SimPOLoss()(policy, policy),
-        "cpo": CPOLoss().parts(policy, policy)["preference"],
-        "orpo": ORPOLoss().weight * ORPOLoss().parts(policy, policy)["odds"],
+        "cpo": CPOLoss().terms(policy, policy)["preference"],
+        "orpo": ORPOLoss().weight * ORPOLoss().terms(policy, policy)["odds"],
     }[name]
     tolerance = 1e-6 if name in IN_FLOAT32 else 1e-12
     assert value.tolist() == pytest.approx(GOLDEN["cases"][name]["losses"], rel=tolerance, abs=tolerance)

@@ -12,9 +12,9 @@ def test_by_hand():
     policy, reference = logps(-10.0, -30.0, 5, 5), logps(-20.0, -20.0, 5, 5)
     loss = WeightedLoss(losses=(DPOLoss(beta=0.1), SFTLoss()), weights=(1.0, 0.5))
     assert loss(policy, reference).item() == pytest.approx(1.1269280110, abs=1e-10)
-    parts = loss.parts(policy, reference)
-    assert list(parts) == ["dpo", "sft"]
-    assert [v.item() for v in parts.values()] == pytest.approx([0.1269280110, 2.0], abs=1e-10)
+    terms = loss.terms(policy, reference)
+    assert list(terms) == ["dpo", "sft"]
+    assert [v.item() for v in terms.values()] == pytest.approx([0.1269280110, 2.0], abs=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_lists_as_read_from_yaml_become_tuples():
 
 def test_parts_of_one_class_are_numbered():
     loss = WeightedLoss(losses=(DPOLoss(), SFTLoss(), DPOLoss(beta=0.5)))
-    assert list(loss.parts(random_logps(0), random_logps(1))) == ["dpo_0", "sft", "dpo_2"]
+    assert list(loss.terms(random_logps(0), random_logps(1))) == ["dpo_0", "sft", "dpo_2"]
 
 
 def test_needs_a_reference_if_a_part_does():
@@ -94,20 +94,20 @@ def test_beta_is_that_of_the_first_part_with_a_reference():
 
 
 def test_layers_are_those_of_the_parts_each_once_and_resolve_reaches_them():
-    parts = (
+    terms = (
         DPOLoss(),
         IntermediateLoss(layers=(2, 0.5), detach_head=True),
         IntermediateLoss(base=IPOLoss(), layers=(2,), detach_head=True),
     )
-    loss = WeightedLoss(losses=parts, weights=(1.0, 2.0, 3.0))
+    loss = WeightedLoss(losses=terms, weights=(1.0, 2.0, 3.0))
     assert loss.layers == (2, 0.5)
     assert loss.detach_head
     resolved = loss.resolve(blocks=6)
     assert resolved.layers == (2, 3)
     assert resolved.weights == (1.0, 2.0, 3.0)
     policy, reference = random_logps(0, layers=(2, 3)), random_logps(1, layers=(2, 3))
-    expected = parts[0](policy, reference) + sum(
-        w * p.resolve(6)(policy, reference) for w, p in ((2.0, parts[1]), (3.0, parts[2]))
+    expected = terms[0](policy, reference) + sum(
+        w * p.resolve(6)(policy, reference) for w, p in ((2.0, terms[1]), (3.0, terms[2]))
     )
     assert torch.allclose(resolved(policy, reference), expected, rtol=1e-14, atol=0)
     assert not WeightedLoss(losses=(DPOLoss(), DPOPLoss())).detach_head
@@ -120,5 +120,5 @@ def test_options_are_checked():
         WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0,))
     with pytest.raises(ValueError, match=r"^`weights` must be at least 0, got \(1\.0, -1\.0\)\.$"):
         WeightedLoss(losses=(DPOLoss(), SFTLoss()), weights=(1.0, -1.0))
-    with pytest.raises(ValueError, match=r"^`losses` must be of one mind about `detach_head`"):
+    with pytest.raises(ValueError, match=r"^`losses` must be losses that agree on `detach_head`"):
         WeightedLoss(losses=(IntermediateLoss(), IntermediateLoss(layers=(1,), detach_head=True)))
