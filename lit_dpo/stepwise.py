@@ -150,9 +150,10 @@ def _is_done(root: Path, datamodule: PreferenceDataModule) -> bool:
     if not mark.exists():
         return False
     done = json.loads(mark.read_text(encoding="utf-8"))
-    if "data" in done:
-        datamodule.training.refuse_changes(done["data"], None, f"`{root}`", datamodule.allow_changes)
-    if not datamodule.allow_changes and {**done, **_trained_on(root, datamodule)} != done:
+    training, allowed = datamodule.training, datamodule.allow_changes
+    if "data" in done and (said := training.refuse_changes(done["data"], None, f"`{root}`", allowed)):
+        rank_zero_info(said)
+    if not allowed and {**done, **_trained_on(root, datamodule)} != done:
         raise ValueError(f"`{root}` was trained on other rows than this step has now: start in a new folder.")
     return True
 

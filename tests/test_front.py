@@ -259,7 +259,7 @@ def test_no_advice_names_an_option_that_does_not_exist():
         f"--{o}.{own}" for o, classes in signatures.pluggable().items() for names in classes.values() for own in names
     }
     known |= nested | {"--model.optimizer.lr", "--model.optimizer.weight_decay"}
-    option = re.compile(r"(?<![\w(-])--[a-z][\w.-]*\w(?!: #)")  # neither a colour of CSS nor where it is used
+    option = re.compile(r"(?<![\w(-])--[a-z][\w.-]*\w(?![\w.-]|: #)")  # neither a colour of CSS nor where it is used
     named = {(found, where) for where, text in texts() for found in option.findall(text)}
     assert len(named) > 20
     assert [found for found in sorted(named) if found[0] not in known] == []

@@ -13,10 +13,11 @@ import torch
 
 from lit_dpo import Partition, Pool
 from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.cli import main
 from lit_dpo.stepwise import fit_stepwise
 from tests import runs
 
-pytestmark = runs.QUIET
+pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 ROOT = Path(__file__).parents[1]
 PROMPTS = ["Tell me about tea.", [{"role": "user", "content": "And rain?"}], "Number 7?", "Tell me about tea."]
 WANTED = ["prompt", "chosen", "rejected"]
@@ -71,9 +72,10 @@ def train(folder, resume=False, partition=None, **options):
     data.allow_changes = options.pop("allow_changes", False)
 
     def make_trainer(root):
-        return runs.trainer(root, callbacks=[Kill(every_n_steps=1)], max_epochs=1, enable_checkpointing=True)
+        callbacks = [Kill(every_n_steps=1)]
+        return runs.trainer(root, callbacks=callbacks, max_epochs=1, enable_checkpointing=True, **options)
 
-    fit_stepwise(module, data, make_trainer, folder, resume, **options)
+    fit_stepwise(module, data, make_trainer, folder, resume)
     return module, asked
 
 
@@ -110,7 +112,7 @@ def test_a_step_trains_on_the_pairs_that_stand_in_its_file(whole):
 
 def test_samples_are_those_of_the_policy_that_starts_the_step_and_repeat(tmp_path):
     """Greedy ones as the exported model itself gives them; drawn ones the same whenever they are asked for."""
-    found, prompts = {}, [f"Tell me about number {n}, {'and more' * n}." for n in range(8)]
+    found, prompts = {}, [row["prompt"][: 6 + n] for n, row in enumerate(runs.rows(16))]
 
     class Asking(Partition):
         def next(self, step, pool):
@@ -130,7 +132,7 @@ def test_samples_are_those_of_the_policy_that_starts_the_step_and_repeat(tmp_pat
                 with torch.no_grad():
                     ids = torch.cat([ids, model.policy.eval()(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
         assert completion == model.tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix(prompt)
-    assert len({completion for (completion,) in found["greedy"]}) > 1
+    assert any(completion for (completion,) in found["greedy"])
     first, second, other = found["drawn"]
     assert first == second != other
     assert [len(completions) for completions in first] == [2, 2, 2, 2]
@@ -258,7 +260,59 @@ def test_a_pool_that_is_made_by_hand_serves_a_partition_too():
     assert rows[0]["chosen"] == "222 2"
 
 
+THEIRS = """
+from lit_dpo import Partition
+
+class Rounds(Partition):
+    def __init__(self, prompts: list[str], rounds: int = 1):
+        self.prompts, self.rounds = prompts, rounds
+
+    def next(self, step, pool):
+        if step == self.rounds:
+            return None
+        found = pool.sample(self.prompts, max_new_tokens=8)
+        return [{"prompt": p, "chosen": c + ".", "rejected": c} for p, (c,) in zip(self.prompts, found)]
+"""
+
+
+def test_the_command_line_takes_a_partition_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "their_rounds.py").write_text(THEIRS)
+    monkeypatch.syspath_prepend(tmp_path)
+    configs = ["--config", str(ROOT / "configs" / "dpo.yaml"), "--config", str(ROOT / "tests" / "conf" / "tiny.yaml")]
+    words = ["fit", *configs, "--trainer.default_root_dir", str(tmp_path / "run"), "--allow-import", "their_rounds"]
+    words += ["--data.partition", "their_rounds.Rounds", "--data.partition.prompts", "[Tell me of tea., And of rain.]"]
+    main(words)
+    run = tmp_path / "run" / "version_0"
+    rows = [json.loads(line) for line in (run / "partition_0" / "pairs.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Tell me of tea.", "And of rain."]
+    assert [path.name for path in run.iterdir()] == ["partition_0"]
+    main([*words, "--ckpt_path", "last"])
+    rows[0]["chosen"] = " Never said."
+    runs.write(run / "partition_0" / "pairs.jsonl", rows)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--ckpt_path", "last"])
+    assert "is not as the run has written it: restore it, or add --allow-changes" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_prompts_and_find_what_one_finds(tmp_path):
+    folder = tmp_path / "run"
+    runs.launch(["tests.test_new_pairs", str(folder), "never", "2"])
+    path = folder / "partition_1" / "pairs.jsonl"
+    together = path.read_bytes()
+    for step in (1, 2):
+        shutil.rmtree(folder / f"partition_{step}")
+    train(folder, resume=True)
+    assert path.read_bytes() == together
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     Kill.moment = sys.argv[2]
-    train(Path(sys.argv[1]))
+    train(Path(sys.argv[1]), **({"strategy": "ddp", "devices": 2} if sys.argv[3:] else {}))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # a plain exit aborts now and then, when all is done

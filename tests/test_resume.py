@@ -180,6 +180,8 @@ def test_done_partitions_of_other_rows_are_refused(tmp_path):
     mark.write_text(json.dumps({"rows": rows[1:]}))  # as version 0.1.0 wrote it, with other rows
     with pytest.raises(ValueError, match="partition_0` was trained on other rows"):
         interrupted.train(folder, {**options, "file": original}, resume=True)
+    mark.write_text(json.dumps({"rows": rows}))
+    assert interrupted.train(folder, {**options, "file": original}, resume=True)
 
 
 # -- processes that are killed ----------------------------------------------------------------------------------------

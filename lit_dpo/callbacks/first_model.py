@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -80,7 +80,3 @@ class FirstModelMetrics(Callback):
         self._loaded = None
         if self._hook is not None:
             self._hook.remove()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: a resumed run scores again, to the same values."""
-        return {}

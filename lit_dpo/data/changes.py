@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
+from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.data.dataset import DIGEST, PairDataset
-from lit_dpo.processes import rank_zero_info, rank_zero_only
 
 _EXAMPLES = 5
 
@@ -126,7 +126,7 @@ def refuse_changes(
     where: str,
     allowed: bool,
     pairs: PairDataset | None = None,
-) -> None:
+) -> str | None:
     """Compare the data with what was recorded of them, and show what differs.
 
     Args:
@@ -137,6 +137,9 @@ def refuse_changes(
         where: What the record is kept in, for the message.
         allowed: Go on with changed training data.
         pairs: New pairs of a step now, if it trains on such.
+
+    Returns:
+        What to say where the training data differ and that is allowed.
 
     Raises:
         ValueError: The training data differ and that was not allowed, or the record does not read.
@@ -152,13 +155,13 @@ def refuse_changes(
     elif changes is not None:
         text = str(changes)
     else:
-        return
+        return None
     if not allowed:
         raise ValueError(
             f"The training data differ from those of {where} ({text}): restore them, or add --allow-changes (in "
             "Python: `datamodule.allow_changes = True`)."
         )
-    rank_zero_info(f"Going on with training data that differ from those of {where}: {text}.")
+    return f"Going on with training data that differ from those of {where}: {text}."
 
 
 def _show(name: str, saved: Mapping[str, object], dataset: PairDataset, where: str) -> Changes | None:
@@ -172,11 +175,11 @@ def _show(name: str, saved: Mapping[str, object], dataset: PairDataset, where: s
     old, new = ([part[i : i + DIGEST] for i in range(0, len(part), DIGEST)] for part in (content, now))
     known = {*old}
     changes = compare(old, new, {row: dataset.swapped_digest(row) for row, key in enumerate(new) if key not in known})
-    _print(name, changes, dataset, where)
+    if is_first():
+        _print(name, changes, dataset, where)
     return changes
 
 
-@rank_zero_only
 def _print(name: str, changes: Changes, dataset: PairDataset, where: str) -> None:
     table = Table("what", "rows", Column("which", overflow="fold"), title=f"{name}: rows changed since {where}")
     for kind, rows in vars(changes).items():

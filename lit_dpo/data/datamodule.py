@@ -252,7 +252,9 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: Rows were added, removed, moved or changed, or other ones are held out; shows which.
         """
         if self.trainer is not None and self.trainer.state.fn == "fit":
-            self.training.refuse_changes(state_dict, self.state_dict()["order"], "the checkpoint", self.allow_changes)
+            order = self.state_dict()["order"]
+            if said := self.training.refuse_changes(state_dict, order, "the checkpoint", self.allow_changes):
+                rank_zero_info(said)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 

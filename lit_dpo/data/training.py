@@ -69,9 +69,9 @@ class TrainingPairs:
         """A hash of every row and of which are trained on, as text; see `lit_dpo.data.changes.record`."""
         return record(self.train, self.validation, self.rows, self.seed, self._new)
 
-    def refuse_changes(self, saved: object, order: str | None, where: str, allowed: bool) -> None:
+    def refuse_changes(self, saved: object, order: str | None, where: str, allowed: bool) -> str | None:
         """Compare the rows with an earlier `record`; see `lit_dpo.data.changes.refuse_changes`."""
-        refuse_changes(saved, self.train, self.validation, order, where, allowed, self._new)
+        return refuse_changes(saved, self.train, self.validation, order, where, allowed, self._new)
 
     @property
     def _new(self) -> PairDataset | None:
