@@ -18,6 +18,7 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import write_json
 from lit_dpo.checkpoints.verify import verify
 from lit_dpo.data import PreferenceDataModule
+from lit_dpo.lightning_private import attached_trainer
 from lit_dpo.losses import SFTLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
@@ -90,7 +91,7 @@ def fit_stepwise(
 def _hold(module: PreferenceModule, exported: Path) -> None:
     """Let a module hold the policy of a folder, unless it would have to be sharded, which only a run can do."""
     module.restart_from(str(exported))
-    trainer = module._trainer
+    trainer = attached_trainer(module)
     if module.device_mesh is None and not (trainer and isinstance(trainer.strategy, FSDPStrategy)):
         module.configure_model()
 

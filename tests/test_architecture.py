@@ -13,6 +13,7 @@ FLOORS = {
     "version": 0,
     "pairs": 0,
     "files": 0,
+    "lightning_private": 0,
     "scoring.logps": 1,
     "scoring.attention": 1,
     "references.table": 1,

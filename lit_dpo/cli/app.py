@@ -40,7 +40,8 @@ from lit_dpo.checkpoints.run import (
     run_of,
 )
 from lit_dpo.cli.messages import one_sentence, users_fault
-from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
+from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names
+from lit_dpo.cli.private import CheckpointsSetNoOptions, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.export import export_run
@@ -84,7 +85,7 @@ class SaveConfig(SaveConfigCallback):
         return {**{name: value for name, value in options.items() if name not in module.hparams}, **config}
 
 
-class PreferenceCLI(LightningCLI):
+class PreferenceCLI(CheckpointsSetNoOptions):
     """LightningCLI for `PreferenceModule` and `PreferenceDataModule`.
 
     Args:
@@ -113,9 +114,6 @@ class PreferenceCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, without the option to load checkpoints that run code."""
         return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave options alone: Lightning would let a checkpoint's override explicit ones, and import what they name."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are neither the Trainer's, nor the module's, nor the data's."""
