@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_dpo.lightning_private import mark_updated
 from lit_dpo.losses import PreferenceLoss, implicit_rewards
 from lit_dpo.pairs import PairBatch, PairLogps
 
@@ -126,7 +127,7 @@ class PairMeans(Metric):
         ).double()  # (names + 1, batch)
         if weights is not None:
             table = torch.where(weights != 0, table, 0.0)
-        if self.names and self.names != tuple(values):  # restored from a run that measured something else
+        if len(self.sums) > 1 and self.names != tuple(values):  # restored from a run that measured something else
             found = dict(zip(self.names, self.sums[1:], strict=True))
             zero = torch.zeros_like(self.sums[0])
             self.sums = torch.stack([self.sums[0], *(found.get(name, zero) for name in values)])
@@ -147,17 +148,18 @@ class PairMeans(Metric):
         """Take up what `kept` gave; the first process holds it for all."""
         self.names = tuple(state["names"])
         self.sums = state["sums"].to(self.sums.device) * (rank == 0)
-        self._update_count = 1  # else torchmetrics warns that nothing was added
+        mark_updated(self)
 
 
-def metric_names(loss: PreferenceLoss, validates: bool, rejected: bool = True) -> set[str]:
+def metric_names(loss: PreferenceLoss, validates: bool, rejected: bool | None = None) -> set[str]:
     """Names of everything that a fit measures.
 
     Args:
         loss: The loss, its depths resolved to block numbers.
         validates: Whether there is validation.
-        rejected: Whether rejected completions are scored in training.
+        rejected: Whether rejected completions are scored in training; `None` is if the loss needs them.
     """
+    rejected = loss.needs_rejected if rejected is None else rejected
     zero, one = torch.zeros(1), torch.ones(1, dtype=torch.long)
     single = PairLogps(zero, zero, one, one, tokens=torch.zeros(2), columns=dict.fromkeys(loss.columns, zero))
     nothing = replace(single, layers={int(layer): single for layer in loss.layers})
@@ -168,7 +170,7 @@ def metric_names(loss: PreferenceLoss, validates: bool, rejected: bool = True) -
     return names | {"train/tokens_per_second", "train/grad_norm", "lr"}
 
 
-def check_monitors(trainer: Trainer, loss: PreferenceLoss, rejected: bool = True) -> None:
+def check_monitors(trainer: Trainer, loss: PreferenceLoss, rejected: bool | None = None) -> None:
     """Refuse callbacks that watch a metric which this fit does not measure, before anything is computed.
 
     Without validation our own callbacks for it do nothing, which is said. Where a module or callback of the user's may
@@ -177,7 +179,7 @@ def check_monitors(trainer: Trainer, loss: PreferenceLoss, rejected: bool = True
     Args:
         trainer: Of the fit.
         loss: With its decoder blocks settled.
-        rejected: Whether rejected completions are scored in training.
+        rejected: As for `metric_names`.
 
     Raises:
         ValueError: There is no such metric.

@@ -166,6 +166,10 @@ def _from_config(config: Any, dtype: torch.dtype, attention: Attention | None = 
     except Exception as error:  # whatever odd numbers come to
         if "Unrecognized configuration class" in str(error):
             raise ValueError(problem) from error
+        if attention is not None and "attention implementation" in str(error):
+            raise ValueError(
+                f"`attn_implementation: {attention}` is not for a {config.model_type}: use another, or leave it out."
+            ) from error
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(f"`model` describes no model that can be made ({reason}): correct its numbers.") from error
     return model

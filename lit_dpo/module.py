@@ -18,6 +18,7 @@ from lit_dpo.assembly import Assembly, check_run, check_source, default_referenc
 from lit_dpo.checkpoints.foreign import believe_all
 from lit_dpo.gradients import clip, gradient_norm, refuse_broken_state, refuse_foreign_state, refuse_nonfinite
 from lit_dpo.hparams import alive, plain
+from lit_dpo.lightning_private import attached_trainer
 from lit_dpo.losses import DPOLoss, PreferenceLoss, per_pair, refuse_functions, refuse_missing
 from lit_dpo.meter import Meter, StepPairs, completes_step, logs_now
 from lit_dpo.metrics import check_monitors, predictions
@@ -153,7 +154,7 @@ class PreferenceModule(LightningModule):
 
     def _assembly(self) -> Assembly:
         what = self.model, self.loading, self.tokenizer, self.dtype_name, self.init_seed, self.adapter, self.reference
-        return Assembly(*what, self.gradient_checkpointing, self.max_tokens, self._trainer, self.device_mesh)
+        return Assembly(*what, self.gradient_checkpointing, self.max_tokens, attached_trainer(self), self.device_mesh)
 
     def restart_from(self, model: ModelSource) -> None:
         """Forget the policy; the next run loads it from another folder, as the reference. Adapters start anew."""
@@ -170,8 +171,8 @@ class PreferenceModule(LightningModule):
     @property
     def scorer(self) -> Scorer:
         """How policy and reference are scored: as the loss asks, in the form that was settled."""
-        form, predicts = self._settled or self.form, self._trainer is not None and self.trainer.predicting
-        per_token = self.loss.needs_tokens or (predicts and self.predict_tokens)
+        form, trainer = self._settled or self.form, attached_trainer(self)
+        per_token = self.loss.needs_tokens or (self.predict_tokens and trainer is not None and trainer.predicting)
         return Scorer(self.loss.layers, self.loss.detach_head, form, self.max_tokens, per_token)
 
     @property
@@ -292,12 +293,12 @@ class PreferenceModule(LightningModule):
         Raises:
             ValueError: To go on, the run would need another number of pairs an optimizer step.
         """
-        if self._trainer is not None:
-            believe_all(self.trainer, checkpoint)
-        state = checkpoint.get(STATE)
-        if state is None or self._trainer is None or self.trainer.state.fn != "fit":
+        state, trainer = checkpoint.get(STATE), attached_trainer(self)
+        if trainer is not None:
+            believe_all(trainer, checkpoint)
+        if state is None or trainer is None or trainer.state.fn != "fit":
             return
-        fit_counters(self.trainer, checkpoint, state["step_layout"])
+        fit_counters(trainer, checkpoint, state["step_layout"])
         self._meter.restore(state, self.global_rank)
 
     def _start(self) -> None:

@@ -18,6 +18,7 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import write_json
 from lit_dpo.checkpoints.verify import verify
 from lit_dpo.data import PreferenceDataModule, new_pairs
+from lit_dpo.lightning_private import attached_trainer
 from lit_dpo.module import PreferenceModule
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
@@ -132,7 +133,7 @@ def _choose(step: int, root: Path, datamodule: PreferenceDataModule, policies: S
 def _hold(module: PreferenceModule, exported: Path) -> None:
     """Let a module hold the policy of a folder, unless it would have to be sharded, which only a run can do."""
     module.restart_from(str(exported))
-    trainer = module._trainer
+    trainer = attached_trainer(module)
     if module.device_mesh is None and not (trainer and isinstance(trainer.strategy, FSDPStrategy)):
         module.configure_model()
 

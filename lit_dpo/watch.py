@@ -25,6 +25,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerStatus
 
+from lit_dpo.lightning_private import leave_signals
+
 GRACE = 10.0  # seconds that a process has to end by itself, once another one is gone
 LEAVING = 45.0  # the same for one that is ending already: it may have something to finish
 _LAUNCHER = "LIT_DPO_LAUNCHER"  # the process that Lightning starts others from
@@ -37,14 +39,11 @@ class PeerLostError(SystemExit):
 def watch_over(trainer: Trainer) -> None:
     """Have a Trainer's processes end together, and leave signals to `LastCheckpoint` or to the system.
 
-    (Lightning's own handlers put a SIGTERM off until the next batch, exchange messages from within the handler, for
-    which the other processes wait at another place, and at a SIGUSR1 save in the middle of a step.)
-
     Args:
         trainer: Before or within one of its runs; what was watched over already stays so.
     """
     follow_launcher()
-    trainer._signal_connector.register_signal_handlers = _nothing  # type: ignore[method-assign]
+    leave_signals(trainer)
     set_up = trainer.strategy.setup_environment
     if isinstance(set_up, partial) and set_up.func is _set_up_and_join:
         return
@@ -91,10 +90,6 @@ def follow_launcher() -> None:
 
 _watch: _Watch | None = None
 _followed: threading.Thread | None = None
-
-
-def _nothing() -> None:
-    pass
 
 
 def _connected() -> bool:

@@ -16,6 +16,7 @@ FLOORS = {
     "pairs": 0,
     "files": 0,
     "processes": 0,
+    "lightning_private": 0,
     "scoring.logps": 1,
     "scoring.attention": 1,
     "pair_data": 1,

@@ -18,6 +18,7 @@ from lit_dpo.checkpoints.durable import refuse_unwritable
 from lit_dpo.checkpoints.foreign import refuse_foreign
 from lit_dpo.checkpoints.io import keep_as, make_durable
 from lit_dpo.checkpoints.verify import write_shards_manifest
+from lit_dpo.lightning_private import accumulates, validates_now
 from lit_dpo.watch import PeerLostError, failed, follow_launcher, leave, watch_over
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -110,8 +111,7 @@ class LastCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop where it is due, after an optimizer step that no validation follows."""
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        if accumulates(trainer):
             return
         stop = self._asked_to_stop(trainer)
         every = self.every_n_steps
@@ -120,8 +120,7 @@ class LastCheckpoint(Checkpoint):
         if not self._due or trainer.is_last_batch:
             return
         # A checkpoint from before a validation would have Lightning leave this validation out when it resumes.
-        assert trainer.fit_loop._data_fetcher is not None
-        if not loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or trainer.limit_val_batches == 0:
+        if not validates_now(trainer):
             self._save(trainer)
             self._leaving = stop  # at the next batch: the metrics of this one are not logged yet
 
@@ -134,7 +133,7 @@ class LastCheckpoint(Checkpoint):
         """Save, and stop if asked to."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if trainer.fit_loop.epoch_loop._should_accumulate() or trainer.is_last_batch:
+        if accumulates(trainer) or trainer.is_last_batch:
             self._due = True  # later: half an optimizer step is in the gradients, which no checkpoint holds
             return
         self._save(trainer)

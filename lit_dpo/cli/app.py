@@ -43,7 +43,8 @@ from lit_dpo.checkpoints.run import (
 from lit_dpo.cli.configs import with_paths
 from lit_dpo.cli.flags import Flags, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
-from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
+from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names
+from lit_dpo.cli.private import CheckpointsSetNoOptions, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.cli.tools import TOOLS, as_options
 from lit_dpo.data import PreferenceDataModule
@@ -85,7 +86,7 @@ class SaveConfig(SaveConfigCallback):
         return {**{name: value for name, value in options.items() if name not in module.hparams}, **config}
 
 
-class PreferenceCLI(LightningCLI):
+class PreferenceCLI(CheckpointsSetNoOptions):
     """LightningCLI for `PreferenceModule` and `PreferenceDataModule`.
 
     Args:
@@ -118,9 +119,6 @@ class PreferenceCLI(LightningCLI):
         """
         known = {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
         return {name: skipped for name, skipped in known.items() if self._called in (name, None)}
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave options alone: Lightning would let a checkpoint's override explicit ones, and import what they name."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options that are neither the Trainer's, nor the module's, nor the data's."""
