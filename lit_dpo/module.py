@@ -33,8 +33,7 @@ from lit_dpo.scoring.score import BatchForm, Scorer
 from lit_dpo.strategies import leave_batches
 from lit_dpo.tokenizers import TokenizerSource, load_tokenizer
 
-STATE = "lit_dpo"
-"""Our part of a checkpoint."""
+STATE = "lit_dpo"  # our part of a checkpoint
 
 
 class PreferenceModule(LightningModule):
@@ -53,8 +52,7 @@ class PreferenceModule(LightningModule):
         adapter: Train low-rank adapters instead of all weights.
         tokenizer: Hub name or folder of the tokenizer; `None` takes that of `model`. In Python also the object.
         optimizer: Makes the optimizer from the trained parameters.
-        lr_scheduler: Makes the schedule from the optimizer, stepped once an optimizer step; `None` keeps the
-            learning rate constant.
+        lr_scheduler: Makes the schedule from the optimizer, once an optimizer step; `None`: a constant rate.
         dtype: Dtype of the weights. Keep float32 and set the Trainer's `precision: bf16-mixed` to compute in
             bfloat16: at the usual learning rates a bfloat16 weight does not move.
         revision: Branch, tag or commit of a hub name, for model and tokenizer; `None` is its main branch.
@@ -133,8 +131,8 @@ class PreferenceModule(LightningModule):
     @property
     def objects(self) -> dict[str, Any]:
         """Model and tokenizer if they were given as objects, by the names under which they must be given again."""
-        given = {"model": self.model, "tokenizer": self._given_tokenizer}
-        return {name: value for name, value in given.items() if hasattr(value, "save_pretrained")}
+        given = (("model", self.model), ("tokenizer", self._given_tokenizer))
+        return {name: value for name, value in given if hasattr(value, "save_pretrained")}
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier fit has measured and not logged yet, such as that of the partition before."""
@@ -212,14 +210,11 @@ class PreferenceModule(LightningModule):
         return losses.mean() if batch.weights is None else (batch.weights * losses).mean()
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        """Mean loss over the pairs of a batch; every `log_every_n_steps` steps log the means since then.
-
-        (Not in `on_train_batch_end`: a checkpoint that a callback writes there would miss what is logged after it.)
-        """
+        """Mean loss over the pairs of a batch; every `log_every_n_steps` steps log the means since then."""
         with seeded(self.device, self.init_seed, self.trainer.fit_loop.total_batch_idx, self.global_rank):
             loss = self._step(batch, "train")
         if completes_step(self.trainer, batch_idx) and logs_now(self.trainer):
-            self._meter.log(self, "train")
+            self._meter.log(self, "train")  # here, since a callback may save a checkpoint before `on_train_batch_end`
         return loss
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -236,8 +231,7 @@ class PreferenceModule(LightningModule):
         return predictions(self.loss, batch, policy, None if self.reference is None else reference, self.predict_tokens)
 
     def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """After an optimizer step free the gradients."""
-        # Lightning zeroes after the next forward pass; until then the gradients would stand beside its activations.
+        """Free the gradients after a step, not after the next forward pass as Lightning does, beside activations."""
         for optimizer in self.trainer.optimizers if completes_step(self.trainer, batch_idx) else ():
             optimizer.zero_grad()
 
@@ -276,8 +270,6 @@ class PreferenceModule(LightningModule):
         if self.reference is not None and self.policy is not None:
             self.reference.follow(self.policy, self.trainer.global_step + 1)
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an exact resume needs besides Lightning's own state; every process takes part.
 
@@ -312,12 +304,11 @@ class PreferenceModule(LightningModule):
             rank_zero_info(f"Loss: {self.loss!r}; reference: {reference}")
         assert self.trainer.state.fn is not None
         stage = self.trainer.state.fn.value  # `str` of it would give the name of the enumeration too
-        if self._prepared_for == stage:
-            return
-        self._prepared_for = stage
-        check_run(self.trainer, self.policy, self.loss, self.reference, stage)
-        if self.reference is not None:
-            self.reference.prepare(Start(self.trainer, self.policy, self._assembly().load, self.scorer))
+        if self._prepared_for != stage:
+            self._prepared_for = stage
+            check_run(self.trainer, self.policy, self.loss, self.reference, stage)
+            if self.reference is not None:
+                self.reference.prepare(Start(self.trainer, self.policy, self._assembly().load, self.scorer))
 
     def on_fit_start(self) -> None:
         """Audit the scoring, settle the form of batches, and let the reference get ready.
