@@ -125,6 +125,19 @@ def test_one_partition_is_plain_training_bit_for_bit(tmp_path, sources, partitio
     assert runs.same(loaded(exported), runs.weights(plain.policy))
 
 
+@pytest.mark.parametrize(("partition", "names"), [(BySource(), []), (EasyToHard(2), ["scoring"])], ids=["none", "once"])
+def test_a_policy_scores_only_where_a_partition_asks(tmp_path, sources, partition, names):
+    made = []
+
+    def make_trainer(root):
+        made.append(root.name)
+        return runs.trainer(root, max_steps=1)
+
+    data = runs.data(sources[:2], partition=partition, batch_size=4, validation=sources[2])
+    fit_stepwise(runs.module(), data, make_trainer, tmp_path / "run")
+    assert made == [*names, "partition_0", "partition_1"]
+
+
 # -- easy to hard -----------------------------------------------------------------------------------------------------
 
 
