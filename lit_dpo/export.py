@@ -20,11 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lit_dpo.adapters import LoRA, merged
-from lit_dpo.checkpoints.claim import number_of
 from lit_dpo.checkpoints.content import check_content
 from lit_dpo.checkpoints.durable import replace_folder
 from lit_dpo.checkpoints.finite import first_nonfinite
-from lit_dpo.checkpoints.run import best_checkpoint, folder_of_run, last_checkpoint
+from lit_dpo.checkpoints.run import Run
 from lit_dpo.checkpoints.shards import read_shards
 from lit_dpo.checkpoints.verify import manifest_of, verify
 from lit_dpo.extrapolate import Extrapolation
@@ -158,18 +157,18 @@ def _meant(given: str, root: str | None) -> tuple[Path, str]:
     path = Path(given)
     if given == "last" and (root is not None or not path.exists()):
         places = [Path(), *sorted(Path("runs").glob("*"))] if root is None else [Path(root)]
-        runs = [run for place in places for run in place.glob("version_*") if number_of(run) >= 0]
-        times = {run: last.stat().st_mtime for run in runs if (last := last_checkpoint(run)) is not None}
+        runs = [run for place in places for run in Run.all_in(place)]
+        times = {run.folder: last.stat().st_mtime for run in runs if (last := run.last) is not None}
         if not times:
             where = ", ".join(f"`{place}`" for place in places)
             raise FileNotFoundError(f"`last`: no run with a checkpoint is in {where}. Give `--root`, or a folder.")
         path = max(times, key=times.__getitem__)
-    run = folder_of_run(path)
+    run = Run.named(path)
     if run is None:
         return path, "the checkpoint"
-    if (best := best_checkpoint(run)) is not None:
+    if (best := run.best) is not None:
         return best, "the best checkpoint of its run,"
-    if (last := last_checkpoint(run)) is not None:
+    if (last := run.last) is not None:
         return last, "the last checkpoint of its run (no best one is beside it),"
     raise FileNotFoundError(f"No checkpoint of a run is in `{path}`: give a run's folder, or a .ckpt file.")
 

@@ -15,8 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from lit_dpo.checkpoints.claim import RunFolder
-from lit_dpo.checkpoints.run import newest_run, rotate_metrics
+from lit_dpo.checkpoints.run import Run
 from lit_dpo.cli import main
 from tests import runs
 from tests.test_cli import built, command, fails, quick  # noqa: F401 - fixtures
@@ -32,8 +31,34 @@ ROOT = Path(__file__).parents[1]
 
 def test_a_number_is_claimed_once_however_many_start_together(tmp_path):
     with ThreadPoolExecutor(16) as pool:
-        claimed = list(pool.map(lambda _: RunFolder.claim(tmp_path / "new" / "root").path.name, range(64)))
+        claimed = list(pool.map(lambda _: Run.claim(tmp_path / "new" / "root").folder.name, range(64)))
     assert sorted(claimed) == sorted(f"version_{n}" for n in range(64))
+
+
+def test_a_run_knows_what_is_where_in_its_folder(tmp_path):
+    plain, steps = Run.claim(tmp_path), Run.claim(tmp_path)
+    for path in ("checkpoints/last.ckpt", "checkpoints/previous.ckpt", "config.yaml"):
+        (plain.folder / path).parent.mkdir(exist_ok=True)
+        (plain.folder / path).touch()
+    for number in (0, 2, 10):
+        inner = steps.folder / f"partition_{number}" / "version_0"
+        (inner / "checkpoints").mkdir(parents=True)
+        (inner / "config.yaml").touch()
+        (inner / "checkpoints" / ("last.ckpt" if number < 10 else "previous.ckpt")).touch()
+    (steps.folder / "partition_11_old").mkdir()
+    assert [run.folder.name for run in Run.all_in(tmp_path)] == ["version_0", "version_1"]
+    assert (plain.last, plain.config) == (plain.checkpoints / "last.ckpt", plain.folder / "config.yaml")
+    assert (plain.is_stepwise, steps.is_stepwise) == (False, True)
+    assert [path.name for path in steps.partitions] == ["partition_0", "partition_2", "partition_10"]
+    assert steps.last == steps.folder / "partition_10" / "version_0" / "checkpoints" / "previous.ckpt"
+    assert steps.config == steps.folder / "partition_0" / "version_0" / "config.yaml"
+    assert Run.of(plain.last) == Run.named(plain.checkpoints) == Run.named(plain.folder) == plain
+    assert Run.named(tmp_path) == Run.newest(tmp_path) == steps
+    assert (Run.of(tmp_path / "a.ckpt"), Run.named(plain.last)) == (None, None)
+    assert (plain.is_in(tmp_path), plain.is_in(tmp_path.parent), Run.of(steps.last).is_in(tmp_path)) == (
+        True,
+        *[False] * 2,
+    )
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "broken link"])
@@ -42,18 +67,18 @@ def test_gaps_stay_gaps_so_that_the_newest_is_last(tmp_path, kind):
         (tmp_path / name).mkdir()
     top = tmp_path / "version_7"
     {"folder": top.mkdir, "file": top.touch, "broken link": lambda: top.symlink_to("nowhere")}[kind]()
-    run = RunFolder.claim(tmp_path).path
+    run = Run.claim(tmp_path).folder
     assert run == tmp_path / "version_8"
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "last.ckpt").touch()
-    assert newest_run(tmp_path) == run
+    assert Run.newest(tmp_path).folder == run
 
 
 def test_a_root_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     for root in ("file", "file/deep"):
         with pytest.raises(OSError, match=r"`.*file.*`.*: choose another `default_root_dir`"):
-            RunFolder.claim(tmp_path / root)
+            Run.claim(tmp_path / root)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -71,23 +96,23 @@ def test_a_root_that_cannot_be_made_is_named(tmp_path):
     ],
 )
 def test_a_folder_goes_only_with_what_a_run_writes_at_its_start(tmp_path, inside, goes):
-    run = RunFolder.claim(tmp_path / "root")
+    run = Run.claim(tmp_path / "root")
     for name in inside:
-        path = run.path / name
+        path = run.folder / name
         path.parent.mkdir(exist_ok=True)
         path.mkdir() if name.endswith("/") else path.write_text(name)
-    before = sorted(run.path.rglob("*"))
+    before = sorted(run.folder.rglob("*"))
     run.abandon()
     assert (tmp_path / "root").exists() != goes
-    assert sorted(run.path.rglob("*")) == ([] if goes else before)
+    assert sorted(run.folder.rglob("*")) == ([] if goes else before)
 
 
 def test_a_folder_that_somebody_else_made_stays(tmp_path):
     (tmp_path / "version_0").mkdir()
-    RunFolder(tmp_path / "version_0").abandon()
+    Run.make(tmp_path / "version_0").abandon()
     assert (tmp_path / "version_0").exists()
     (tmp_path / "root").mkdir()
-    RunFolder.claim(tmp_path / "root").abandon()
+    Run.claim(tmp_path / "root").abandon()
     assert list((tmp_path / "root").iterdir()) == []
 
 
@@ -95,17 +120,17 @@ def test_links_in_a_run_are_not_followed(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").write_text("mine")
     for link, target in (("checkpoints", "mine"), ("config.yaml", "mine/config.yaml")):
-        run = RunFolder.claim(tmp_path)
-        (run.path / link).symlink_to(tmp_path / target)
+        run = Run.claim(tmp_path)
+        (run.folder / link).symlink_to(tmp_path / target)
         run.abandon()
-        assert (run.path / link).is_symlink()
+        assert (run.folder / link).is_symlink()
     assert (tmp_path / "mine" / "config.yaml").read_text() == "mine"
 
 
 def test_earlier_metrics_are_never_written_over(tmp_path):
     for name in ("metrics.csv", "metrics_1.csv", "metrics_best.csv"):
         (tmp_path / name).write_text(name)
-    rotate_metrics(tmp_path)
+    Run(tmp_path).rotate_metrics()
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert found == {n: n for n in ("metrics_1.csv", "metrics_best.csv")} | {"metrics_2.csv": "metrics.csv"}
 

@@ -15,14 +15,6 @@ _RESTORED = ("model.optimizer", "model.lr_scheduler")
 _RENAMED = {"layout": "form"}  # options of the model since 0.1.0
 
 
-def saved_config(run: Path | None, checkpoint: Path) -> Path | None:
-    """The configuration that a run, or else the run of a checkpoint, was started with, if it is there."""
-    if run is None and checkpoint.parent.name == "checkpoints":
-        run = checkpoint.parent.parent
-    found = [] if run is None else [run / "config.yaml", *sorted(run.glob("partition_*/version_*/config.yaml"))]
-    return next((path for path in found if path.exists()), None)
-
-
 def refuse_changes(
     saved: Path | None, current: str, allowed: bool, completed: Callable[[Mapping[str, Any]], str | None]
 ) -> list[str]:

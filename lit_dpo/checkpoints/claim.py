@@ -1,88 +1,16 @@
-"""A folder that a run makes for itself, on one process for all, and what may be removed from it again."""
+"""Which folder a run has, settled by its first process for all."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-_STARTING = ("config.yaml", "hparams.yaml")  # what a run writes before it has anything to keep
 _HANDED_DOWN = "LIT_DPO_RUN"
-
-
-class RunFolder:
-    """The folder of a run, and which folders this very process made for it.
-
-    Args:
-        path: The folder; it is made if it is not there, with those above it.
-
-    Raises:
-        OSError: It cannot be made.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._made: list[Path] = []  # outermost first
-        for folder in reversed([f for f in (path, *path.parents) if not f.is_dir()]):
-            with suppress(FileExistsError):  # another process was faster, or something is in the way
-                _make(folder)
-                self._made.append(folder)
-        if not path.is_dir():
-            raise OSError(f"`{path}` is no folder: choose another `default_root_dir`.")
-
-    @classmethod
-    def claim(cls, root: Path) -> RunFolder:
-        """Make the folder of a new run, `version_N` after the highest in `root`; two runs never get the same one.
-
-        Gaps stay gaps, so the highest number is always the newest run.
-
-        Raises:
-            OSError: It cannot be made.
-        """
-        run = cls(root)
-        while True:
-            run.path = root / f"version_{max(map(number_of, root.iterdir()), default=-1) + 1}"
-            with suppress(FileExistsError):  # another process was faster
-                _make(run.path)
-                run._made.append(run.path)
-                return run
-
-    def abandon(self) -> None:
-        """Remove the folder of a run that failed before it had anything to keep.
-
-        Only if this process made it, and nothing is in it but what every run writes at its start. Nothing is removed
-        recursively; anything else that stands there stays, and the folder with it.
-        """
-        if self.path not in self._made:
-            return
-        empty = self.path / "checkpoints"
-        found = [entry for entry in self.path.iterdir() if entry != empty]
-        if empty.is_symlink() or (empty.is_dir() and any(empty.iterdir())):
-            return
-        if any(entry.name not in _STARTING or entry.is_symlink() or not entry.is_file() for entry in found):
-            return
-        for file in found:
-            file.unlink()
-        with suppress(OSError):  # a folder that is not there, or not empty
-            empty.rmdir()
-        with suppress(OSError):
-            for folder in reversed(self._made):
-                folder.rmdir()
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise OSError(f"`{folder}` cannot be made ({reason}): choose another `default_root_dir`.") from error
 
 
 def agreed(trainer: Trainer, choose: Callable[[], Path]) -> Path:

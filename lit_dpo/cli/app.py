@@ -26,20 +26,11 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, PolicyLine, ProgressLine, RunSummary, Stopped
-from lit_dpo.checkpoints.changes import refuse_changes, saved_config
-from lit_dpo.checkpoints.claim import RunFolder, agreed, forget_handed_down, handed_down, is_first, number_of
+from lit_dpo.checkpoints.changes import refuse_changes
+from lit_dpo.checkpoints.claim import agreed, forget_handed_down, handed_down, is_first, number_of
 from lit_dpo.checkpoints.foreign import refuse_foreign_checkpoint
 from lit_dpo.checkpoints.io import make_durable
-from lit_dpo.checkpoints.run import (
-    check_checkpoint,
-    folder_of_run,
-    is_stepwise,
-    last_checkpoint,
-    newest_run,
-    refuse_foreign_logs,
-    rotate_metrics,
-    run_of,
-)
+from lit_dpo.checkpoints.run import Run, check_checkpoint, refuse_foreign_logs
 from lit_dpo.cli.configs import with_paths
 from lit_dpo.cli.flags import Flags, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
@@ -97,10 +88,10 @@ class PreferenceCLI(CheckpointsSetNoOptions):
     def __init__(self, args: Sequence[str], flags: Flags) -> None:
         self._flags = flags
         self._called = args[0] if args and args[0] in LightningCLI.subcommands() else None
-        self._continued: Path | None = None  # the folder of the run that is resumed
+        self._continued: Run | None = None  # the run that is resumed
         self._changed: list[str] | None = None  # options that differ from that run's, if its own are known
         self._logged: set[str | None] = set()  # folders that loggers of this process wrote to
-        self._runs: list[RunFolder] = []  # what this process made, or may have made
+        self._runs: list[Run] = []  # what this process made, or may have made
         with switching_forgets_options():
             super().__init__(
                 PreferenceModule,
@@ -154,11 +145,15 @@ class PreferenceCLI(CheckpointsSetNoOptions):
     def _find_checkpoint(self, given: str) -> None:
         """Settle which checkpoint is meant and which folder the run goes on in; refuse a changed configuration."""
         root = Path(self._get(self.config, "trainer.default_root_dir") or os.getcwd())
-        named = (handed_down() or newest_run(root)) if given == "last" else folder_of_run(Path(given))
-        path = (named and last_checkpoint(named)) or Path(given)
-        among = named is not None and named.parent.resolve() == root.resolve() and number_of(named) >= 0
-        run = named if given == "last" or among else run_of(path, root)
-        stepwise = run is not None and named is not None and is_stepwise(run) and self.subcommand == "fit"
+        if given == "last":
+            named: Run | None = Run(known) if (known := handed_down()) else Run.newest(root)
+            run = named
+        else:
+            named = Run.named(Path(given))
+            run = named or Run.of(Path(given))
+            run = run if run is not None and run.is_in(root) else None
+        path = (named and named.last) or Path(given)
+        stepwise = run is not None and named is not None and run.is_stepwise and self.subcommand == "fit"
         if not stepwise:
             check_checkpoint(path)
         self.config[str(self.subcommand)]["ckpt_path"] = None if stepwise else str(path)
@@ -168,7 +163,8 @@ class PreferenceCLI(CheckpointsSetNoOptions):
         self.save_config_kwargs["resumed"] = run is not None
         parser = self._parser(self.subcommand)
         current = parser.dump(self.config[self.subcommand], skip_none=False)
-        saved = saved_config(run, path)
+        begun = run or Run.of(path)
+        saved = begun.config if begun is not None else None
         changed = refuse_changes(saved, current, self._flags.allow_changes, partial(completed, parser))
         self._changed = None if run is None or saved is None else changed
 
@@ -203,15 +199,15 @@ class PreferenceCLI(CheckpointsSetNoOptions):
                 refuse_foreign_checkpoint(callback, self._get(self.config, "ckpt_path"))
         return super().instantiate_trainer(**{"callbacks": callbacks, "default_root_dir": folder, **kwargs})
 
-    def _log_to(self, run: Path, trainer: Trainer) -> None:
+    def _log_to(self, run: Run, trainer: Trainer) -> None:
         """Have a run log to a csv file in its folder, up to date at every moment, besides what else it logs to."""
         for logger in trainer.loggers:
             ours = self._as_before("trainer.logger") or getattr(logger, "log_dir", None) in self._logged
             refuse_foreign_logs(logger, Path(trainer.default_root_dir), ours)
         self._logged |= {getattr(logger, "log_dir", None) for logger in trainer.loggers}
         if is_first():
-            rotate_metrics(run)
-        own = CSVLogger(run.parent, name=None, version=number_of(run), flush_logs_every_n_steps=1)
+            run.rotate_metrics()
+        own = CSVLogger(run.folder.parent, name=None, version=number_of(run.folder), flush_logs_every_n_steps=1)
         trainer.loggers = [own, *trainer.loggers]
 
     def _run_folder(self) -> Path:
@@ -219,8 +215,8 @@ class PreferenceCLI(CheckpointsSetNoOptions):
 
         def choose() -> Path:
             if self._continued is None:
-                self._runs.append(RunFolder.claim(Path(self.trainer.default_root_dir)))
-            return self._continued or self._runs[-1].path
+                self._runs.append(Run.claim(Path(self.trainer.default_root_dir)))
+            return (self._continued or self._runs[-1]).folder
 
         return agreed(self.trainer, choose)
 
@@ -245,7 +241,7 @@ class PreferenceCLI(CheckpointsSetNoOptions):
             if subcommand == "fit" and "://" in root:
                 self.trainer.loggers = [CSVLogger(root, name=None, flush_logs_every_n_steps=1), *self.trainer.loggers]
             elif subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                self._log_to(self._run_folder(), self.trainer)
+                self._log_to(Run(self._run_folder()), self.trainer)
             super()._run_subcommand(subcommand)
         except Exception as error:
             if users_fault(error):
@@ -262,9 +258,9 @@ class PreferenceCLI(CheckpointsSetNoOptions):
         if number_of(folder, "partition") < 0:  # it only scores
             trainer.loggers = []
             return trainer
-        run = folder / "version_0"
+        run = Run(folder / "version_0")
         if is_first():
-            self._runs.append(RunFolder(run))
+            self._runs.append(Run.make(run.folder))
         self._log_to(run, trainer)
         return trainer
 
