@@ -249,3 +249,22 @@ def test_chaos(tmp_path, more):
     assert set(record["kinds"].values()) == {1}
     assert record["weights_equal"]
     assert (record["max_loss_difference"], record["rows_lost"], record["rows_repeated"]) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_large_data(tmp_path):
+    """A small one: what is measured of a million rows, of six thousand."""
+    command = [sys.executable, str(FOLDER / "large_data.py"), "--rows", "6000", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = lines(tmp_path / "large_data.jsonl")
+    assert record["kept_after_kill"] >= 0.9
+    assert record["done_at_kill"] < 6000
+    assert 4 * 400 < record["tokens_bytes"] / 6000 < 4 * 402 + 200  # two ends of text, and the record of a row
+    for process in record["second"]:
+        assert process["reused"] == 6000
+        assert process["pairs_read"] > 5900
+        assert process["peak_bytes"] < 1.5e9
+        assert process["start_s"] < min(record["first_start_s"], 10)
+    assert record["table"]["table_find_s"] < 1
+    assert len(list(tmp_path.glob("large_data_*.png"))) == 1

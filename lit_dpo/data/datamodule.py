@@ -62,11 +62,12 @@ class PreferenceDataModule(LightningDataModule):
             those of `predict` apart, which meet no loss.
         on_bad_row: `error` stops at the first malformed row, `skip` counts and reports them.
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
-        num_workers: Processes that make batches; pairs are in memory as token ids, so 0 is rarely slower.
+        num_workers: Processes that make batches; pairs lie in mapped memory as token ids, so 0 is rarely slower.
         seed: Of the order of pairs and of the held-out share.
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
-        cache_tokens: Keep the token ids of large sources in `$LIT_DPO_CACHE` or `~/.cache/lit_dpo`, for later runs
-            and for the other processes of a node. Any change of row, tokenizer, template or limit is noticed.
+        cache_tokens: Keep the token ids of large sources in `$LIT_DPO_CACHE` or `~/.cache/lit_dpo`, 4 bytes a token
+            and 124 a row, for later runs and for the other processes of a node, which map one file. Any change of row,
+            tokenizer, template or limit is noticed. Without it every process encodes, and holds the ids in its memory.
         max_line_bytes: Most bytes, decompressed, of a line of a data file, and of a whole `.json` file that is no
             JSON lines; a longer one is refused by its number instead of filling the memory.
 

@@ -10,11 +10,11 @@ from typing import Any, Literal, Protocol
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.read import MAX_LINE_BYTES, read_rows, source_name
 from lit_dpo.data.rows import LayoutError, Pair, RowError, parse_row
+from lit_dpo.data.token_store import enough
 from lit_dpo.data.values import with_values
 
 OnBadRow = Literal["error", "skip"]
 _EXAMPLES = 3
-_CHUNK = 1024  # rows encoded together
 
 
 class Encoder(Protocol):
@@ -212,7 +212,7 @@ def load_pairs(
                 except RowError as error:
                     known = True
                     chunk.append(error)
-                if len(chunk) >= _CHUNK:
+                if len(chunk) >= enough(report.read):
                     settle(source, chunk)
         except (ValueError, OSError):
             settle(source, chunk)  # an error of the reader does not go before those of earlier rows

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import numpy as np
 from lit_dpo.checkpoints.durable import put, replace_file
 from lit_dpo.checkpoints.tensor_store import TensorStore, _lock, cache_folder
 from lit_dpo.data.encode import Encoded, PairEncoder
-from lit_dpo.data.load import EncodedRow, Rows, load_pairs
+from lit_dpo.data.encoding import ShownEncoder, SpreadEncoder
+from lit_dpo.data.load import EncodedRow, Encoder, Rows, load_pairs
 from lit_dpo.data.read import files_of
 from lit_dpo.data.rows import Pair, RowError
 from lit_dpo.data.token_store import TokenStore, names_of, open_blocks
@@ -49,13 +50,21 @@ class TokenCache:
         specs: Names of the data sets; each list of them has a file of its own.
         load: What else decides which rows there are and what is reported of them, as plain values; `None` where it
             cannot be told, and then all rows are read.
+        through: Encodes in the place of `encoder`, to the same ids.
 
     Attributes:
         reused: Rows found so far.
     """
 
-    def __init__(self, encoder: PairEncoder, specs: Sequence[str], load: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        encoder: PairEncoder,
+        specs: Sequence[str],
+        load: Mapping[str, object] | None = None,
+        through: Encoder | None = None,
+    ) -> None:
         self.encoder, self.reused = encoder, 0
+        self._through = through or encoder
         self._files = self._open(encoder, specs)
         self._load = None if self._files is None or load is None else _source(specs, load)
         self._kept: list[TokenStore] = []
@@ -114,9 +123,11 @@ class TokenCache:
             rank_zero_info(f"Token cache {self._data} is damaged ({problem}): tokenizing anew what is not there.")
         for path in sorted(self._files.folder.glob(f"{key}.????????.part")):
             with suppress(OSError, ValueError):
+                size = path.stat().st_size
                 store, _ = open_blocks(path, key.encode(), vocabulary)
-                self._parts[path] = path.stat().st_size
-                self._kept += [store] if store else []
+                if store is not None:  # else it is nothing of ours, and left alone
+                    self._parts[path] = size
+                    self._kept.append(store)
         self._kept.sort(key=len, reverse=True)
 
     def whole(self) -> tuple[TokenStore, str] | None:
@@ -136,7 +147,7 @@ class TokenCache:
         """As `PairEncoder.many`."""
         keys = [_key(pair) for pair in pairs]
         places = self._find(keys)
-        fresh = iter(self.encoder.many([pair for pair, place in zip(pairs, places, strict=True) if place is None]))
+        fresh = iter(self._through.many([pair for pair, place in zip(pairs, places, strict=True) if place is None]))
         results = [next(fresh) if place is None else self._encoded(*place) for place in places]
         self.reused += sum(place is not None for place in places)
         found = zip(results, keys, strict=True)
@@ -222,20 +233,45 @@ def read_pairs(
     Raises:
         ValueError: As `load_pairs`.
     """
-    if not keep:
-        writer = TokenWriter()
-        _, report = load_pairs(given, encoder, **options, into=writer)
-        return writer.finish(), str(report), 0
     specs = [spec if isinstance(spec, str) else f"rows: {spec.name}" for spec in given]
     in_files = all(isinstance(spec, str) for spec in given)
-    rows = TokenCache(encoder, specs, options if in_files else None)
-    if whole := rows.whole():
-        return *whole, rows.reused
-    try:
-        _, report = load_pairs(given, rows, **options, into=rows)
-        return rows.keep(report), str(report), rows.reused
-    finally:
-        rows.close()
+    with SpreadEncoder(encoder) as spread:
+        if not keep:
+            writer = TokenWriter()
+            with ShownEncoder(spread, partial(_count, given)) as shown:
+                _, report = load_pairs(given, shown, **options, into=writer)
+            return writer.finish(), str(report), 0
+        rows = TokenCache(encoder, specs, options if in_files else None, spread)
+        if whole := rows.whole():
+            return *whole, rows.reused
+        try:
+            with ShownEncoder(rows, partial(_count, given)) as shown:
+                _, report = load_pairs(given, shown, **options, into=rows)
+            return rows.keep(report), str(report), rows.reused
+        finally:
+            rows.close()
+
+
+def _count(given: Sequence[str | Rows]) -> int | None:
+    """How many rows there are, where that can be told soon."""
+    total = 0
+    for spec in given:
+        if isinstance(spec, Rows):
+            if not isinstance(spec.rows, Sized):
+                return None
+            total += len(spec.rows)
+            continue
+        try:
+            files = files_of(spec)
+            if files is None or any(path.suffix != ".jsonl" for path in files):
+                return None
+            for path in files:
+                refuse_special(path)
+                with path.open("rb", buffering=0) as file:
+                    total += sum(piece.count(b"\n") for piece in iter(lambda: file.read(_PIECE), b""))
+        except (OSError, ValueError):
+            return None
+    return total
 
 
 def _key(pair: Pair) -> bytes:
@@ -273,7 +309,7 @@ def _piece(of: tuple[Path, int]) -> str:
     path, start = of
     with path.open("rb", buffering=0) as file:
         file.seek(start)
-        return hashlib.blake2b(file.read(_PIECE), digest_size=16).hexdigest()
+        return hashlib.sha256(file.read(_PIECE)).hexdigest()
 
 
 @cache

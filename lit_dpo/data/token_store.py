@@ -29,7 +29,7 @@ from lit_dpo.files import refuse_special
 BLOCK = 1024  # rows
 _HEAD = struct.Struct("<8sIIQ16s")  # magic, rows, numbers a row, tokens, sum
 _MAGIC = b"litdpo\0\1"
-_RELEASE = 2048  # rows read before the pages that they touched are given back: a touched row maps up to 64 KiB more
+_RELEASE = 1024  # rows read before the pages that they touched are given back: a touched row maps up to 64 KiB more
 
 Array = NDArray[Any]
 
@@ -83,6 +83,11 @@ class Block(NamedTuple):
         return self.ids + 4 * self.tokens
 
 
+def enough(done: int) -> int:
+    """How many rows make a chunk or a block, after so many: few at first, so that a kill never costs a large share."""
+    return max(64, min(BLOCK, done // 32))
+
+
 def pack(records: Array, ids: Array, seal: bytes) -> tuple[bytes, Block]:
     """The bytes of a block, and what it is at the start of a file.
 
@@ -98,7 +103,9 @@ def pack(records: Array, ids: Array, seal: bytes) -> tuple[bytes, Block]:
 
 
 def _sum(body: bytes, seal: bytes) -> bytes:
-    return hashlib.blake2b(body, digest_size=16, key=seal).digest()
+    found = hashlib.sha256(seal)  # for which processors have instructions
+    found.update(body)
+    return found.digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -159,9 +166,11 @@ class TokenStore:
     def column(self, name: str) -> Array:
         """One entry of every row's record, copied out of the file; shape `(rows, ...)`."""
         kind = record(self.blocks[0].values if self.blocks else 0)
-        parts = [np.frombuffer(self.content, kind, block.rows, block.records)[name] for block in self.blocks]
-        found = np.concatenate(parts) if parts else np.empty(0, kind)[name]
-        self._release()
+        found = np.empty((len(self), *kind[name].shape), kind[name].base)
+        for block, first in zip(self.blocks, self._firsts, strict=False):
+            records = np.frombuffer(self.content, kind, block.rows, block.records)
+            found[first : first + block.rows] = records[name]
+            self._touch(block.rows)
         return found
 
     def find(self, keys: Array) -> Array:
@@ -200,24 +209,23 @@ class TokenStore:
         sizes = self.lengths[rows].sum(1)
         spans = zip(self.starts[rows].tolist(), sizes.tolist(), strict=True)
         found = np.concatenate([self._words[start : start + size] for start, size in spans])
-        self._touched += len(rows)
-        if self._touched >= _RELEASE:
-            self._release()
+        self._touch(len(rows))
         return found
 
     def bytes_of(self, block: Block) -> bytes:
         """A block as it stands in the file."""
         found = bytes(self.content[block.start : block.end])
-        self._release()
+        self._touch(block.rows)
         return found
 
-    def _release(self) -> None:
-        """Let go of the pages that were touched: they stay in the system's cache, and count no more as this process's.
+    def _touch(self, rows: int) -> None:
+        """Now and then let go of the pages that were touched.
 
-        Read again, they are mapped again.
+        They stay in the system's cache, and count no more as this process's; read again, they are mapped again.
         """
-        self._touched = 0
-        if isinstance(self.content, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        self._touched += rows
+        if self._touched >= _RELEASE and isinstance(self.content, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            self._touched = 0
             self.content.madvise(mmap.MADV_DONTNEED)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from lit_dpo.checkpoints.tensor_store import _lock
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow
 from lit_dpo.data.places import split_place
-from lit_dpo.data.token_store import BLOCK, Array, Block, Names, TokenStore, map_file, pack, record
+from lit_dpo.data.token_store import Array, Block, Names, TokenStore, enough, map_file, pack, record
 from lit_dpo.pairs import PairBatch
 from lit_dpo.references.table import content_keys
 
@@ -56,6 +56,7 @@ class TokenWriter:
         self._follow = list(follow)
         self._rows: list[tuple[EncodedRow, bytes]] = []
         self._blocks: list[Block] = []
+        self._packed_rows = 0
         self._waiting, self._written = bytearray(), 0
         self._file: BinaryIO | None = None
         self._sources: dict[str, int] = {}
@@ -65,7 +66,7 @@ class TokenWriter:
         self.problem: OSError | None = None
 
     def __len__(self) -> int:
-        return sum(block.rows for block in self._blocks) + len(self._rows)
+        return self._packed_rows + len(self._rows)
 
     def append(self, row: EncodedRow, key: bytes = bytes(16)) -> None:
         """One more row.
@@ -77,7 +78,7 @@ class TokenWriter:
         if not len(self):
             self._values = sorted(row.values)
         self._rows.append((row, key))
-        if len(self._rows) == BLOCK:
+        if len(self._rows) >= enough(len(self)):
             self._flush()
 
     def _flush(self) -> None:
@@ -93,6 +94,7 @@ class TokenWriter:
                 self._keep(before[0].bytes_of(known))
         start = self._blocks[-1].end if self._blocks else 0
         self._blocks.append(block._replace(start=start))
+        self._packed_rows += block.rows
         if not self._follow:
             self._keep(content)
 
@@ -128,7 +130,9 @@ class TokenWriter:
         self._flush()
         names = Names(list(self._sources), list(self._places), self._values)
         for store in self._follow:
-            if len(store.blocks) == len(self._blocks) and store.size == len(store.content):
+            # A part is not taken over, as another process may still write to it.
+            whole = store.path is not None and store.path.suffix != ".part" and store.size == len(store.content)
+            if whole and len(store.blocks) == len(self._blocks):
                 return TokenStore(store.content, store.blocks, names, store.path)
         for known in self._follow[0].blocks[: len(self._blocks)] if self._follow else ():
             self._keep(self._follow[0].bytes_of(known))
