@@ -14,13 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.load import Encoder
 from lit_dpo.data.rows import Pair, RowError
+from lit_dpo.processes import rank_zero_only
 
 MANY = 4096  # rows: so many are encoded here before other processes are worth their start
 _PIECE = 64  # rows that a process encodes at a time
