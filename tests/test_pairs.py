@@ -228,3 +228,18 @@ def test_zeros_have_the_form_of_the_values():
         assert zero.chosen.tolist() == zero.rejected.tolist() == [0.0, 0.0]
         assert not zero.chosen.requires_grad
     assert values.rejected_tokens.tolist() == [10, 3]
+
+
+def test_tokens_of_context_are_not_among_the_targets():
+    batch = PairBatch.from_lists([([1, 2], [3, ~4, ~5, 6], [7]), ([8], [9], [~10, 11])])
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert batch.targets.tolist() == [3, 6, 7, 9, 11]
+    assert batch.sources.tolist() == [1, 4, 1, 7, 9]
+    assert batch.sequences.tolist() == [0, 0, 1, 2, 3]
+    assert batch.completion_lengths.tolist() == [2, 1, 1, 1]
+    _, _, sources = batch.padded()
+    assert sources.tolist() == [1, 4, 7, 12, 19]
+    (first, second) = batch.split(7)
+    assert (first.targets.tolist(), second.targets.tolist()) == ([3, 6, 7], [9, 11])
+    with pytest.raises(ValueError, match="at least one scored token"):
+        PairBatch.from_lists([([1], [~2], [3])])

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_dpo.data.changes import record, refuse_changes
 from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
-from lit_dpo.data.load import EncodedRow, LoadReport, OnBadRow, Rows, load_pairs, sources_of
+from lit_dpo.data.load import EncodedRow, OnBadRow, Rows, load_pairs, sources_of
 from lit_dpo.data.loader import ResumableLoader
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
+from lit_dpo.data.report import LoadReport
+from lit_dpo.data.rows import PairPolicy, Reading, RowMap
 from lit_dpo.data.sampler import PairSampler
+from lit_dpo.data.shares import drawn
 from lit_dpo.data.token_cache import TokenCache
 from lit_dpo.data.validation import held_out, overlap
 from lit_dpo.pairs import PairBatch
@@ -51,14 +54,26 @@ class PreferenceDataModule(LightningDataModule):
         max_length: Most tokens of prompt and one completion together.
         truncation: ``keep_start`` cuts completions' ends and refuses longer prompts; ``keep_end`` cuts prompts' starts
             first.
+        keep_template_end: Keep what the chat template prints behind the last end of turn (mostly a newline), as TRL.
         append_eos: End completions with the EOS token; without it the model learns nothing about where to end.
         chat_template: A chat template in the place of the tokenizer's own: the path of a ``.jinja`` file, or its text.
             Checkpoints and exports keep it.
-        columns: Own names for the columns, as ``{prompt: question, chosen: good, rejected: bad}``.
+        columns: Own names for the columns of a layout, as ``{question: q, chosen: good, rejected: bad}``.
+        rows: A function from a row to a row of a known layout, or to ``None`` for a row to be left out. On the command
+            line its import path, whose package ``--allow-import`` has to allow.
+        ignored_columns: Columns that are left aside although their names say that they belong to the prompt, or that
+            they tell which answer is better.
+        text_as_turns: Render rows of plain text as turns of a conversation, through the chat template.
+        pairs: Pairs of several ranked answers: ``best_worst``, ``adjacent`` ones, or ``all``.
+        max_pairs: Most pairs of one prompt of such rows, those with the largest difference first.
+        weights: Source -> how often its training pairs are seen in an epoch: 2 is twice, 0.5 is half of them.
+        max_per_source: Most training pairs of a source, drawn at random.
         values: Names of columns of numbers that travel with the rows to the loss. ``weight`` multiplies the loss of
             its pair, whatever the loss; the mean is still taken over the number of pairs. Every row has to have them,
             those of `predict` apart, which meet no loss.
-        on_bad_row: ``error`` stops at the first malformed row, ``skip`` counts and reports them.
+        on_bad_row: ``error`` stops, with the first malformed row and the number of others; ``skip`` leaves them out and
+            reports them, ``warn`` does so in a warning that names them.
+        max_bad_share: Largest share of malformed rows to go on with, in [0, 1].
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
         num_workers: Processes that make batches; pairs are in memory as token ids, so 0 is rarely slower.
         seed: Of the order of pairs and of the held-out share.
@@ -90,7 +105,16 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
         values: list[str] | None = None,
+        rows: RowMap | None = None,
+        ignored_columns: list[str] | None = None,
+        text_as_turns: bool = False,
+        keep_template_end: bool = False,
+        pairs: PairPolicy = "best_worst",
+        max_pairs: int | None = None,
+        weights: dict[str, float] | None = None,
+        max_per_source: int | None = None,
         on_bad_row: OnBadRow = "error",
+        max_bad_share: float = 0.5,
         partition: Partition | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -106,13 +130,20 @@ class PreferenceDataModule(LightningDataModule):
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
         if not 0 <= validation_fraction < 1:
             raise ValueError(f"`validation_fraction` must be at least 0 and less than 1, got {validation_fraction}.")
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"`max_bad_share` must be between 0 and 1, got {max_bad_share}.")
+        if max_per_source is not None and max_per_source < 1:
+            raise ValueError(f"`max_per_source` must be at least 1, got {max_per_source}.")
+        self.reading = Reading(columns, text_as_turns, pairs, max_pairs, tuple(ignored_columns or ()), rows)
+        self.weights, self.max_per_source = weights, max_per_source
+        self.max_bad_share, self.keep_template_end = max_bad_share, keep_template_end
         if isinstance(values, str) or len({*(values or ())}) < len(values or ()):
             raise ValueError(f"`values` must be a list of different column names, got {values!r}.")
         self.values = list(values or ())
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self._given = {name: sources_of(sources, name) for name, sources in given.items()}
-        rows = {name: [str(s) for s in self._given[name]] for name in given if _in_memory(self._given[name])}
-        self.sources = {**given, **rows}  # plain values: they go into checkpoints and model cards
+        memory = {name: [str(s) for s in self._given[name]] for name in given if _in_memory(self._given[name])}
+        self.sources = {**given, **memory}  # plain values: they go into checkpoints and model cards
         self.validation_fraction = validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.max_length, self.truncation, self.columns, self.on_bad_row = max_length, truncation, columns, on_bad_row
@@ -209,6 +240,9 @@ class PreferenceDataModule(LightningDataModule):
         else:
             self._train_rows = everything
             rank_zero_info(f"validation: none, as `validation_fraction` is 0; all {len(train)} pairs are trained on")
+        self._train_rows = drawn(self._train_rows, train.sources, self.weights, self.max_per_source, self.seed)
+        if self.weights or self.max_per_source:
+            rank_zero_info(f"train: {len(self._train_rows)} pairs an epoch, by `weights` and `max_per_source`")
         self._sets["train"] = train
 
     _validation_rows: Tensor | None = None
@@ -217,24 +251,37 @@ class PreferenceDataModule(LightningDataModule):
     def _load(self, name: str) -> PairDataset:
         rows, report, reused = self._read(name)
         rank_zero_info(f"{name}: {report}")
+        tokenizer = self._tokenizer()
+        rank_zero_info(
+            report.overview(lambda ids: str(tokenizer.decode(ids)), bool(self.chat_template or tokenizer.chat_template))
+        )
+        if self.on_bad_row == "warn" and report.bad:
+            rank_zero_warn(f"{name}: {report.bad.total()} malformed rows are left out:\n" + "\n".join(report.bad_rows))
         if reused:
             rank_zero_info(f"{name}: token ids of {reused} rows found in the token cache")
         return PairDataset(rows)
 
     def _read(self, name: str) -> tuple[list[EncodedRow], LoadReport, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
-        options = (self.columns, self.on_bad_row, self.max_line_bytes, () if name == "predict" else self.values)
+        options: dict[str, Any] = {
+            "on_bad_row": self.on_bad_row,
+            "max_line_bytes": self.max_line_bytes,
+            "values": () if name == "predict" else self.values,
+            "reading": self.reading,
+            "max_bad_share": self.max_bad_share,
+        }
         if not self.cache_tokens:
-            return *load_pairs(self._given[name], self._encoder(), *options), 0
+            return *load_pairs(self._given[name], self._encoder(), **options), 0
         tokens = TokenCache(
             self._encoder(), [s if isinstance(s, str) else f"rows: {s.name}" for s in self._given[name]]
         )
-        rows, report = load_pairs(self._given[name], tokens, *options)
+        rows, report = load_pairs(self._given[name], tokens, **options)
         tokens.keep()
         return rows, report, tokens.reused
 
     def _encoder(self) -> PairEncoder:
-        return PairEncoder(self._tokenizer(), self.max_length, self.truncation, self.append_eos, self.chat_template)
+        options = (self.max_length, self.truncation, self.append_eos, self.chat_template, self.keep_template_end)
+        return PairEncoder(self._tokenizer(), *options)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)

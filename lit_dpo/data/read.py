@@ -39,7 +39,8 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None, max_line_bytes: int
             files, not searched deeper; a folder written by `save_to_disk`; a dataset name on the hub; or
             `quickstart`, the set in the package. A folder or hub name may end in `:split`; without it,
             `train` is read, or everything in a folder whose file names tell no splits. Hub data goes
-            through `datasets` and its guesses about JSON.
+            through `datasets` and its guesses about JSON. A hub name may have a configuration, a revision
+            and files in brackets: `org/set[config, revision=v1, data_files=part/*.json]:split`.
         on_bad_row: Called with each row that cannot be read when the ones behind it can; without it, the
             first is raised. Damage to a whole file is always raised.
         max_line_bytes: Most bytes, decompressed, of a line of JSON, of a row of CSV, and of a whole `.json` file that
@@ -92,7 +93,7 @@ def source_name(spec: str) -> str:
     path = Path(name).expanduser()
     suffix = _suffix(path)
     if not suffix:
-        return path.absolute().name if path.exists() else name
+        return path.absolute().name if path.exists() else _bracketed(name)[0]
     stem = path.name.removesuffix(".gz").removesuffix(suffix)
     return path.absolute().parent.name or stem if _SPLIT_FILE.fullmatch(stem) else stem
 
@@ -107,6 +108,28 @@ def _split_off(spec: str) -> tuple[str, str | None]:
     if not colon or not re.fullmatch(r"\w+", split) or Path(spec).expanduser().exists():
         return spec, None
     return name, split
+
+
+def _bracketed(name: str) -> tuple[str, dict[str, str]]:
+    """A hub name and what its brackets say of configuration, revision and files.
+
+    >>> _bracketed("org/set[en, revision=v1]")
+    ('org/set', {'name': 'en', 'revision': 'v1'})
+    """
+    match = re.fullmatch(r"([^\[\]]+)\[([^\[\]]*)\]", name)
+    if match is None:
+        return name, {}
+    options: dict[str, str] = {}
+    for part in match[2].split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        key, value = (key, value) if equals else ("name", key)
+        if key not in ("name", "revision", "data_files", "data_dir") or not value or key in options:
+            raise ValueError(
+                f"`{name}`: brackets hold a configuration, `revision=`, `data_files=` and `data_dir=`, each once, not "
+                f"`{part.strip()}`."
+            )
+        options[key] = value
+    return match[1], options
 
 
 def _suffix(path: Path) -> str:
@@ -308,12 +331,13 @@ def _read_datasets(folder: Path | None, name: str, split: str | None) -> Iterato
     """A `save_to_disk` folder, or a hub name if `folder` is None."""
     import datasets
 
+    hub, options = _bracketed(name)
     try:
         for file in () if folder is None else folder.rglob("*"):
             if not file.is_dir():
                 refuse_special(file)
         if folder is None:
-            data = datasets.load_dataset(name, split=split or "train")
+            data = datasets.load_dataset(hub, split=split or "train", **options)
         else:
             data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:

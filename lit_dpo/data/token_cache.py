@@ -14,7 +14,7 @@ from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.rows import Pair, RowError
 
-_LAYOUT = 2  # of the tensors in a file
+_LAYOUT = 3  # of the tensors in a file
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
 
 
@@ -73,7 +73,7 @@ class TokenCache:
             "keys": (torch.uint8, 16),
             "prompts": (torch.uint8, 16),
             "lengths": (torch.int64, 3),
-            "flags": (torch.bool, 3),
+            "flags": (torch.bool, 6),
         }
         parts = [tensors.get(name) for name in layout]
         for part, (dtype, width) in zip(parts, layout.values(), strict=True):
@@ -84,7 +84,7 @@ class TokenCache:
             return "it has not the form of token ids"
         if (counts < 1).any() or (counts > len(tokens)).any() or counts.sum() != len(tokens):
             return "its lengths do not fit its token ids"
-        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < len(self.encoder.tokenizer):
+        if len(tokens) and int(torch.where(tokens < 0, ~tokens, tokens).max()) >= len(self.encoder.tokenizer):
             return "it holds ids that the tokenizer does not have"
         return None
 
@@ -110,7 +110,10 @@ class TokenCache:
         if self._store is None or not self._changed or len(rows) < WORTH_KEEPING:
             return
         parts = [part for row in rows.values() for part in (row.prompt, row.chosen, row.rejected)]
-        flags = [(row.truncated, row.healed, row.control_text) for row in rows.values()]
+        flags = [
+            (row.truncated, row.healed, row.control_text, *(bool(row.cut & bit) for bit in (1, 2, 4)))
+            for row in rows.values()
+        ]
         tensors = {
             "keys": _bytes(rows),
             "tokens": torch.tensor([i for part in parts for i in part], dtype=torch.int32),
@@ -126,9 +129,11 @@ class TokenCache:
     def _encoded(self, row: int) -> Encoded:
         end, lengths = int(self._ends[row]), self._lengths[row].tolist()
         prompt, chosen, rejected = (part.tolist() for part in self._tokens[end - sum(lengths) : end].split(lengths))
-        truncated, healed, control_text = self._flags[row].tolist()
+        truncated, healed, control_text, *cut = self._flags[row].tolist()
         key = self._prompts[16 * row : 16 * row + 16]
-        return Encoded(prompt, chosen, rejected, truncated, healed, control_text, key)
+        return Encoded(
+            prompt, chosen, rejected, truncated, healed, control_text, key, sum(bit << i for i, bit in enumerate(cut))
+        )
 
 
 def _bytes(hashes: Iterable[bytes]) -> torch.Tensor:
@@ -137,4 +142,5 @@ def _bytes(hashes: Iterable[bytes]) -> torch.Tensor:
 
 
 def _key(pair: Pair) -> bytes:
-    return hashlib.blake2b(repr((pair.prompt, pair.chosen, pair.rejected)).encode(), digest_size=16).digest()
+    content = (pair.prompt, pair.chosen, pair.rejected, list(pair.tools), dict(pair.template_options))
+    return hashlib.blake2b(repr(content).encode(), digest_size=16).digest()

@@ -38,6 +38,9 @@ def overlap(train: PairDataset, validation: PairDataset) -> str | None:
     pairs, prompts = {*first}, {*train.prompts}
     counts = {
         "are also trained on": sum(digest in pairs for digest in second),
+        "contradict a training pair": sum(
+            validation.digest(row, swapped=True, numbers=False) in pairs for row in range(len(validation))
+        ),
         "have the prompt of a training pair": sum(prompt in prompts for prompt in validation.prompts),
     }
     found = [f"{count} of {len(validation)} pairs {what}" for what, count in counts.items() if count]

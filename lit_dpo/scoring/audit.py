@@ -175,7 +175,7 @@ def check_rows(models: Sequence[nn.Module], sets: Iterable[tuple[Any, Tensor, An
     for dataset, rows, _ in sets:
         prompt, chosen, rejected = dataset.lengths[rows].unbind(1)
         longest = max(longest, int((prompt + torch.maximum(chosen, rejected)).max()))
-        largest = max(largest, int(dataset.tokens.max()))
+        largest = max(largest, int(torch.where(dataset.tokens < 0, ~dataset.tokens, dataset.tokens).max()))
     for warning in dict.fromkeys(check_sizes(model, longest, largest) for model in models):
         if warning is not None:
             rank_zero_warn(warning)

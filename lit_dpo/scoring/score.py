@@ -105,9 +105,9 @@ class Scorer:
 
     def _summed(self, tokens: Tensor, batch: PairBatch) -> PairLogps:
         sums = sum_by_completion(tokens, batch.completion_lengths)  # (2B,)
-        _, chosen_tokens, rejected_tokens = batch.lengths.unbind(1)
+        counts = batch.completion_lengths
         kept = tokens if self.per_token else None
-        return PairLogps(sums[0::2], sums[1::2], chosen_tokens, rejected_tokens, tokens=kept)
+        return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2], tokens=kept)
 
 
 def score(
@@ -211,8 +211,9 @@ def _one_by_one(parts: DecoderParts, batch: PairBatch) -> Iterator[tuple[dict[st
     """Each of the 2B sequences alone, so that its positions follow from its own length."""
     _use_attention(parts.model, None)
     ids, _, sources = batch.padded()
-    sizes = [(prompt + size, size) for prompt, *branches in batch.shape for size in branches]
-    for row, (places, (total, _)) in enumerate(zip(sources.split([size for _, size in sizes]), sizes, strict=True)):
+    counts = [count for pair in batch.scored_shape for count in pair]
+    totals = [prompt + size for prompt, *branches in batch.shape for size in branches]
+    for row, (places, total) in enumerate(zip(sources.split(counts), totals, strict=True)):
         _forget_lengths(parts)
         yield {"input_ids": ids[row : row + 1, :total]}, places - row * batch.longest
 

@@ -48,10 +48,12 @@ def test_everything_worth_knowing_is_counted(tmp_path):
     rows, report = load_pairs([path], ENCODE, on_bad_row="skip")
     assert len(rows) == report.kept == 5
     assert str(report) == (
-        "9 rows read, 5 kept, 4 skipped, 1 truncated, 1 with special tokens spelled out as text, 1 exact duplicates, "
+        "9 rows read, 5 kept, 4 skipped, 1 truncated (chosen 1), 1 with special tokens spelled out as text, "
+        "1 exact duplicates, "
         f"1 contradicting an earlier row\nskipped: 2x null where text is expected ({path}:6, {path}:8); "
         f"1x the line is not valid JSON ({path}:7); 1x the columns `prompt` fit no known layout ({path}:9)"
     )
+    assert report.bad.total() == 4
     with pytest.raises(RowError, match=r"a.jsonl:6, column `rejected`"):
         load_pairs([path], ENCODE)
 
@@ -83,7 +85,7 @@ def test_nothing_left(tmp_path):
     bad = write(tmp_path / "bad.jsonl", GOOD | {"chosen": ""})
     with pytest.raises(ValueError, match=r"1 skipped\nskipped: 1x the completion is empty"):
         load_pairs([bad], ENCODE, on_bad_row="skip")
-    with pytest.raises(ValueError, match="`on_bad_row` must be `error` or `skip`, got `ignore`"):
+    with pytest.raises(ValueError, match="`on_bad_row` must be `error`, `warn` or `skip`, got `ignore`"):
         load_pairs([bad], ENCODE, on_bad_row="ignore")
 
 
