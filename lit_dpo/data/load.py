@@ -237,7 +237,7 @@ class _Load:
             if isinstance(result, Encoded):
                 self.rows.append(EncodedRow(result, pair.source, pair.row, pair.values))
                 self.report.keep(pair, result)
-                self._compare(result)
+                self._compare(result, pair.row)
             elif used:
                 self.report.lost[result.reason] += 1
             else:
@@ -252,12 +252,12 @@ class _Load:
         if problem and not used and not isinstance(problem, NoPreferenceError):
             self.first = self.first or problem
 
-    def _compare(self, encoded: Encoded) -> None:
+    def _compare(self, encoded: Encoded, row: str) -> None:
         key = _digest(encoded.prompt, encoded.chosen, encoded.rejected)
         if key in self._seen:
-            self.report.duplicates += 1
+            self.report.repeat(row, swapped=False)
         elif _digest(encoded.prompt, encoded.rejected, encoded.chosen) in self._seen:
-            self.report.contradictory += 1
+            self.report.repeat(row, swapped=True)
         self._seen.add(key)
 
 

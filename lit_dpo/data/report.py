@@ -12,6 +12,7 @@ from lit_dpo.data.layouts import LAYOUTS
 from lit_dpo.data.pair import NoPreferenceError, Pair, RowError
 
 _EXAMPLES = 3
+_COUNTED = ("truncated", "healed", "with special tokens", "duplicates", "contradictions")
 _NAMED = 20  # bad rows that a warning names
 VERBATIM = {layout.name for layout in LAYOUTS if layout.verbatim}
 _SHOWN = 160  # characters of each side of the boundary
@@ -108,6 +109,9 @@ class LoadReport:
         for title, counted in (("skipped", self.skipped), ("pairs left out", self.lost), ("noted", self.notes)):
             if counted:
                 lines.append(f"{title}: " + "; ".join(self._counted(counted)))
+        places = [f"{what} {', '.join(self.examples[what])}" for what in _COUNTED if what in self.examples]
+        if places:
+            lines.append("of these: " + "; ".join(places))
         mixed = [source for source, found in self.layouts.items() if len(found) > 1]
         for source in mixed:
             found = ", ".join(f"`{name}` {count}" for name, count in self.layouts[source].most_common())
@@ -150,18 +154,31 @@ class LoadReport:
     def keep(self, pair: Pair, encoded: Encoded) -> None:
         """Count a pair that is trained on."""
         self.pairs += 1
+        for what, found in (
+            ("truncated", encoded.truncated),
+            ("healed", encoded.healed),
+            ("with special tokens", encoded.control_text),
+        ):
+            if found:
+                self._example(what, pair.row)
         self.truncated += encoded.truncated
         for bit, side in enumerate(("prompt", "chosen", "rejected")):
             if encoded.cut >> bit & 1:
                 self.cut[side] += 1
         self.healed += encoded.healed
         self.control_text += encoded.control_text
+        self.notes.update({note for note, _ in pair.notes})
         for note, column in pair.notes:
-            self.notes[note] += 1
             self._example(note, f"{pair.row}, column `{column}`")
         self.layouts.setdefault(pair.source, Counter())[pair.layout] += 1
         self.lengths.setdefault(pair.source, Lengths()).add(encoded)
         self.first = self.first or (pair.row, encoded)
+
+    def repeat(self, row: str, swapped: bool) -> None:
+        """Count a kept pair with the tokens of an earlier one, or with its completions swapped."""
+        self.contradictory += swapped
+        self.duplicates += not swapped
+        self._example("contradictions" if swapped else "duplicates", row)
 
     def others(self, first: RowError) -> str:
         """What is wrong with malformed rows besides one, in words."""

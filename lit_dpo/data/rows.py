@@ -281,7 +281,7 @@ def _may_follow(previous: Message | None) -> tuple[str, ...]:
         return ("assistant", "tool")
     if previous["role"] == "user":
         return ("assistant",)
-    return ("tool",) if previous.get("tool_calls") else ("user",)
+    return ("tool",) if previous.get("tool_calls") else ("user", "tool")
 
 
 def _check_completion(answer: Answer, prompt: Content, cells: Cells) -> None:
