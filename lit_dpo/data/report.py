@@ -184,7 +184,8 @@ class LoadReport:
         """What is wrong with malformed rows besides one, in words."""
         rest = self.bad - Counter([first.reason])
         kinds = ", ".join(f"{count}x {reason}" for reason, count in rest.most_common())
-        return f"{rest.total()} more rows cannot be trained on: {kinds}." if rest else ""
+        rows = "1 more row" if rest.total() == 1 else f"{rest.total()} more rows"
+        return f"{rows} cannot be trained on: {kinds}." if rest else ""
 
     def _example(self, reason: str, where: str) -> None:
         places = self.examples.setdefault(reason, [])
