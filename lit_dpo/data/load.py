@@ -135,6 +135,7 @@ def load_pairs(
         raise ValueError(f"`on_bad_row` must be `error`, `warn` or `skip`, got `{on_bad_row}`.")
     reading = reading or Reading()
     reading = replace(reading, columns=columns) if columns else reading
+    reading = replace(reading, ignored_columns=[*reading.ignored_columns, *values])  # which are read as numbers
     rows: list[EncodedRow] = []
     load = _Load(encoder, reading, values, rows if into is None else into)
     try:

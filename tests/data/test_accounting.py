@@ -1,5 +1,6 @@
 """Every row is trained on or reported, whatever is in it, and what is worth knowing about those kept is counted."""
 
+import copy
 import json
 import random
 
@@ -95,14 +96,16 @@ def mutated(rng):
         if accident == 0:
             row.pop(place, None)
         elif accident == 1:
-            row[place] = rng.choice(CELLS)
+            row[place] = copy.deepcopy(rng.choice(CELLS))
         elif accident == 2:
-            row[rng.choice(["prompt", "label", "system", "messages", "tools", "input", "winner"])] = rng.choice(CELLS)
+            row[rng.choice(["prompt", "label", "system", "messages", "tools", "input", "winner"])] = copy.deepcopy(
+                rng.choice(CELLS)
+            )
         elif accident == 3 and isinstance(row.get(place), list) and row[place]:
-            row[place][rng.randrange(len(row[place]))] = rng.choice(CELLS)
+            row[place][rng.randrange(len(row[place]))] = copy.deepcopy(rng.choice(CELLS))
         elif accident == 4 and isinstance(row.get(place), list) and row[place] and isinstance(row[place][0], dict):
             turn = row[place][0]
-            turn[rng.choice([*turn, "role", "content", "tool_calls"])] = rng.choice(CELLS)
+            turn[rng.choice([*turn, "role", "content", "tool_calls"])] = copy.deepcopy(rng.choice(CELLS))
         elif accident == 5 and isinstance(row.get(place), str):
             row[place] = json.dumps([row[place]]) if rng.random() < 0.3 else row[place][::-1]
     return rng.choice(["{", "[1]", "null", '"a"', '{"a": 1e999}']) if rng.random() < 0.02 else row

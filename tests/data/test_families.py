@@ -97,6 +97,10 @@ FAMILIES = {
         "winner": "model_b",
     },
     "arena, texts": {"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": "model_a"},
+    "nemo, ranked": {
+        "context": [user()],
+        "completions": [{"rank": 1, "completion": [bot(BAD)]}, {"rank": 0, "completion": [bot(GOOD)]}],
+    },
     "JSON in CSV": {name: json.dumps(cell) for name, cell in WHOLE.items()},
 }
 GROUPED = {
@@ -107,6 +111,14 @@ GROUPED = {
     "kto": [
         {"prompt": [user()], "completion": [bot(GOOD)], "label": True},
         {"prompt": [user()], "completion": [bot(BAD)], "label": False},
+    ],
+    "kto, conversations": [
+        {"messages": [user(), bot(GOOD)], "label": True},
+        {"messages": [user(), bot(BAD)], "label": False},
+    ],
+    "kto tag": [
+        {"instruction": ASK, "input": "", "output": BAD, "kto_tag": False},
+        {"instruction": ASK, "input": "", "output": GOOD, "kto_tag": True},
     ],
 }
 AS_TURNS = {
@@ -143,7 +155,7 @@ def test_a_row_means_what_it_says(tmp_path, name):
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_rows_of_one_prompt_make_a_pair(tmp_path, name):
-    other = {**GROUPED[name][0], "prompt": "Why?" if name[0] == "h" else [user("Why?")]}
+    other = json.loads(json.dumps(GROUPED[name][0]).replace(ASK, "Why?"))
     found, report = load(tmp_path, GROUPED[name][0], other, GROUPED[name][1])
     assert found == [rendered()]
     assert dict(report.skipped) == {"no other answer to the prompt": 1}

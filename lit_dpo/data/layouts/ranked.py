@@ -49,6 +49,22 @@ def _gemini(cells: Cells) -> Answers:
     return Answers(prompt, tuple(_scored(cells, "completions")), "contents")
 
 
+def _context(cells: Cells) -> Answers:
+    return Answers(asked(cells, "context"), tuple(_scored(cells, "completions")), "context")
+
+
+def _last_turn(cells: Cells) -> Answers:
+    """A conversation whose last turn is the answer."""
+    turns = cells.messages("messages")
+    answer = Answer(turns[-1:], cells.number("label"), "messages")
+    return Answers(system_turn(cells) + turns[:-1], (answer,), "messages")
+
+
+def _tagged(cells: Cells) -> Answers:
+    answer = Answer(reply(cells, "output"), cells.number("kto_tag"), "output")
+    return Answers(asked(cells, "instruction"), (answer,), "instruction")
+
+
 def _best_first(cells: Cells) -> Answers:
     """A list of texts from the best to the worst."""
     texts = _list(cells, "output")
@@ -80,9 +96,11 @@ def _text(cells: Cells) -> bool:
 
 _UNPAIRED = ("prompt", "completion", "label")
 _LOWEST = "the lowest `rank`"
+_TRUE = "`label` true among rows of one prompt"
 RANKED = (
     Layout("ranked answers", ("prompt", "answers"), _ranked, _LOWEST, "berkeley-nest/Nectar"),
     Layout("ranked answers to messages", ("messages", "answers"), _ranked, _LOWEST, "Open Assistant"),
+    Layout("ranked completions", ("context", "completions"), _context, _LOWEST, "NeMo-RL"),
     Layout("Gemini", ("contents", "completions"), _gemini, "the highest `score`", "Vertex AI"),
     Layout(
         "outputs, best first",
@@ -103,11 +121,20 @@ RANKED = (
         )
         for rating in RATINGS
     ),
+    Layout("unpaired conversations", ("messages", "label"), _last_turn, _TRUE, "LLaMA-Factory, ms-swift", grouped=True),
+    Layout(
+        "unpaired replies",
+        ("instruction", "output", "kto_tag"),
+        _tagged,
+        "`kto_tag` true among rows of one prompt",
+        "LLaMA-Factory kto_tag",
+        grouped=True,
+    ),
     Layout(
         "unpaired messages",
         _UNPAIRED,
         _unpaired,
-        "`label` true among rows of one prompt",
+        _TRUE,
         "TRL KTO, LLaMA-Factory kto_tag",
         _chat,
         grouped=True,
@@ -116,7 +143,7 @@ RANKED = (
         "unpaired text",
         _UNPAIRED,
         _unpaired,
-        "`label` true among rows of one prompt",
+        _TRUE,
         "TRL KTO",
         _text,
         verbatim=True,
