@@ -73,7 +73,7 @@ def test_a_run_with_a_cached_reference_is_that_with_a_live_one(tmp_path, monkeyp
         module = runs.module(reference=reference, **options)
         runs.fit(module, runs.data(ROWS, batch_size=4), max_steps=3)
         found.append(runs.weights(module.policy))
-    assert runs.same(found[0], found[1], 1e-6)
+    assert max(float((found[0][name] - found[1][name]).abs().max()) for name in found[0]) < 1e-6
     assert runs.same(found[1], found[2])
 
 

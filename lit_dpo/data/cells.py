@@ -61,7 +61,7 @@ class Cells:
     def text(self, column: str) -> str:
         """The cell as text; blank text is left for `parse_row` to judge."""
         self.used.add(column)
-        text = self.as_text(self.row[column], column)
+        text = self.as_text(self.row.get(column), column)
         if _spells_messages(text):
             raise self.error(column, "messages are written as one string", "decode it into a list of messages")
         return text
@@ -69,7 +69,7 @@ class Cells:
     def number(self, column: str) -> float:
         """The cell as a finite number; text that spells one counts, since CSV knows nothing else."""
         self.used.add(column)
-        return self.as_number(self.row[column], column)
+        return self.as_number(self.row.get(column), column)
 
     def as_number(self, value: object, column: str) -> float:
         """A value from inside a cell as a finite number."""
@@ -98,7 +98,7 @@ class Cells:
     def messages(self, column: str) -> list[Message]:
         """The cell as messages with our own role names. A single message counts as a list of one."""
         self.used.add(column)
-        cell = self.row[column]
+        cell = self.row.get(column)
         spelled = _spelled(cell) if isinstance(cell, str) else None
         if spelled is not None:
             self.notes.append(("messages read from JSON text", column))

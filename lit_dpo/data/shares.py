@@ -31,9 +31,8 @@ def drawn(
     names = [sources[row] for row in rows.tolist()]
     for name, weight in (weights or {}).items():
         if name not in names:
-            raise ValueError(
-                f"`weights` names `{name}`, which is no source; there are {', '.join(dict.fromkeys(names))}."
-            )
+            there = ", ".join(dict.fromkeys(names))
+            raise ValueError(f"`weights` names `{name}`, which is no source of training pairs: name some of {there}.")
         if weight < 0:
             raise ValueError(f"A weight of a source must be at least 0, got {weight} for `{name}`.")
     found = []
