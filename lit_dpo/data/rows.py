@@ -5,7 +5,7 @@ Layouts only arrange; see `lit_dpo.data.layouts`. What makes a pair fit for trai
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -69,6 +69,17 @@ class Reading:
         for ours in self.columns or ():
             if ours not in COLUMNS:
                 raise ValueError(f"`columns` maps `{ours}`, which is no column of ours; map {names(COLUMNS)}.")
+
+    def identity(self) -> dict[str, object] | None:
+        """Everything that decides what becomes of a row, as plain values; None with a function, which may do anything.
+
+        >>> Reading(pairs="all").identity()["pairs"], Reading(rows=dict).identity()
+        ('all', None)
+        """
+        if self.rows is not None:
+            return None
+        found = {option.name: getattr(self, option.name) for option in fields(self)}
+        return found | {"columns": dict(self.columns or {}), "ignored_columns": list(self.ignored_columns)}
 
 
 @dataclass(frozen=True, slots=True)
