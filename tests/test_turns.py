@@ -87,3 +87,17 @@ def test_rows_in_memory_count_the_assistants_tokens_alone():
     said += module.tokenizer("it is so<|im_end|>", add_special_tokens=False).input_ids
     assert batch.targets[batch.sequences == 0].tolist() == said
     assert batch.completion_lengths[0::2].tolist() == [len(said)] * len(batch)
+
+
+def test_the_token_cache_keeps_what_is_scored(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lit_dpo.data.token_cache.WORTH_KEEPING", 1)
+    path, found = runs.write(tmp_path / "rows.jsonl", ROWS), []
+    for _ in range(2):
+        data = runs.data(path, batch_size=4, tokenizer=runs.module().tokenizer)
+        with caplog.at_level("INFO"):
+            data.setup("fit")
+        batch = next(iter(data.pool_dataloader()))
+        found.append((batch.input_ids.tolist(), batch.scored.tolist(), batch.targets.tolist()))
+    assert "8 rows found in the token cache" in caplog.text
+    assert found[0] == found[1]
