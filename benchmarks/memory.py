@@ -35,6 +35,7 @@ from flops import ModelShape
 
 from lit_dpo import DPOLoss, PairBatch, PairLogps, score
 from lit_dpo.models import load_model
+from lit_dpo.scoring.inputs import padded
 
 
 class SavedBytes:
@@ -63,7 +64,7 @@ class SavedBytes:
 
 def full_logits(model: Any, batch: PairBatch) -> PairLogps:
     """The textbook way: each completion in a padded row of its own, logits and their log-softmax at every position."""
-    ids, mask, sources = batch.padded()
+    ids, mask, sources = padded(batch)
     logps = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
     tokens = logps.flatten(0, 1)[sources].gather(1, batch.targets[:, None])[:, 0]
     sums = tokens.new_zeros(2 * len(batch)).index_add(0, batch.sequences, tokens)

@@ -30,9 +30,12 @@ class PairBatch:
             batch so that no later step needs to wait for the device.
         columns: Numbers of the rows, each of shape `(batch,)`, float32, by the name of their column. One called
             `weight` multiplies the loss of its pair.
+        scored: Whether a token of a completion counts, shape `(tokens,)`, bool; `None` means that all do. One that
+            does not, such as a tool's answer between two turns of the assistant, is seen by the tokens behind it.
+        scored_shape: Scored tokens of chosen and rejected, as Python integers, read from `scored` when left out.
 
     Raises:
-        ValueError: A column has not one number a pair.
+        ValueError: A column has not one number a pair, or a completion has no scored token.
     """
 
     input_ids: Tensor
@@ -42,10 +45,14 @@ class PairBatch:
     weights: Tensor | None = None
     shape: tuple[tuple[int, int, int], ...] = ()
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    scored: Tensor | None = None
+    scored_shape: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.shape:
             object.__setattr__(self, "shape", tuple((p, c, r) for p, c, r in self.lengths.tolist()))
+        if not self.scored_shape:
+            object.__setattr__(self, "scored_shape", self._count_scored())
         for name, column in self.columns.items():
             if column.shape != (len(self),):
                 raise ValueError(
@@ -65,6 +72,8 @@ class PairBatch:
         columns: Mapping[str, Sequence[float]] | None = None,
     ) -> PairBatch:
         """Lay out token-id lists `(prompt, chosen, rejected)` as one flat batch.
+
+        A token of a completion that is not scored stands as `~id`, which is negative: `~5` is token 5 as context.
 
         Raises:
             ValueError: A prompt or completion is empty, there is no pair at all, or a column has not one number a pair.
@@ -96,6 +105,8 @@ class PairBatch:
     ) -> PairBatch:
         """A batch from its line of tokens, which lies in the host's memory; see the class for shapes.
 
+        As in `from_lists`, a token that is not scored stands as `~id`.
+
         >>> batch = PairBatch.from_tokens(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([[2, 2, 1]]), torch.tensor([7]))
         >>> batch.position_ids
         tensor([0, 1, 2, 3, 2])
@@ -105,7 +116,21 @@ class PairBatch:
         chosen = lengths[:, 1].repeat_interleave(total)
         rejected_start = (lengths[:, 0] + lengths[:, 1]).repeat_interleave(total)
         position_ids = place - torch.where(place >= rejected_start, chosen, 0)
-        return cls(input_ids.long(), position_ids, lengths, row_ids, weights, columns=columns or {})
+        input_ids, scored = input_ids.long(), None
+        if bool((input_ids < 0).any()):
+            is_completion = place >= lengths[:, 0].repeat_interleave(total)
+            scored = (input_ids >= 0) & is_completion
+            input_ids = torch.where(input_ids < 0, ~input_ids, input_ids)
+        return cls(input_ids, position_ids, lengths, row_ids, weights, columns=columns or {}, scored=scored)
+
+    def _count_scored(self) -> tuple[tuple[int, int], ...]:
+        if self.scored is None:
+            return tuple((c, r) for _, c, r in self.shape)
+        sides = self.scored.split([size for pair in self.shape for size in pair])
+        counts = tuple((int(c.sum()), int(r.sum())) for c, r in zip(sides[1::3], sides[2::3], strict=True))
+        if not all(c and r for c, r in counts):
+            raise ValueError("Each completion needs at least one scored token: give one, or leave the pair out.")
+        return counts
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PairBatch:
         """The same batch on another device; asynchronous from pinned memory."""
@@ -152,6 +177,8 @@ class PairBatch:
             weights,
             shapes,
             [{name: columns[i] for name, columns in cut.items()} for i in range(len(counts))],
+            [None] * len(counts) if self.scored is None else self.scored.split(tokens),
+            [self.scored_shape[end - count : end] for count, end in zip(counts, accumulate(counts), strict=True)],
         )
         return [PairBatch(*values) for values in zip(*parts, strict=True)]
 
@@ -162,67 +189,56 @@ class PairBatch:
 
     @property
     def completion_lengths(self) -> Tensor:
-        """Tokens of each of the 2B completions in the order chosen 0, rejected 0, chosen 1, ..., shape (2B,)."""
-        return self.lengths[:, 1:].flatten()
+        """Scored tokens of the 2B completions in the order chosen 0, rejected 0, chosen 1, ..., shape (2B,)."""
+        if self.scored is None:
+            return self.lengths[:, 1:].flatten()
+        ends = self.lengths.flatten().cumsum(0)  # (3B,)
+        before = torch.cat([ends.new_zeros(1), self.scored.cumsum(0)])[torch.cat([ends.new_zeros(1), ends])]
+        return before.diff().view(-1, 3)[:, 1:].flatten()
 
     @cached_property
     def sequences(self) -> Tensor:
-        """Which of the 2B completions each completion token belongs to, shape (completion tokens,)."""
+        """Which of the 2B completions each scored token belongs to, shape (scored tokens,)."""
         counts = self.completion_lengths
         order = torch.arange(len(counts), device=counts.device)
-        return order.repeat_interleave(counts, output_size=sum(c + r for _, c, r in self.shape))
+        return order.repeat_interleave(counts, output_size=sum(map(sum, self.scored_shape)))
 
     @cached_property
-    def _within(self) -> Tensor:
-        """Place of each completion token in its completion, from 0, shape (completion tokens,)."""
-        counts = self.completion_lengths
-        first = counts.cumsum(0) - counts
-        return torch.arange(len(self.sequences), device=counts.device) - first[self.sequences]
-
-    @cached_property
-    def _places(self) -> Tensor:
-        """Flat index of each completion token, shape (completion tokens,)."""
+    def _starts(self) -> Tensor:
+        """Flat index of the first token of each of the 2B completions, shape (2B,)."""
         prompt, chosen, _ = self.lengths.unbind(1)
         total = self.lengths.sum(1)
         pair_start = total.cumsum(0) - total
-        starts = torch.stack([pair_start + prompt, pair_start + prompt + chosen], dim=1).flatten()  # (2B,)
-        return starts[self.sequences] + self._within
+        return torch.stack([pair_start + prompt, pair_start + prompt + chosen], dim=1).flatten()
+
+    @cached_property
+    def _within(self) -> Tensor:
+        """Place of each scored token in its completion, from 0, shape (scored tokens,)."""
+        return self._places - self._starts[self.sequences]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Flat index of each scored token, shape (scored tokens,)."""
+        numbers = torch.arange(len(self.sequences), device=self.lengths.device)
+        if self.scored is not None:  # the place of the n-th one; `nonzero` would wait for the device
+            return torch.searchsorted(self.scored.cumsum(0), numbers + 1)
+        counts = self.completion_lengths
+        return numbers + (self._starts - (counts.cumsum(0) - counts))[self.sequences]
 
     @cached_property
     def targets(self) -> Tensor:
-        """Token ids to predict: every completion token, shape (completion tokens,)."""
+        """Token ids to predict: every scored token of a completion, shape (scored tokens,)."""
         return self.input_ids[self._places]
 
     @cached_property
     def sources(self) -> Tensor:
-        """Flat index of the hidden state that predicts each target, shape (completion tokens,).
+        """Flat index of the hidden state that predicts each target, shape (scored tokens,).
 
         For a completion's first token that is the prompt's last token, on both branches.
         """
         chosen = self.lengths[:, 1]
         jump = torch.stack([torch.zeros_like(chosen), chosen], dim=1).flatten()  # rejected steps over chosen
         return self._places - 1 - torch.where(self._within == 0, jump[self.sequences], 0)
-
-    def padded(self, pad_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """The same pairs as 2B separate right-padded rows, for models that the flat line cannot serve.
-
-        Returns:
-            `input_ids` and `attention_mask` of shape `(2B, longest)`, rows in the order chosen 0, rejected 0,
-            chosen 1, ...; and the index into the flattened rows of the hidden state that predicts each target,
-            shape `(completion tokens,)`, in the order of `targets`.
-        """
-        device = self.input_ids.device
-        prompts = self.lengths[:, 0].repeat_interleave(2)  # (2B,)
-        rows = prompts + self.completion_lengths
-        total = self.lengths.sum(1)
-        pair_start = (total.cumsum(0) - total).repeat_interleave(2)
-        skip = torch.stack([torch.zeros_like(total), self.lengths[:, 1]], dim=1).flatten()
-        place = torch.arange(self.longest, device=device).expand(len(rows), -1)  # (2B, longest)
-        mask = place < rows[:, None]
-        flat = pair_start[:, None] + place + torch.where(place >= prompts[:, None], skip[:, None], 0)
-        ids = torch.where(mask, self.input_ids[flat.clamp(max=len(self.input_ids) - 1)], pad_id)
-        sources = self.sequences * self.longest + prompts[self.sequences] + self._within - 1
-        return ids, mask.long(), sources
 
 
 @dataclass(frozen=True)
@@ -232,7 +248,7 @@ class PairLogps:
     Args:
         chosen: Log-prob of the chosen completion given the prompt, shape `(batch,)`, float32 or float64.
         rejected: The same for the rejected completion, shape `(batch,)`.
-        chosen_tokens: Tokens summed over, the end-of-sequence token included, shape `(batch,)`.
+        chosen_tokens: Scored tokens, the end-of-sequence token included, shape `(batch,)`.
         rejected_tokens: The same for the rejected completion, shape `(batch,)`.
         layers: The same at intermediate decoder blocks, by 1-based block number.
         tokens: Log-prob of each single completion token, shape `(completion tokens,)`, in the order chosen 0,

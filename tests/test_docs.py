@@ -109,7 +109,7 @@ def folder(tmp_path, monkeypatch):
     for start, name in enumerate(("pairs", "easy", "hard", "train", "test")):
         runs.pairs_file(tmp_path, 24, f"{name}.jsonl", start=24 * start)
     before = dict(sys.modules)
-    for name in ("my_losses", "my_margin", "my_references", "my_tempered", "my_partition"):
+    for name in ("my_losses", "my_margin", "my_references", "my_tempered", "my_partition", "my_rows"):
         sys.modules.pop(name, None)  # of another test's folder
     yield tmp_path
     for path in tmp_path.glob("*.py"):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_dpo import PairBatch, PairLogps
+from lit_dpo.scoring.inputs import padded
 
 segments = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 pairs_lists = st.lists(st.tuples(segments, segments, segments), min_size=1, max_size=5)
@@ -46,7 +47,7 @@ def test_indices_against_a_loop(pairs):
 @settings(max_examples=100)
 def test_padded_rows_against_a_loop(pairs):
     batch = PairBatch.from_lists(pairs)
-    ids, mask, sources = batch.padded(pad_id=0)
+    ids, mask, sources = padded(batch, pad_id=0)
     rows = [[*p, *x] for p, c, r in pairs for x in (c, r)]
     width = max(map(len, rows))
     assert ids.tolist() == [row + [0] * (width - len(row)) for row in rows]
@@ -76,7 +77,7 @@ def test_layout_by_hand():
 
 
 def test_padded_by_hand():
-    ids, mask, sources = PairBatch.from_lists(PAIRS).padded(pad_id=99)
+    ids, mask, sources = padded(PairBatch.from_lists(PAIRS), pad_id=99)
     assert ids.tolist() == [
         [1, 2, 3, 4, 5],
         [1, 2, 3, 6, 99],
@@ -228,3 +229,18 @@ def test_zeros_have_the_form_of_the_values():
         assert zero.chosen.tolist() == zero.rejected.tolist() == [0.0, 0.0]
         assert not zero.chosen.requires_grad
     assert values.rejected_tokens.tolist() == [10, 3]
+
+
+def test_tokens_of_context_are_not_among_the_targets():
+    batch = PairBatch.from_lists([([1, 2], [3, ~4, ~5, 6], [7]), ([8], [9], [~10, 11])])
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert batch.targets.tolist() == [3, 6, 7, 9, 11]
+    assert batch.sources.tolist() == [1, 4, 1, 7, 9]
+    assert batch.sequences.tolist() == [0, 0, 1, 2, 3]
+    assert batch.completion_lengths.tolist() == [2, 1, 1, 1]
+    _, _, sources = padded(batch)
+    assert sources.tolist() == [1, 4, 7, 12, 19]
+    (first, second) = batch.split(7)
+    assert (first.targets.tolist(), second.targets.tolist()) == ([3, 6, 7], [9, 11])
+    with pytest.raises(ValueError, match="at least one scored token"):
+        PairBatch.from_lists([([1], [~2], [3])])

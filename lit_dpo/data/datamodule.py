@@ -18,8 +18,10 @@ from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import PairEncoder, Truncation, read_template
 from lit_dpo.data.load import OnBadRow, Rows, sources_of
 from lit_dpo.data.loader import pair_loader, step_layout
+from lit_dpo.data.options import check_shares, check_sizes, check_values
 from lit_dpo.data.partition import OneShot, Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
+from lit_dpo.data.rows import PairPolicy, Reading, RowMap
 from lit_dpo.data.token_cache import read_pairs
 from lit_dpo.data.token_store import TokenStore
 from lit_dpo.data.training import TrainingPairs
@@ -28,6 +30,7 @@ from lit_dpo.pairs import PairBatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Loader = DataLoader[PairBatch]
 # What a stage takes its pairs from: the first of these options that is given, else the training pairs.
 _TAKES = {"predict": ("predict", "test", "validation"), "test": ("test", "validation"), "validate": ("validation",)}
 
@@ -35,8 +38,7 @@ _TAKES = {"predict": ("predict", "test", "validation"), "test": ("test", "valida
 class PreferenceDataModule(LightningDataModule):
     """Preference pairs from files, folders and hub data sets, as flat batches.
 
-    Rows may hold text or chat messages, with the prompt given or contained in both completions; see docs/data.md. The
-    tokenizer comes from the module that trains.
+    The layouts of rows are in docs/data.md. The tokenizer comes from the module that trains.
 
     Args:
         train: Data sources: local files (jsonl, json, csv, parquet, gzipped too), folders, `save_to_disk` folders,
@@ -51,25 +53,32 @@ class PreferenceDataModule(LightningDataModule):
         batch_size: Pairs a batch on each process.
         eval_batch_size: The same for validation, test and predict; `None` means twice `batch_size`.
         max_length: Most tokens of prompt and one completion together.
-        truncation: `keep_start` cuts completions' ends and refuses longer prompts; `keep_end` cuts prompts' starts
-            first.
+        truncation: `keep_start` cuts ends of completions and refuses longer prompts; `keep_end` cuts starts of prompts.
+        keep_template_end: Keep what the chat template prints behind the last end of turn (mostly a newline), as TRL.
         append_eos: End completions with the EOS token; without it the model learns nothing about where to end.
         chat_template: A chat template in the place of the tokenizer's own: the path of a `.jinja` file, or its text.
             Checkpoints and exports keep it.
-        columns: Own names for the columns, as `{prompt: question, chosen: good, rejected: bad}`.
-        values: Names of columns of numbers that travel with the rows to the loss. `weight` multiplies the loss of
-            its pair, whatever the loss; the mean is still taken over the number of pairs. Every row has to have them,
-            those of `predict` apart, which meet no loss.
-        on_bad_row: `error` stops at the first malformed row, `skip` counts and reports them.
+        columns: Own names for the columns of a layout, as `{question: q, chosen: good, rejected: bad}`.
+        rows: A function from a row to one of a known layout, or to `None` to leave it out; on the command line its
+            import path, whose package `--allow-import` has to allow.
+        ignored_columns: Columns to leave aside although their names are those of parts of a prompt, or of labels.
+        text_as_turns: Render rows of plain text as turns of a conversation, through the chat template.
+        pairs: Pairs of several ranked answers: `best_worst`, `adjacent` ones, or `all`.
+        max_pairs: Most pairs of one prompt of such rows, those with the largest difference first.
+        weights: Source -> how often its training pairs are seen in an epoch: 2 is twice, 0.5 is half of them.
+        max_per_source: Most training pairs of a source, drawn at random.
+        values: Names of columns of numbers that travel with the rows to the loss; every row has to have them, except
+            those of `predict`. `weight` multiplies the loss of its pair; the mean is still over the number of pairs.
+        on_bad_row: `error` stops, with the first malformed row and the number of others; `skip` leaves them out and
+            reports them, `warn` does so in a warning that names them.
+        max_bad_share: Largest share of malformed rows to go on with, in [0, 1].
         partition: How training is split into steps (stepwise DPO); more than one step needs `fit_stepwise`.
         num_workers: Processes that make batches; pairs lie in mapped memory as token ids, so 0 is rarely slower.
         seed: Of the order of pairs and of the held-out share.
         tokenizer: A tokenizer object, for use without a `PreferenceModule`.
         cache_tokens: Keep the token ids of large sources in `$LIT_DPO_CACHE` or `~/.cache/lit_dpo`, 4 bytes a token
-            and 124 a row, for later runs and for the other processes of a node, which map one file. Any change of row,
-            tokenizer, template or limit is noticed. Without it every process encodes, and holds the ids in its memory.
-        max_line_bytes: Most bytes, decompressed, of a line of a data file, and of a whole `.json` file that is no
-            JSON lines; a longer one is refused by its number instead of filling the memory.
+            and 124 a row, in a file that later runs and all processes of a node share. Any change is noticed.
+        max_line_bytes: Most bytes of a line of a data file, decompressed, and of a `.json` file that is no JSON lines.
 
     Attributes:
         allow_changes: Resume from a checkpoint of other training data than these.
@@ -93,7 +102,16 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: str | None = None,
         columns: dict[str, str] | None = None,
         values: list[str] | None = None,
+        rows: RowMap | None = None,
+        ignored_columns: list[str] | None = None,
+        text_as_turns: bool = False,
+        keep_template_end: bool = False,
+        pairs: PairPolicy = "best_worst",
+        max_pairs: int | None = None,
+        weights: dict[str, float] | None = None,
+        max_per_source: int | None = None,
         on_bad_row: OnBadRow = "error",
+        max_bad_share: float = 0.5,
         partition: Partition | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -103,19 +121,17 @@ class PreferenceDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         sizes = {"max_line_bytes": max_line_bytes, "batch_size": batch_size, "eval_batch_size": eval_batch_size or 1}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {size}.")
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"`validation_fraction` must be at least 0 and less than 1, got {validation_fraction}.")
-        if isinstance(values, str) or len({*(values or ())}) < len(values or ()):
-            raise ValueError(f"`values` must be a list of different column names, got {values!r}.")
-        self.values = list(values or ())
+        check_sizes(**sizes, max_per_source=max_per_source or 1)
+        check_shares(validation_fraction, max_bad_share)
+        self.reading = Reading(columns, text_as_turns, pairs, max_pairs, tuple(ignored_columns or ()), rows)
+        self.weights, self.max_per_source = weights, max_per_source
+        self.max_bad_share, self.keep_template_end = max_bad_share, keep_template_end
+        self.values = check_values(values)
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
         self._given = {name: sources_of(sources, name) for name, sources in given.items()}
-        in_memory = [name for name, sources in self._given.items() if any(isinstance(s, Rows) for s in sources)]
-        rows = {name: [str(source) for source in self._given[name]] for name in in_memory}
-        self.sources = {**given, **rows}  # plain values: they go into checkpoints and model cards
+        in_memory = [name for name, found in self._given.items() if any(isinstance(source, Rows) for source in found)]
+        names = {name: [str(source) for source in self._given[name]] for name in in_memory}
+        self.sources = {**given, **names}  # plain values: they go into checkpoints and model cards
         self.validation_fraction = validation_fraction
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or 2 * batch_size
         self.max_length, self.truncation, self.columns, self.on_bad_row = max_length, truncation, columns, on_bad_row
@@ -138,16 +154,12 @@ class PreferenceDataModule(LightningDataModule):
         """Whether there are pairs to validate on besides those trained on."""
         return bool(self.sources["validation"]) or self.validation_fraction > 0
 
-    @property
-    def _predicts_training(self) -> bool:
-        return self._given["predict"] == ["train"]
-
     def prepare_data(self) -> None:
         """Fill the token cache on one process of each node, so that the others only read; errors wait for `setup`."""
         if self.trainer is None or self.trainer.world_size == 1 or not self.cache_tokens:
             return
         held_out = self._held_out_source(self.trainer.state.fn or "fit")
-        training = held_out is None or (held_out == "predict" and self._predicts_training)
+        training = held_out is None or (held_out == "predict" and self._given["predict"] == ["train"])
         names = ["train", "validation"] if training else [str(held_out)]
         with suppress(ValueError, OSError):
             if self._encoder().identity() is None:
@@ -169,14 +181,13 @@ class PreferenceDataModule(LightningDataModule):
         if stage == "fit" and self.trainer is not None and not self.has_validation:
             self._limit, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
         name = self._held_out_source(stage)
-        if name == "predict" and self._predicts_training:
+        if name == "predict" and self._given["predict"] == ["train"]:
             self._setup_fit()
             self._sets["predict"] = self._sets["train"]
         elif name is None:
             if stage != "fit" and not self.has_validation:
-                raise ValueError(
-                    f"There are no pairs to {stage} on: name sources for it, or set a `validation_fraction` above 0."
-                )
+                remedy = "name sources for it, or set a `validation_fraction` above 0"
+                raise ValueError(f"There are no pairs to {stage} on: {remedy}.")
             self._setup_fit()
         elif name not in self._sets:
             self._sets[name] = self._load(name)
@@ -197,9 +208,10 @@ class PreferenceDataModule(LightningDataModule):
         if self.sources["validation"] and "validation" not in self._sets:
             self._sets["validation"] = self._load("validation")
         own = self._sets["validation"] if self.sources["validation"] else None
-        self._training = TrainingPairs(train, own, self.validation_fraction, self.seed)
-        if self._training.said:
-            rank_zero_info(f"validation: {self._training.said}")
+        options = (self.validation_fraction, self.seed, self.weights, self.max_per_source)
+        self._training = TrainingPairs(train, own, *options)
+        for said in self._training.said:
+            rank_zero_info(said)
         if self.has_validation:
             self._sets.setdefault("validation", train)
         self._sets["train"] = train
@@ -220,24 +232,22 @@ class PreferenceDataModule(LightningDataModule):
 
     def _read(self, name: str) -> tuple[TokenStore, str, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""
-        options = {
-            "columns": self.columns,
-            "on_bad_row": self.on_bad_row,
-            "max_line_bytes": self.max_line_bytes,
-            "values": () if name == "predict" else self.values,
-        }
+        options = self._options(self.reading) | ({"values": ()} if name == "predict" else {})
         return read_pairs(self._given[name], self._encoder(), options, self.cache_tokens)
 
+    def _options(self, reading: Reading) -> dict[str, Any]:
+        names = ("on_bad_row", "max_bad_share", "max_line_bytes", "values")
+        return {"reading": reading, **{name: getattr(self, name) for name in names}}
+
     def _encoder(self) -> PairEncoder:
-        return PairEncoder(self._tokenizer(), self.max_length, self.truncation, self.append_eos, self.chat_template)
+        options = (self.max_length, self.truncation, self.append_eos, self.chat_template, self.keep_template_end)
+        return PairEncoder(self._tokenizer(), *options)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = self.tokenizer or getattr(getattr(self.trainer, "lightning_module", None), "tokenizer", None)
         if tokenizer is None:
             raise ValueError("No tokenizer: train with a `PreferenceModule`, or give the data module a `tokenizer`.")
         return tokenizer
-
-    # -- the same data when a run resumes -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: a hash of every row, and of which are trained on."""
@@ -257,8 +267,6 @@ class PreferenceDataModule(LightningDataModule):
             if said := self.training.refuse_changes(state_dict, order, "the checkpoint", self.allow_changes):
                 rank_zero_info(said)
 
-    # -- steps --------------------------------------------------------------------------------------------------------
-
     def use_pairs(self, source: str | Path | Rows) -> None:
         """Train on new pairs from now on; what is validated on stays.
 
@@ -269,8 +277,7 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: A row is malformed.
         """
         given = source if isinstance(source, Rows) else str(source)
-        options = {"on_bad_row": self.on_bad_row, "max_line_bytes": self.max_line_bytes, "values": self.values}
-        store, report, _ = read_pairs([given], self._encoder(), {"columns": None, **options}, keep=False)
+        store, report, _ = read_pairs([given], self._encoder(), self._options(Reading()), keep=False)
         if not isinstance(source, Rows):
             rank_zero_info(f"new pairs: {report}")
         self.training.use_pairs(PairDataset(store))
@@ -282,31 +289,27 @@ class PreferenceDataModule(LightningDataModule):
             ValueError: The partition has several steps and none was chosen.
         """
         if self.stepwise and not self.training.chosen:
-            raise ValueError(
-                f"`{type(self.partition).__name__}` trains in several steps: call `fit_stepwise`, or use `OneShot`."
-            )
+            name = type(self.partition).__name__
+            raise ValueError(f"`{name}` trains in several steps: call `fit_stepwise`, or use `OneShot`.")
         return self.training.rows
 
-    # -- loaders ------------------------------------------------------------------------------------------------------
-
-    def train_dataloader(self) -> DataLoader[PairBatch]:
+    def train_dataloader(self) -> Loader:
         """Training pairs of the step, shuffled, pairs of similar length together."""
-        rows = self.training_rows()
-        return self._loader(self.training.dataset, rows, self.batch_size, shuffle=True)
+        return self._loader(self.training.dataset, self.training_rows(), self.batch_size, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+    def val_dataloader(self) -> Loader | list[Any]:
         """Validation pairs, long ones first; nothing if there are none."""
         return self._held_out("validate")
 
-    def test_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+    def test_dataloader(self) -> Loader | list[Any]:
         """Test pairs, or the validation pairs if there are none."""
         return self._held_out("test")
 
-    def predict_dataloader(self) -> DataLoader[PairBatch] | list[Any]:
+    def predict_dataloader(self) -> Loader | list[Any]:
         """Predict pairs, else test pairs, else validation pairs."""
         return self._held_out("predict")
 
-    def _held_out(self, stage: str) -> DataLoader[PairBatch] | list[Any]:
+    def _held_out(self, stage: str) -> Loader | list[Any]:
         name = next((name for name in _TAKES[stage] if name in self._sets), None)
         return [] if name is None else self._loader(self._sets[name], self._rows_of(name), self.eval_batch_size)
 
@@ -316,13 +319,11 @@ class PreferenceDataModule(LightningDataModule):
             return self._training.held_out if name == "validation" else self._training.pool
         return torch.arange(len(self._sets[name]))
 
-    def pool_dataloader(self) -> DataLoader[PairBatch]:
+    def pool_dataloader(self) -> Loader:
         """All training pairs of all steps, in no random order, for scoring."""
         return self._loader(self.training.train, self.training.pool, self.eval_batch_size)
 
-    def reference_sets(
-        self, stage: str
-    ) -> Iterator[tuple[PairDataset, Tensor, Callable[[Tensor], DataLoader[PairBatch]]]]:
+    def reference_sets(self, stage: str) -> Iterator[tuple[PairDataset, Tensor, Callable[[Tensor], Loader]]]:
         """What a stage will see: data set, row numbers, and a function from row numbers to a loader."""
         validates = stage != "fit" or (self.trainer and self.trainer.limit_val_batches != 0)
         names = _TAKES["validate" if stage == "fit" else stage] if validates else ()
@@ -331,9 +332,7 @@ class PreferenceDataModule(LightningDataModule):
         for dataset, rows in [*sets, *((self._sets[name], self._rows_of(name)) for name in found)]:
             yield dataset, rows, partial(self._loader, dataset, batch_size=self.eval_batch_size)
 
-    def _loader(
-        self, dataset: PairDataset, rows: Tensor, batch_size: int, shuffle: bool = False
-    ) -> DataLoader[PairBatch]:
+    def _loader(self, dataset: PairDataset, rows: Tensor, batch_size: int, shuffle: bool = False) -> Loader:
         return pair_loader(dataset, rows, batch_size, self.trainer, self.num_workers, self.seed, shuffle)
 
     def step_layout(self) -> dict[str, int]:

@@ -97,10 +97,11 @@ class PairDataset(Dataset[PairBatch]):
         """What reference log-probs of these rows are found by, shape `(n, 2)` int64; as `references.content_keys`."""
         return torch.from_numpy(self.store.column("content")[rows.numpy()])
 
-    def swapped_digest(self, row: int) -> bytes:
+    def swapped_digest(self, row: int, numbers: bool = True) -> bytes:
         """The hash that a row would have with its completions in each other's place; see `digest_bytes`."""
         prompt, chosen, rejected = self.store.parts(row)
-        return digest((prompt, rejected, chosen), {name: float(column[row]) for name, column in self.columns.items()})
+        columns = self.columns.items() if numbers else ()
+        return digest((prompt, rejected, chosen), {name: float(column[row]) for name, column in columns})
 
     def digest_bytes(self, numbers: bool = True) -> bytes:
         """The hashes of all rows in their order, 16 bytes each: of token ids, boundaries, and numbers with their names.

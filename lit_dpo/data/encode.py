@@ -6,6 +6,7 @@ only its own whole tokens and both completions begin one token earlier ("healed"
 """
 
 import hashlib
+import json
 import re
 from array import array
 from collections.abc import Sequence
@@ -14,17 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError
-
-from lit_dpo.data.rows import Content, Message, Pair, RowError
+from lit_dpo.data.pair import Pair, RowError
+from lit_dpo.data.render import Prepared, Renderer, shared, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["keep_start", "keep_end"]
 
-_VERSION = 1  # of the rules below: raised by whoever changes what ids a pair gets
-_PROBE: Message = {"role": "assistant", "content": "\ufdd0"}  # a noncharacter: no template and no reply begins with it
+_VERSION = 2  # of the rules below: raised by whoever changes what ids a pair gets
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +32,14 @@ class Encoded:
 
     Args:
         prompt: Ids of the prompt, at least one, with the BOS if there is one.
-        chosen: Ids of the preferred completion, at least one, with the EOS unless it was cut off.
+        chosen: Ids of the preferred completion, at least one, with the EOS unless it was cut off. A token that is not
+            scored, because a tool or a user says it, stands as `~id`, which is negative.
         rejected: Ids of the other completion, likewise; never equal to `chosen`.
         truncated: Something was cut to fit the limit.
         healed: A token of the prompt's own ids reached over the boundary and went to the completions.
         control_text: The text spells a special token, which was encoded as ordinary characters.
         prompt_key: A hash of the prompt before anything was cut or healed: equal for equal prompts, 16 bytes.
+        cut: What lost tokens to the limit: 1 for the prompt, 2 for chosen, 4 for rejected, added up.
     """
 
     prompt: list[int]
@@ -48,27 +49,7 @@ class Encoded:
     healed: bool = False
     control_text: bool = False
     prompt_key: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """What to tokenize of a pair, each text from its start, and what to put around the ids.
-
-    Args:
-        prompt: The prompt alone.
-        chosen: Prompt and chosen completion.
-        rejected: Prompt and rejected completion.
-        rendered: By the chat template, which brings its own special tokens; else they stay ordinary text.
-        ends: Ids behind chosen and behind rejected.
-        control_text: See `Encoded`.
-    """
-
-    prompt: str
-    chosen: str
-    rejected: str
-    rendered: bool
-    ends: tuple[list[int], list[int]]
-    control_text: bool = False
+    cut: int = 0
 
 
 class PairEncoder:
@@ -87,6 +68,7 @@ class PairEncoder:
             `keep_end` cuts the start of the prompt first, then the ends of completions.
         append_eos: Whether completions end with the EOS; off if the model is to learn nothing about ending.
         chat_template: The template in the place of the tokenizer's own, as text.
+        keep_template_end: Keep what the template prints behind the end of the last turn, mostly a newline, as TRL does.
 
     Raises:
         ValueError: A wrong argument, or the tokenizer lacks the EOS or chat template that the data need.
@@ -100,6 +82,7 @@ class PairEncoder:
         truncation: Truncation = "keep_start",
         append_eos: bool = True,
         chat_template: str | None = None,
+        keep_template_end: bool = False,
     ) -> None:
         if max_length < 2:
             raise ValueError(
@@ -111,6 +94,7 @@ class PairEncoder:
         self.max_length = max_length
         self.truncation = truncation
         self.append_eos = append_eos
+        self.keep_template_end = keep_template_end
         self.chat_template = chat_template or tokenizer.chat_template
         self._start = _added_at_start(tokenizer)
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
@@ -132,7 +116,7 @@ class PairEncoder:
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
         """Encode pairs, their texts together, so that the tokenizer may use all processors; refusals in their place."""
-        prepared: list[_Prepared | RowError] = []
+        prepared: list[Prepared | RowError] = []
         for pair in pairs:
             try:
                 prepared.append(self._prepare(pair))
@@ -140,14 +124,14 @@ class PairEncoder:
                 prepared.append(error)
         ids = {}
         for rendered in (False, True):
-            items = [item for item in prepared if isinstance(item, _Prepared) and item.rendered == rendered]
-            flat = [text for item in items for text in (item.prompt, item.chosen, item.rejected)]
+            items = [item for item in prepared if isinstance(item, Prepared) and item.rendered == rendered]
+            flat = [text for item in items for text in item.texts]
             ids[rendered] = iter(self._ids(flat, split=not rendered))
         results: list[Encoded | RowError] = []
         for pair, item in zip(pairs, prepared, strict=True):
             try:
-                if isinstance(item, _Prepared):
-                    results.append(self._encoded(pair, item, [next(ids[item.rendered]) for _ in range(3)]))
+                if isinstance(item, Prepared):
+                    results.append(self._encoded(pair, item, [next(ids[item.rendered]) for _ in item.texts]))
                 else:
                     results.append(item)
             except RowError as error:
@@ -166,23 +150,26 @@ class PairEncoder:
             "special": [self._special_ids, self._start, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id],
             "template": template,
             "versions": [_VERSION, version("tokenizers"), version("transformers")],
-            "options": [self.max_length, self.truncation, self.append_eos],
+            "options": [self.max_length, self.truncation, self.append_eos, self.keep_template_end],
         }
 
-    def _encoded(self, pair: Pair, whole: _Prepared, ids: list[list[int]]) -> Encoded:
+    def _encoded(self, pair: Pair, whole: Prepared, ids: list[list[int]]) -> Encoded:
         """Find the boundary and cut to the limit."""
-        prompt, chosen, rejected = (self._one_bos(i) if whole.rendered else self._start + i for i in ids)
+        ids = [self._one_bos(i) if whole.rendered else self._start + i for i in ids]
+        prompt, chosen, rejected, *starts = ids
         key = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=16).digest()
         chosen, rejected = chosen + whole.ends[0], rejected + whole.ends[1]
-        boundary = _shared(prompt, chosen, rejected)
+        boundary = shared(prompt, chosen, rejected)
         if boundary == 0:
             remedy = "lengthen the prompt, or use a tokenizer with a BOS"
             raise RowError(pair.row, "prompt", "no token belongs to the prompt alone", remedy)
         healed = boundary < len(prompt)
-        left, right = chosen[boundary:], rejected[boundary:]
+        middle = len(whole.cuts[0])
+        left = _masked(chosen, starts[:middle])[boundary:]
+        right = _masked(rejected, starts[middle:])[boundary:]
         encoded = Encoded(chosen[:boundary], left, right, False, healed, whole.control_text, key)
         for column, completion in (("chosen", encoded.chosen), ("rejected", encoded.rejected)):
-            if not completion:
+            if not any(i >= 0 for i in completion):
                 raise RowError(pair.row, column, "the completion has no tokens", "remove the row")
         if chosen == rejected:
             remedy = "they differ only in what the tokenizer or template drops: remove the row"
@@ -214,10 +201,10 @@ class PairEncoder:
             )
         return [int(eos)]
 
-    def _prepare(self, pair: Pair) -> _Prepared:
+    def _prepare(self, pair: Pair) -> Prepared:
         return self._prepare_text(pair) if isinstance(pair.prompt, str) else self._prepare_messages(pair)
 
-    def _prepare_text(self, pair: Pair) -> _Prepared:
+    def _prepare_text(self, pair: Pair) -> Prepared:
         end, eos, texts = self._end(), self.tokenizer.eos_token, []
         for column, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
             assert isinstance(text, str)
@@ -232,36 +219,16 @@ class PairEncoder:
         if control_text and not self._splits_special:
             self._refuse_special(pair)
         prompt, chosen, rejected = texts
-        return _Prepared(prompt, prompt + chosen, prompt + rejected, False, (end, end), control_text)
+        return Prepared(prompt, prompt + chosen, prompt + rejected, False, (end, end), control_text)
 
-    def _prepare_messages(self, pair: Pair) -> _Prepared:
-        prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
-        assert not isinstance(prompt, str)
-        assert not isinstance(chosen, str)
-        assert not isinstance(rejected, str)
+    def _prepare_messages(self, pair: Pair) -> Prepared:
         if not self.chat_template:
             raise ValueError(
                 "The tokenizer has no chat template for data in messages: use an instruct model's tokenizer, set the "
                 "data's `chat_template`, or give the data as text."
             )
         self._refuse_special(pair)
-        left, right = self._render(prompt + chosen, pair), self._render(prompt + rejected, pair)
-        before = self._render(prompt, pair, generation_prompt=True)
-        if not (left.startswith(before) and right.startswith(before)):
-            before = left[: _shared(self._render([*prompt, _PROBE], pair), left, right)]
-        (left, left_end), (right, right_end) = self._finished(left), self._finished(right)
-        return _Prepared(before, left, right, True, (left_end, right_end))
-
-    def _render(self, messages: list[Message], pair: Pair, generation_prompt: bool = False) -> str:
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.chat_template, add_generation_prompt=generation_prompt, tokenize=False
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            remedy = f'it says "{error}": change the turns, or set `on_bad_row: skip`'
-            raise RowError(pair.row, None, "the chat template refuses the conversation", remedy) from error
-        return str(text)
+        return Renderer(self.tokenizer, self.chat_template, self._special, self._end, self.keep_template_end)(pair)
 
     def _one_bos(self, ids: list[int]) -> list[int]:
         """Ids of a rendered text, which brings its own BOS; exactly one, even if the template doubles it."""
@@ -270,14 +237,11 @@ class PairEncoder:
             ids = ids[1:]
         return ids
 
-    def _finished(self, text: str) -> tuple[str, list[int]]:
-        """A rendered conversation and the ids behind it: ended by the template's own special token, or by the EOS."""
-        stripped = text.rstrip()
-        return (stripped, []) if stripped.endswith(self._special) else (text, self._end())
-
     def _refuse_special(self, pair: Pair) -> None:
-        for column, content in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
-            for text in _texts(content):
+        more = [("tools", json.dumps(list(pair.tools), ensure_ascii=False))]
+        more += [("chat_template_kwargs", json.dumps(dict(pair.template_options), ensure_ascii=False))]
+        for column, content in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected), *more):
+            for text in texts(content):
                 if found := self._find_special(text):
                     remedy = f"it would act as a token: remove {found[0]!r}, or set `on_bad_row: skip`"
                     raise RowError(pair.row, column, "the text spells a special token", remedy)
@@ -302,7 +266,13 @@ class PairEncoder:
         if chosen == rejected:
             remedy = f"they first differ after {room} tokens: raise `max_length` or set `on_bad_row: skip`"
             raise RowError(pair.row, "rejected", "chosen and rejected are identical after truncation", remedy)
-        return replace(encoded, prompt=prompt, chosen=chosen, rejected=rejected, truncated=True)
+        for column, completion in (("chosen", chosen), ("rejected", rejected)):
+            if not any(i >= 0 for i in completion):
+                remedy = "raise `max_length`, or set `on_bad_row: skip`"
+                raise RowError(pair.row, column, "truncation leaves nothing of the assistant's", remedy)
+        before, after = (encoded.prompt, encoded.chosen, encoded.rejected), (prompt, chosen, rejected)
+        cut = sum((len(a) < len(b)) << bit for bit, (a, b) in enumerate(zip(after, before, strict=True)))
+        return replace(encoded, prompt=prompt, chosen=chosen, rejected=rejected, truncated=True, cut=cut)
 
 
 def read_template(given: str) -> str:
@@ -319,16 +289,19 @@ def read_template(given: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _shared(first: Sequence[object], *others: Sequence[object]) -> int:
-    """Length of the longest prefix that all the sequences share."""
-    if all(other[: len(first)] == first for other in others):
-        return len(first)
-    differ = (i for i, items in enumerate(zip(first, *others, strict=False)) if len(set(items)) > 1)
-    return next(differ, min(map(len, others)))
+def _masked(ids: list[int], starts: Sequence[list[int]]) -> list[int]:
+    """Ids of a sequence, those that the assistant does not say as `~id`.
 
-
-def _texts(content: Content) -> list[str]:
-    return [content] if isinstance(content, str) else [message["content"] for message in content]
+    Args:
+        ids: The whole sequence.
+        starts: Ids of the text up to where the assistant ends, up to where it begins again, and so on. A token that
+            reaches over such a place belongs to what is behind it.
+    """
+    places = [shared(start, ids) for start in starts]
+    masked = list(ids)
+    for start, end in zip(places[::2], places[1::2], strict=True):
+        masked[start:end] = [~i for i in ids[start:end]]
+    return masked
 
 
 def _added_at_start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

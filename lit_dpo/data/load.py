@@ -2,19 +2,18 @@
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, get_args
 
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.read import MAX_LINE_BYTES, read_rows, source_name
-from lit_dpo.data.rows import LayoutError, Pair, RowError, parse_row
+from lit_dpo.data.report import LoadReport
+from lit_dpo.data.rows import Arranged, LayoutError, NoPreferenceError, Pair, Reading, RowError, arrange, pairs_of
 from lit_dpo.data.token_store import enough
 from lit_dpo.data.values import with_values
 
-OnBadRow = Literal["error", "skip"]
-_EXAMPLES = 3
+OnBadRow = Literal["error", "warn", "skip"]
 
 
 class Encoder(Protocol):
@@ -93,55 +92,13 @@ class RowSink(Protocol):
         """Take one more row."""
 
 
-@dataclass(slots=True)
-class LoadReport:
-    """What became of the rows of one load. All numbers count rows.
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Rows, mostly one, and the pairs that they make, each with the locations of its rows; or what is wrong."""
 
-    Args:
-        read: Rows found.
-        kept: Rows returned.
-        skipped: Reason -> rows refused for it.
-        examples: Reason -> locations of the first few.
-        truncated: Kept rows that were cut to the length limit.
-        healed: Kept rows whose prompt gave its last token to the completions.
-        control_text: Kept rows of text that spells a special token, encoded as ordinary characters.
-        duplicates: Kept rows with the same tokens as an earlier one. Legal: they weigh double.
-        contradictory: Kept rows with the tokens of an earlier one, but chosen and rejected swapped.
-    """
-
-    read: int = 0
-    kept: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    truncated: int = 0
-    healed: int = 0
-    control_text: int = 0
-    duplicates: int = 0
-    contradictory: int = 0
-
-    def __str__(self) -> str:
-        notable = {
-            "truncated": self.truncated,
-            "healed at the prompt's end": self.healed,
-            "with special tokens spelled out as text": self.control_text,
-            "exact duplicates": self.duplicates,
-            "contradicting an earlier row": self.contradictory,
-        }
-        counts = [f"{self.read} rows read", f"{self.kept} kept", f"{self.skipped.total()} skipped"]
-        lines = [", ".join(counts + [f"{n} {what}" for what, n in notable.items() if n])]
-        if self.skipped:
-            reasons = (
-                f"{n}x {reason} ({', '.join(self.examples[reason])})" for reason, n in self.skipped.most_common()
-            )
-            lines.append("skipped: " + "; ".join(reasons))
-        return "\n".join(lines)
-
-    def skip(self, error: RowError) -> None:
-        """Count a refused row."""
-        self.skipped[error.reason] += 1
-        places = self.examples.setdefault(error.reason, [])
-        if len(places) < _EXAMPLES:
-            places.append(error.where)
+    rows: tuple[str, ...]
+    pairs: Sequence[tuple[Pair, tuple[str, ...]]] = ()
+    problem: RowError | None = None
 
 
 def load_pairs(
@@ -151,6 +108,8 @@ def load_pairs(
     on_bad_row: OnBadRow = "error",
     max_line_bytes: int = MAX_LINE_BYTES,
     values: Sequence[str] = (),
+    reading: Reading | None = None,
+    max_bad_share: float = 1.0,
     into: RowSink | None = None,
 ) -> tuple[list[EncodedRow], LoadReport]:
     """Read, parse and encode data sets, in the order given.
@@ -159,84 +118,149 @@ def load_pairs(
         specs: Data sets, as `read_rows` takes them, or rows in memory.
         encoder: A `PairEncoder`, or a `TokenCache` around one.
         columns: Our column name -> the files', for names that are not known.
-        on_bad_row: `error` raises on the first bad row, `skip` counts it and goes on.
+        on_bad_row: `error` raises the first bad row, and says how many more there are; `skip` and `warn` count them
+            and go on.
         max_line_bytes: See `read_rows`.
         values: The files' names of columns of numbers to keep, which every row must have.
+        reading: How rows are read besides that; see `Reading`.
+        max_bad_share: Most malformed rows to go on with, as a share of the rows read.
         into: Takes the rows in the place of the list that is returned, which then stays empty.
 
     Raises:
         RowError: A row must not be trained on, and `on_bad_row` is `error`; or a file is damaged.
         LayoutError: The same for unknown columns and missing `values`; with `skip` too, if no row of a data set has
             what is needed.
-        ValueError: No row is left to train on.
+        ValueError: No row is left to train on, or too many are malformed.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise ValueError(f"`on_bad_row` must be `error` or `skip`, got `{on_bad_row}`.")
+    if on_bad_row not in get_args(OnBadRow):
+        raise ValueError(f"`on_bad_row` must be `error`, `warn` or `skip`, got `{on_bad_row}`.")
+    reading = reading or Reading()
+    reading = replace(reading, columns=columns) if columns else reading
+    reading = replace(reading, ignored_columns=[*reading.ignored_columns, *values])  # which are read as numbers
     rows: list[EncodedRow] = []
-    report = LoadReport()
-    seen: set[bytes] = set()
-
-    def settle(source: str, chunk: list[Pair | RowError]) -> None:
-        """Encode a chunk, and account for each of its rows in their order."""
-        items, chunk[:] = list(chunk), []
-        if on_bad_row == "error":  # nothing behind the first bad row matters
-            bad = next((i for i, item in enumerate(items) if not isinstance(item, Pair)), len(items))
-            items = items[: bad + 1]
-        encoded = iter(encoder.many([item for item in items if isinstance(item, Pair)]))
-        for item in items:
-            report.read += 1
-            result = next(encoded) if isinstance(item, Pair) else item
-            if isinstance(item, Pair) and isinstance(result, Encoded):
-                report.kept += 1
-                (rows if into is None else into).append(EncodedRow(result, source, item.row, item.values))
-                _note(result, report, seen)
-            elif isinstance(result, RowError):
-                if on_bad_row == "error":
-                    raise result
-                report.skip(result)
-
-    for spec in specs:
-        source = spec.name if isinstance(spec, Rows) else source_name(spec)
-        unknown: LayoutError | None = None
-        known = False
-        chunk: list[Pair | RowError] = []
-        try:
-            found = spec if isinstance(spec, Rows) else read_rows(spec, chunk.append, max_line_bytes)
-            for where, row in found:
-                try:
-                    chunk.append(with_values(parse_row(row, source, where, columns), row, values))
-                    known = True
-                except LayoutError as error:
-                    unknown = unknown or error
-                    chunk.append(error)
-                except RowError as error:
-                    known = True
-                    chunk.append(error)
-                if len(chunk) >= enough(report.read):
-                    settle(source, chunk)
-        except (ValueError, OSError):
-            settle(source, chunk)  # an error of the reader does not go before those of earlier rows
-            raise
-        settle(source, chunk)
-        if unknown and not known:
-            raise unknown
+    load = _Load(encoder, reading, values, rows if into is None else into)
+    try:
+        for spec in specs:
+            load.source(spec, max_line_bytes)
+    except (ValueError, OSError) as error:
+        if on_bad_row == "error" and load.first is not None and error is not load.first:
+            raise load.first.with_others(load.report.others(load.first)) from error
+        raise
+    report = load.report
+    if on_bad_row == "error" and load.first is not None:
+        raise load.first.with_others(report.others(load.first))
     if not report.kept:
         raise ValueError(
             f"No row to train on in {', '.join(map(str, specs)) or 'an empty list'}; correct the data. {report}."
         )
+    if report.bad.total() > max_bad_share * report.read:
+        raise ValueError(
+            f"{report.bad.total()} of {report.read} rows are malformed, more than the share of {max_bad_share:g} that "
+            f"`max_bad_share` allows: correct the data, or raise it. {report}."
+        )
     return rows, report
 
 
-def _note(encoded: Encoded, report: LoadReport, seen: set[bytes]) -> None:
-    report.truncated += encoded.truncated
-    report.healed += encoded.healed
-    report.control_text += encoded.control_text
-    key = _digest(encoded.prompt, encoded.chosen, encoded.rejected)
-    if key in seen:
-        report.duplicates += 1
-    elif _digest(encoded.prompt, encoded.rejected, encoded.chosen) in seen:
-        report.contradictory += 1
-    seen.add(key)
+class _Load:
+    """One load as it goes on."""
+
+    def __init__(self, encoder: Encoder, reading: Reading, values: Sequence[str], into: RowSink) -> None:
+        self.encoder, self.reading, self.values, self.rows = encoder, reading, values, into
+        self.report = LoadReport()
+        self.first: RowError | None = None
+        self._seen: set[bytes] = set()
+        self._items: list[_Item] = []
+
+    def source(self, spec: str | Rows, max_line_bytes: int) -> None:
+        """Take in all rows of a data set."""
+        source = spec.name if isinstance(spec, Rows) else source_name(spec)
+        unknown: LayoutError | None = None
+        known = False
+        groups: dict[str, list[Arranged]] = {}  # of layouts with one answer a row, by prompt
+        try:
+            found = spec if isinstance(spec, Rows) else read_rows(spec, self._refuse, max_line_bytes)
+            for where, row in found:
+                try:
+                    arranged = arrange(row, where, self.reading)
+                    if arranged.layout.grouped:
+                        groups.setdefault(repr(arranged.answers.prompt), []).append(arranged)
+                    else:
+                        self._items.append(self._item([arranged], source))
+                    known = True
+                except LayoutError as error:
+                    unknown = unknown or error
+                    self._refuse(error)
+                except RowError as error:
+                    known = True
+                    self._refuse(error)
+                if len(self._items) >= enough(self.report.read):
+                    self._settle()
+            for group in groups.values():
+                self._items.append(self._group(group, source))
+                if len(self._items) >= enough(self.report.read):
+                    self._settle()
+        finally:  # an error of the reader does not go before those of earlier rows
+            self._settle()
+        if unknown and not known:
+            raise unknown
+
+    def _refuse(self, error: RowError) -> None:
+        self._items.append(_Item((error.where,), problem=error))
+
+    def _item(self, rows: Sequence[Arranged], source: str) -> _Item:
+        made = []
+        for pair, better, worse in pairs_of(rows, source, self.reading):
+            where = dict.fromkeys((better.cells.where, worse.cells.where))
+            made.append((with_values(pair, better.row, self.values), tuple(where)))
+        return _Item(tuple(row.cells.where for row in rows), made)
+
+    def _group(self, rows: Sequence[Arranged], source: str) -> _Item:
+        try:
+            return self._item(rows, source)
+        except RowError as error:
+            return _Item(tuple(row.cells.where for row in rows), problem=error)
+
+    def _settle(self) -> None:
+        """Encode what was read, and account for each row in the order of the rows."""
+        items, self._items = self._items, []
+        try:
+            encoded = iter(self.encoder.many([pair for item in items for pair, _ in item.pairs]))
+        except ValueError:
+            bad = [item.problem for item in items if item.problem and not isinstance(item.problem, NoPreferenceError)]
+            self.first = self.first or (bad[0] if bad else None)
+            raise
+        for item in items:
+            self._account(item, [(pair, rows, next(encoded)) for pair, rows in item.pairs])
+
+    def _account(self, item: _Item, results: Sequence[tuple[Pair, tuple[str, ...], Encoded | RowError]]) -> None:
+        used = {row for _, rows, result in results if isinstance(result, Encoded) for row in rows}
+        problem = item.problem
+        for pair, _, result in results:
+            if isinstance(result, Encoded):
+                self.rows.append(EncodedRow(result, pair.source, pair.row, pair.values))
+                self.report.keep(pair, result)
+                self._compare(result, pair.row)
+            elif used:
+                self.report.lost[result.reason] += 1
+            else:
+                problem = problem or result
+        rest = NoPreferenceError(item.rows[0], None, "in no pair of the policy", "see `pairs`")
+        for row in item.rows:
+            self.report.read += 1
+            if row in used:
+                self.report.kept += 1
+            else:
+                self.report.skip(problem or rest, row)
+        if problem and not used and not isinstance(problem, NoPreferenceError):
+            self.first = self.first or problem
+
+    def _compare(self, encoded: Encoded, row: str) -> None:
+        key = _digest(encoded.prompt, encoded.chosen, encoded.rejected)
+        if key in self._seen:
+            self.report.repeat(row, swapped=False)
+        elif _digest(encoded.prompt, encoded.rejected, encoded.chosen) in self._seen:
+            self.report.repeat(row, swapped=True)
+        self._seen.add(key)
 
 
 def _digest(*ids: list[int]) -> bytes:

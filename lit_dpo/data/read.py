@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lit_dpo.data.rows import RowError
+from lit_dpo.data.specs import bracketed, split_off
 from lit_dpo.files import refuse_special
 
 Row = tuple[str, dict[str, object]]
@@ -39,7 +40,8 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None, max_line_bytes: int
             files, not searched deeper; a folder written by `save_to_disk`; a dataset name on the hub; or
             `quickstart`, the set in the package. A folder or hub name may end in `:split`; without it,
             `train` is read, or everything in a folder whose file names tell no splits. Hub data goes
-            through `datasets` and its guesses about JSON.
+            through `datasets` and its guesses about JSON. A hub name may have a configuration, a revision
+            and files in brackets: `org/set[config, revision=v1, data_files=part/*.json]:split`.
         on_bad_row: Called with each row that cannot be read when the ones behind it can; without it, the
             first is raised. Damage to a whole file is always raised.
         max_line_bytes: Most bytes, decompressed, of a line of JSON, of a row of CSV, and of a whole `.json` file that
@@ -55,7 +57,7 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None, max_line_bytes: int
         with importlib.resources.as_file(importlib.resources.files("lit_dpo.data") / "quickstart.jsonl") as path:
             yield from _read_file(path, QUICKSTART, bad, max_line_bytes)
         return
-    name, split = _split_off(spec)
+    name, split = split_off(spec)
     path = Path(name).expanduser()
     if path.is_dir():
         if any((path / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json")):
@@ -75,7 +77,7 @@ def read_rows(spec: str, on_bad_row: OnBadRow | None = None, max_line_bytes: int
 
 def missing(spec: str) -> str | None:
     """What is wrong with a source that looks like a path where nothing is; `None` if there is something to try."""
-    name = _split_off(spec)[0]
+    name = split_off(spec)[0]
     path = Path(name).expanduser()
     looks = name.startswith((".", "/", "~")) or bool(_suffix(path))
     return _not_found(path) if looks and not path.exists() else None
@@ -87,7 +89,7 @@ def files_of(spec: str) -> list[Path] | None:
     Raises:
         ValueError: There is no such split, or no data file in the folder.
     """
-    name, split = _split_off(spec)
+    name, split = split_off(spec)
     path = Path(name).expanduser()
     if path.is_dir():
         if any((path / marker).exists() for marker in ("dataset_info.json", "dataset_dict.json")):
@@ -103,25 +105,17 @@ def source_name(spec: str) -> str:
         >>> source_name("data/hh_harmless/train.jsonl.gz"), source_name("my_pairs.csv"), source_name("org/set:test")
         ('hh_harmless', 'my_pairs', 'org/set')
     """
-    name = _split_off(spec)[0]
+    name = split_off(spec)[0]
     path = Path(name).expanduser()
     suffix = _suffix(path)
     if not suffix:
-        return path.absolute().name if path.exists() else name
+        return path.absolute().name if path.exists() else bracketed(name)[0]
     stem = path.name.removesuffix(".gz").removesuffix(suffix)
     return path.absolute().parent.name or stem if _SPLIT_FILE.fullmatch(stem) else stem
 
 
 def _raise(error: RowError) -> None:
     raise error
-
-
-def _split_off(spec: str) -> tuple[str, str | None]:
-    """`name:split` -> name and split, unless a file is really called that."""
-    name, colon, split = spec.rpartition(":")
-    if not colon or not re.fullmatch(r"\w+", split) or Path(spec).expanduser().exists():
-        return spec, None
-    return name, split
 
 
 def _suffix(path: Path) -> str:
@@ -323,12 +317,13 @@ def _read_datasets(folder: Path | None, name: str, split: str | None) -> Iterato
     """A `save_to_disk` folder, or a hub name if `folder` is None."""
     import datasets
 
+    hub, options = bracketed(name)
     try:
         for file in () if folder is None else folder.rglob("*"):
             if not file.is_dir():
                 refuse_special(file)
         if folder is None:
-            data = datasets.load_dataset(name, split=split or "train")
+            data = datasets.load_dataset(hub, split=split or "train", **options)
         else:
             data = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:

@@ -1,216 +1,97 @@
-"""Row layouts: any known arrangement of columns becomes one `Pair`, anything else an error that names the row.
+"""Rows to pairs: a row of any known layout becomes pairs that are fit to be trained on, or an error that names it.
 
-A layout is one function in `LAYOUTS`. It returns the three parts of a pair, or None if the row is not
-arranged its way; the first that answers wins. Layouts only arrange: what makes a pair fit for training is
-checked once, for all of them, in `parse_row`.
+Layouts only arrange; see `lit_dpo.data.layouts`. What makes a pair fit for training is checked here, once for all.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TypedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+from lit_dpo.data.cells import Cells
+from lit_dpo.data.layouts import COLUMNS, Answer, Answers, Layout, find_layout, refuse_unused
+from lit_dpo.data.layouts.base import assistant, is_transcript, transcript, user
+from lit_dpo.data.pair import Content, LayoutError, Message, NoPreferenceError, Pair, RowError, names
+
+__all__ = [
+    "Arranged",
+    "Content",
+    "LayoutError",
+    "Message",
+    "NoPreferenceError",
+    "Pair",
+    "PairPolicy",
+    "Reading",
+    "RowError",
+    "RowMap",
+    "arrange",
+    "detect",
+    "pairs_of",
+    "parse_row",
+]
+
+PairPolicy = Literal["best_worst", "adjacent", "all"]
+"""Which pairs are made of several ranked answers to a prompt."""
+RowMap = Callable[[dict[str, Any]], dict[str, Any] | None]
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
-class Message(TypedDict):
-    """One turn of a conversation; `role` is `system`, `user` or `assistant`."""
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read.
 
-    role: str
-    content: str
+    Args:
+        columns: Our column name -> the file's, for names we do not know: `{"prompt": "q", "chosen": "good"}`.
+        text_as_turns: Render rows of plain text as turns of a conversation, through the chat template.
+        pairs: Of several ranked answers: the best with the worst, each with the next one, or every two.
+        max_pairs: Most pairs of one prompt, those with the largest difference first; `None` for all.
+        ignored_columns: Columns that are no part of the prompt and no label, whatever their names say.
+        rows: A function from a row to a row of a known layout, or to `None` for a row to be left out.
 
+    Raises:
+        ValueError: An option is out of its range.
+    """
 
-Content = str | list[Message]
-Parts = tuple[Content, Content, Content]
-"""Prompt, chosen and rejected: all three text, or all three lists of messages."""
+    columns: Mapping[str, str] | None = None
+    text_as_turns: bool = False
+    pairs: PairPolicy = "best_worst"
+    max_pairs: int | None = None
+    ignored_columns: Sequence[str] = ()
+    rows: RowMap | None = None
+
+    def __post_init__(self) -> None:
+        if self.pairs not in get_args(PairPolicy):
+            raise ValueError(f"`pairs` must be one of {', '.join(get_args(PairPolicy))}, got `{self.pairs}`.")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ValueError(f"`max_pairs` must be at least 1, got {self.max_pairs}.")
+        for ours in self.columns or ():
+            if ours not in COLUMNS:
+                raise ValueError(f"`columns` maps `{ours}`, which is no column of ours; map {names(COLUMNS)}.")
+
+    def identity(self) -> dict[str, object] | None:
+        """Everything that decides what becomes of a row, as plain values; None with a function, which may do anything.
+
+        >>> Reading(pairs="all").identity()["pairs"], Reading(rows=dict).identity()
+        ('all', None)
+        """
+        if self.rows is not None:
+            return None
+        found = {option.name: getattr(self, option.name) for option in fields(self)}
+        return found | {"columns": dict(self.columns or {}), "ignored_columns": list(self.ignored_columns)}
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    r"""A preference: of two completions of one prompt, `chosen` is the better one.
-
-    Text completions continue the prompt verbatim. Message completions are exactly one assistant message.
-
-    Args:
-        prompt: What both completions answer; never empty, and as messages it ends with a user turn.
-        chosen: The preferred completion; never blank.
-        rejected: The other completion; never blank, never equal to `chosen`.
-        source: Name of the data set, for partitions and per-source metrics.
-        row: Where a person finds the row, such as `path/file.jsonl:17`.
-        values: Numbers of the row that were asked for, by column name; all finite.
-
-    Example:
-        >>> pair = parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, "sums", "sums.jsonl:1")
-        >>> pair.prompt, pair.chosen, pair.rejected
-        ('2+2=', '4', '5')
-    """
-
-    prompt: Content
-    chosen: Content
-    rejected: Content
-    source: str
-    row: str
-    values: Mapping[str, float] = field(default_factory=dict)
-
-
-class RowError(ValueError):
-    """A row that must not be trained on.
-
-    Args:
-        where: Location of the row, such as `path/file.jsonl:17`.
-        column: The column at fault; None if it is the row as a whole.
-        reason: What is wrong, in words that are the same for every such row, so that rows can be counted by it.
-        remedy: What to do about it, with this row's particulars.
-    """
-
-    def __init__(self, where: str, column: str | None, reason: str, remedy: str) -> None:
-        super().__init__(where, column, reason, remedy)  # the arguments, so that pickle can rebuild the error
-        self.where = where
-        self.column = column
-        self.reason = reason
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        column = f", column `{self.column}`" if self.column else ""
-        return f"{self.where}{column}: {self.reason}; {self.remedy}."
-
-
-class LayoutError(RowError):
-    """The columns fit no known layout. Usually true of every row of a file, so skipping rows does not help."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cells:
-    """One row's cells, read as what a layout expects of them; every complaint knows the row."""
+class Arranged:
+    """A row as its layout reads it, before pairs are made of it."""
 
     row: Mapping[str, object]
-    where: str
-
-    def has(self, *columns: str) -> bool:
-        """Whether the row has all these columns, whatever is in them."""
-        return all(column in self.row for column in columns)
-
-    def lists(self, column: str) -> bool:
-        """Whether the cell holds messages (a list, or a single message) rather than text."""
-        return isinstance(self.row.get(column), list | dict)
-
-    def error(self, column: str | None, reason: str, remedy: str) -> RowError:
-        """The error to raise about a column of this row."""
-        return RowError(self.where, column, reason, remedy)
-
-    def text(self, column: str) -> str:
-        """The cell as text; blank text is left for `parse_row` to judge."""
-        text = self._string(self.row[column], column)
-        if _spells_messages(text):
-            raise self.error(column, "messages are written as one string", "decode it into a list of messages")
-        return text
-
-    def messages(self, column: str) -> list[Message]:
-        """The cell as messages with our own role names. A single message counts as a list of one."""
-        cell = self.row[column]
-        if isinstance(cell, dict):
-            cell = [cell]
-        if not isinstance(cell, list):
-            reason = f"{_kind(cell)} where messages are expected"
-            raise self.error(column, reason, "give all columns as messages or all as text")
-        return [self._message(message, column) for message in cell]
-
-    def _message(self, message: object, column: str) -> Message:
-        if not isinstance(message, dict):
-            raise self.error(column, "a message is not an object", f"write role and content, not {_kind(message)}")
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if message.get("tool_calls") or role in _TOOL_ROLES:
-            raise self.error(column, "tool calls are not supported yet", "remove such rows or set `on_bad_row: skip`")
-        if not isinstance(role, str) or role not in _ROLES:
-            raise self.error(column, "unknown role", f"use system, user or assistant instead of {role!r}")
-        if isinstance(content, list):
-            raise self.error(column, "message content in parts is not supported", "join its text parts into one string")
-        return {"role": _ROLES[role], "content": self._string(content, column)}
-
-    def _string(self, value: object, column: str) -> str:
-        if not isinstance(value, str):
-            raise self.error(column, f"{_kind(value)} where text is expected", "write the text, as a string")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise self.error(column, "text is not valid Unicode", "remove its lone surrogates") from None
-        return value
-
-
-Layout = Callable[[Cells], Parts | None]
-
-_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-_ADD_PROMPT = "add a `prompt` column, or name the column that holds it by `columns: {prompt: ...}`"
-_TOOL_ROLES = ("tool", "function", "function_call", "observation")
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_MESSAGE_START = re.compile(r"""\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
-_PARTNER_KEY = {"role": "content", "content": "role", "from": "value", "value": "from"}
-
-
-def explicit_messages(cells: Cells) -> Parts | None:
-    """`prompt` is a list of messages; `chosen` and `rejected` are the assistant's message, alone or in a list."""
-    if not (cells.has("prompt", "chosen", "rejected") and cells.lists("prompt")):
-        return None
-    return cells.messages("prompt"), cells.messages("chosen"), cells.messages("rejected")
-
-
-def prompt_repeated(cells: Cells) -> Parts | None:
-    """`prompt` is text, `chosen` and `rejected` are whole conversations that open with it (UltraFeedback)."""
-    if not (cells.has("prompt") and (cells.lists("chosen") or cells.lists("rejected"))):
-        return None
-    parts = implicit_messages(cells)
-    if parts is None:
-        return None
-    opening = next((m["content"] for m in parts[0] if isinstance(m, dict) and m["role"] == "user"), "")
-    if cells.text("prompt").strip() != opening.strip():
-        raise cells.error("prompt", "the prompt is not the first user turn", "correct it or drop the column")
-    return parts
-
-
-def explicit_text(cells: Cells) -> Parts | None:
-    """`prompt`, `chosen` and `rejected` are text; the completions continue the prompt verbatim."""
-    if not cells.has("prompt", "chosen", "rejected"):
-        return None
-    return cells.text("prompt"), cells.text("chosen"), cells.text("rejected")
-
-
-def implicit_messages(cells: Cells) -> Parts | None:
-    """`chosen` and `rejected` are whole conversations; they share all turns up to the assistant's last.
-
-    The prompt ends at the last shared turn that is not the assistant's, so replies that begin with the
-    same words, or even the same message, are never taken into the prompt.
-    """
-    if not (cells.has("chosen", "rejected") and (cells.lists("chosen") or cells.lists("rejected"))):
-        return None
-    chosen, rejected = cells.messages("chosen"), cells.messages("rejected")
-    for column, conversation in (("chosen", chosen), ("rejected", rejected)):
-        if not conversation:
-            raise cells.error(column, "the conversation is empty", "fill it in or remove the row")
-    shared = 0
-    for i, (left, right) in enumerate(zip(chosen, rejected, strict=False)):
-        if left != right:
-            break
-        if left["role"] != "assistant":
-            shared = i + 1
-    if not shared:
-        raise cells.error("rejected", "the conversations share no prompt", _ADD_PROMPT)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def hh_text(cells: Cells) -> Parts | None:
-    r"""`chosen` and `rejected` are transcripts with `\n\nHuman:` and `\n\nAssistant:` turns (HH-RLHF).
-
-    The prompt runs through the last `\n\nAssistant:`; the space behind it belongs to the completion.
-    """
-    if not cells.has("chosen", "rejected"):
-        return None
-    (prompt, chosen), (other, rejected) = (_split_hh(cells, column) for column in ("chosen", "rejected"))
-    if prompt != other:
-        raise cells.error("rejected", "the prompts differ", "let both have all but the last reply in common")
-    return prompt, chosen, rejected
-
-
-LAYOUTS: tuple[Layout, ...] = (explicit_messages, prompt_repeated, explicit_text, implicit_messages, hh_text)
-KNOWN_COLUMNS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
-"""What `LayoutError` compares a file's columns with; the first is the one to recommend."""
+    layout: Layout
+    answers: Answers
+    cells: Cells
+    tools: Sequence[Any]
+    template_options: Mapping[str, Any]
 
 
 def detect(row: Mapping[str, object], where: str = "row") -> str:
@@ -220,127 +101,243 @@ def detect(row: Mapping[str, object], where: str = "row") -> str:
         LayoutError: No layout has these columns.
         RowError: A layout has them, but the row cannot be read its way.
     """
-    return _arrange(Cells(row, where))[0].__name__
+    return arrange(row, where, Reading()).layout.name
 
 
 def parse_row(row: Mapping[str, object], source: str, where: str, columns: Mapping[str, str] | None = None) -> Pair:
-    """Turn a row of any known layout into a pair that is fit to be trained on.
+    """Turn a row of any known layout into a pair that is fit to be trained on: its only one, or its first.
 
-    Extra columns are ignored, except a filled `tools`, which would change the prompt. An empty system
-    message is legal: it is how data sets switch a template's default system prompt off. All other turns
-    must hold text and alternate, user first, so that every chat template renders them alike.
+    Further columns are left aside, unless their names say that they belong to the prompt or are a label. An empty
+    system message is legal: it is how data sets switch a template's default system prompt off. All other turns must
+    hold text, or tool calls, and alternate, so that every chat template renders them alike.
 
     Args:
         row: Column name -> cell.
         source: Name of the data set.
         where: Location of the row, for messages.
-        columns: Our column name -> the file's, for names we do not know: `{"prompt": "q", "chosen": "good"}`.
+        columns: See `Reading`.
 
     Raises:
         LayoutError: No layout has these columns.
-        RowError: The row is malformed.
+        RowError: The row is malformed, or prefers nothing.
     """
-    cells = Cells(_rename(row, columns, where) if columns else row, where)
-    prompt, chosen, rejected = _arrange(cells)[1]
-    if cells.row.get("tools"):
-        raise cells.error("tools", "tools are not supported yet", "remove such rows or set `on_bad_row: skip`")
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise cells.error("prompt", "the prompt is empty", "fill it in or set `on_bad_row: skip`")
+    reading = Reading(columns)
+    arranged = arrange(row, where, reading)
+    if arranged.layout.grouped:
+        raise NoPreferenceError(
+            where, None, "one answer alone", "rows of one prompt make pairs together: load the file"
+        )
+    return pairs_of([arranged], source, reading)[0][0]
+
+
+def arrange(row: Mapping[str, object], where: str, reading: Reading) -> Arranged:
+    """Read a row by its layout; see `parse_row`."""
+    if reading.rows is not None:
+        row = _mapped(row, where, reading.rows)
+    cells = Cells(_rename(row, reading.columns, where) if reading.columns else row, where)
+    layout = find_layout(cells)
+    answers = layout.read(cells)
+    tools = _tools(cells, answers)
+    options = cells.json("chat_template_kwargs") or {}
+    if not isinstance(options, dict):
+        raise cells.error("chat_template_kwargs", "no object", "write names and values of the template's variables")
+    refuse_unused(cells, layout, reading.ignored_columns)
+    if isinstance(answers.prompt, str) and reading.text_as_turns:
+        answers = _turns(answers, cells)
+    if isinstance(answers.prompt, str):
+        if tools or options:
+            column = "tools" if tools else "chat_template_kwargs"
+            remedy = "give the row as messages, or set `text_as_turns: true`"
+            raise cells.error(column, "plain text is not rendered by a chat template", remedy)
+        if not answers.prompt.strip():
+            raise cells.error(answers.column, "the prompt is empty", "fill it in or set `on_bad_row: skip`")
     else:
-        _check_prompt(prompt, cells)
-    for column, completion in (("chosen", chosen), ("rejected", rejected)):
-        _check_completion(completion, column, cells)
-    if chosen == rejected:
-        raise cells.error("rejected", "chosen and rejected are identical", "remove the row, it holds no preference")
-    return Pair(prompt, chosen, rejected, source, where)
+        _check_turns(answers.prompt, cells, answers.column)
+        last = answers.prompt[-1]
+        if last["role"] == "assistant":
+            remedy = "move that turn into the completions"
+            raise cells.error(answers.column, "the prompt ends with an assistant turn", remedy)
+    for answer in answers.answers:
+        _check_completion(answer, answers.prompt, cells)
+    return Arranged(row, layout, answers, cells, tools, options)
 
 
-def _arrange(cells: Cells) -> tuple[Layout, Parts]:
-    for layout in LAYOUTS:
-        parts = layout(cells)
-        if parts is not None:
-            return layout, parts
-    raise _layout_error(cells.row, cells.where)
+def pairs_of(rows: Sequence[Arranged], source: str, reading: Reading) -> list[tuple[Pair, Arranged, Arranged]]:
+    """The pairs of one row, or of rows that hold answers to one prompt, by the policy.
+
+    Each comes with the row of its chosen and the row of its rejected completion.
+
+    Raises:
+        RowError: There is none that can be trained on.
+    """
+    first = rows[0]
+    answers = [(answer, row) for row in rows for answer in row.answers.answers]
+    if len(answers) < 2:
+        raise NoPreferenceError(
+            first.cells.where, None, "no other answer to the prompt", "there is nothing to compare with"
+        )
+    found = []
+    problem: RowError | None = None
+    for (better, left), (worse, right) in _selected(answers, reading):
+        where = left.cells.where if left is right else f"{left.cells.where} and {right.cells.where}"
+        if better.content == worse.content:
+            remedy = "remove the row, it holds no preference"
+            column = worse.column
+            problem = problem or RowError(where, column, "chosen and rejected are identical", remedy)
+            continue
+        pair = Pair(first.answers.prompt, better.content, worse.content, source, where)
+        notes = (*dict.fromkeys([*left.cells.notes, *right.cells.notes, *_notes(pair, better, worse)]),)
+        layout = first.layout.name + (", as turns" if first.layout.verbatim and reading.text_as_turns else "")
+        options = first.template_options
+        pair = replace(pair, tools=first.tools, template_options=options, layout=layout, notes=notes)
+        found.append((pair, left, right))
+    if not found:
+        raise problem or NoPreferenceError(first.cells.where, None, "a tie", "no answer is better than another")
+    return found
 
 
-def _split_hh(cells: Cells, column: str) -> tuple[str, str]:
-    text = cells.text(column)
-    turns = _HH_TURN.findall(text)
-    if not text.strip() or "Assistant" not in turns:
-        raise cells.error(column, "the text has no prompt in it", _ADD_PROMPT)
-    if turns != ["Human", "Assistant"] * (len(turns) // 2):
-        raise cells.error(column, "Human and Assistant turns do not alternate", "correct or remove the row")
-    prompt, mark, reply = text.rpartition("\n\nAssistant:")
-    return prompt + mark, reply
+Scored = tuple[Answer, Arranged]
 
 
-def _check_prompt(prompt: list[Message], cells: Cells) -> None:
-    turns = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
-    column = "prompt" if cells.lists("prompt") else "chosen"
-    if not turns:
-        raise cells.error(column, "the prompt is empty", "give it at least one user turn")
-    for i, turn in enumerate(turns):
-        expected = ("user", "assistant")[i % 2]
-        if turn["role"] == "system":
-            raise cells.error(column, "a system message is not the first", "move it to the front")
-        if turn["role"] != expected:
-            twice = "the same role has two turns in a row" if i else "the conversation starts with the assistant"
-            raise cells.error(column, twice, f"merge or remove turns so that turn {i + 1} is the {expected}'s")
-        if not turn["content"].strip():
-            raise cells.error(column, "a message is empty", f"fill in or remove the {expected}'s turn")
-    if turns[-1]["role"] != "user":
-        raise cells.error(column, "the prompt ends with an assistant turn", "move that turn into the completions")
+def _selected(answers: Sequence[Scored], reading: Reading) -> list[tuple[Scored, Scored]]:
+    """Better and worse answers, by the policy; answers of one score make no pair."""
+    order = sorted(answers, key=lambda item: -item[0].score)
+    if reading.pairs == "best_worst":
+        pairs = [(order[0], order[-1])]
+    elif reading.pairs == "adjacent":
+        pairs = list(pairwise(order))
+    else:
+        pairs = [(one, other) for i, one in enumerate(order) for other in order[i + 1 :]]
+    pairs = [(one, other) for one, other in pairs if one[0].score > other[0].score]
+    if reading.max_pairs is not None:
+        pairs = sorted(pairs, key=lambda pair: pair[1][0].score - pair[0][0].score)[: reading.max_pairs]
+    return pairs
 
 
-def _check_completion(completion: Content, column: str, cells: Cells) -> None:
-    text = completion
-    if not isinstance(completion, str):
-        roles = [message["role"] for message in completion]
-        if roles and roles != ["assistant"]:
-            remedy = f"its roles are {', '.join(roles)}: cut it to the reply"
-            raise cells.error(column, "the completion is not one assistant message", remedy)
-        text = completion[0]["content"] if completion else ""
-    if not (isinstance(text, str) and text.strip()):
-        raise cells.error(column, "the completion is empty", "fill it in or set `on_bad_row: skip`")
+def _mapped(row: Mapping[str, object], where: str, function: RowMap) -> Mapping[str, object]:
+    try:
+        found: object = function(dict(row))
+    except Exception as error:
+        reason = f"the function in `rows` raised {type(error).__name__}"
+        remedy = f"it says {str(error)!r}: correct it, or return None for such rows"
+        raise RowError(where, None, reason, remedy) from error
+    if found is None:
+        raise NoPreferenceError(where, None, "left out by the function in `rows`", "it returned None")
+    if not isinstance(found, dict):
+        remedy = f"return a dictionary or None, not {type(found).__name__}"
+        raise RowError(where, None, "the function in `rows` gave no row", remedy)
+    return found
 
 
 def _rename(row: Mapping[str, object], columns: Mapping[str, str], where: str) -> dict[str, object]:
-    for ours in columns:
-        if ours not in KNOWN_COLUMNS[0]:
-            raise ValueError(f"`columns` maps `{ours}`, which is no column of ours; map {_names(KNOWN_COLUMNS[0])}.")
     missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing:
-        reason = f"`columns` names {_names(missing)}, which is not there"
-        raise LayoutError(where, None, reason, f"name some of {_names(row)}")
+        reason = f"`columns` names {names(missing)}, which is not there"
+        raise LayoutError(where, None, reason, f"name some of {names(row)}")
     kept = {name: cell for name, cell in row.items() if name not in columns.values()}
     return kept | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _layout_error(row: Mapping[str, object], where: str) -> LayoutError:
-    nearest = max(KNOWN_COLUMNS, key=lambda names: sum(name in row for name in names))
-    missing = [name for name in nearest if name not in row]
-    mapping = ", ".join(f"{name}: {next((c for c in row if name in c), '...')}" for name in missing)
-    remedy = f"the nearest has {_names(nearest)}: add {_names(missing)}, or set `columns: {{{mapping}}}`"
-    return LayoutError(where, None, f"the columns {_names(row)} fit no known layout", remedy)
+def _tools(cells: Cells, answers: Answers) -> Sequence[Any]:
+    """The row's tools, from a list or its JSON text."""
+    found = answers.tools if answers.tools is not None else cells.json("tools")
+    if found in (None, "", [], {}):
+        return ()
+    if not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+        raise cells.error("tools", "the tools are no list of objects", "write a list of function schemas")
+    return found
 
 
-def _spells_messages(text: str) -> bool:
-    """Whether a text is the JSON, or Python's repr, of a message or of a list of messages."""
-    text = text.strip()
-    start = _MESSAGE_START.match(text)
-    partner = _PARTNER_KEY[start[1]] if start else ""
-    return bool(partner) and text.endswith(("}", "]")) and (f'"{partner}"' in text or f"'{partner}'" in text)
+def _turns(answers: Answers, cells: Cells) -> Answers:
+    """Plain text as turns."""
+    assert isinstance(answers.prompt, str)
+    transcribed = is_transcript(answers.prompt)
+    prompt = transcript(answers.prompt, cells, answers.column) if transcribed else [user(answers.prompt)]
+    turns = []
+    for answer in answers.answers:
+        assert isinstance(answer.content, str)
+        text = answer.content.removeprefix(" ") if transcribed else answer.content
+        turns.append(replace(answer, content=[assistant(text)]))
+    return replace(answers, prompt=prompt, answers=tuple(turns))
 
 
-def _names(columns: Iterable[str]) -> str:
-    return ", ".join(f"`{column}`" for column in columns) or "(none)"
+# -- what a pair must be ----------------------------------------------------------------------------------------------
 
 
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a true/false value"
-    kinds = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a value")
+def _check_turns(turns: Sequence[Message], cells: Cells, column: str, after: Message | None = None) -> None:
+    """Refuse turns that do not alternate, or that hold nothing; `after` is the turn before them."""
+    rest = turns[1:] if after is None and turns and turns[0]["role"] == "system" else turns
+    if not rest:
+        raise cells.error(column, "the prompt is empty", "give it at least one user turn")
+    for i, turn in enumerate(rest):
+        previous = rest[i - 1] if i else after
+        expected = _may_follow(previous)
+        if turn["role"] == "system":
+            raise cells.error(column, "a system message is not the first", "move it to the front")
+        if turn["role"] not in expected:
+            twice, first = "the same role has two turns in a row", "the conversation starts with the assistant"
+            reason = twice if previous else first
+            if turn["role"] == "tool":
+                reason = "a tool answers that was not called"
+            remedy = f"merge or remove turns so that turn {i + 1} is the {' or '.join(expected)}'s"
+            raise cells.error(column, reason, remedy)
+        if not turn.get("tool_calls") and turn["role"] != "tool" and not turn.get("content", "").strip():
+            raise cells.error(column, "a message is empty", f"fill in or remove the {turn['role']}'s turn")
+
+
+def _may_follow(previous: Message | None) -> tuple[str, ...]:
+    if previous is None:
+        return ("user",)
+    if previous["role"] == "tool":
+        return ("assistant", "tool")
+    if previous["role"] == "user":
+        return ("assistant",)
+    return ("tool",) if previous.get("tool_calls") else ("user", "tool")
+
+
+def _check_completion(answer: Answer, prompt: Content, cells: Cells) -> None:
+    content, column = answer.content, answer.column
+    empty = cells.error(column, "the completion is empty", "fill it in or set `on_bad_row: skip`")
+    if isinstance(content, str):
+        if not content.strip():
+            raise empty
+        return
+    if not content:
+        raise empty
+    if all(not turn.get("content", "").strip() and not turn.get("tool_calls") for turn in content):
+        raise empty
+    assert not isinstance(prompt, str)
+    if content[0]["role"] != "assistant" or content[-1]["role"] != "assistant":
+        remedy = f"its roles are {', '.join(turn['role'] for turn in content)}: let it begin and end with the assistant"
+        raise cells.error(column, "the completion is not the assistant's", remedy)
+    _check_turns(content, cells, column, prompt[-1])
+
+
+def _notes(pair: Pair, better: Answer, worse: Answer) -> Iterator[tuple[str, str]]:
+    """What is legal and worth counting."""
+    question = _text(pair.prompt if isinstance(pair.prompt, str) else pair.prompt[-1:]).strip()
+    if _CONTROL.search(_text(pair.prompt)):
+        yield "control characters", "prompt"
+    for answer in (better, worse):
+        text = _text(answer.content)
+        if _CONTROL.search(text):
+            yield "control characters", answer.column
+        if question and text.strip().startswith(question):
+            yield "the prompt repeated in the completion", answer.column
+        if not isinstance(answer.content, str) and len(answer.content) > 1:
+            yield "completions of several messages", answer.column
+    if _bare(pair.chosen) == _bare(pair.rejected):
+        yield "completions that differ in white space around them alone", worse.column
+
+
+def _text(content: Content) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(turn.get("content", "") for turn in content)
+
+
+def _bare(content: Content) -> object:
+    """A completion without the white space around its texts."""
+    if isinstance(content, str):
+        return content.strip()
+    return [{**turn, "content": turn.get("content", "").strip()} for turn in content]

@@ -21,16 +21,17 @@ from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.encoding import ShownEncoder, SpreadEncoder
 from lit_dpo.data.load import EncodedRow, Encoder, Rows, load_pairs
 from lit_dpo.data.read import files_of
+from lit_dpo.data.report import LoadReport
 from lit_dpo.data.rows import Pair, RowError
 from lit_dpo.data.token_store import TokenStore, names_of, open_blocks
 from lit_dpo.data.token_writer import FLAGS, TokenWriter, of_flags
 from lit_dpo.files import read_json, refuse_special
-from lit_dpo.processes import rank_zero_info
+from lit_dpo.processes import rank_zero_info, rank_zero_warn
 
 _LAYOUT = 3  # of the files
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
 _PIECE = 32 << 20  # bytes of a data file that are hashed together
-_LABELS = ("source", "row", "values")  # of a pair: they do not decide its ids
+_LABELS = ("source", "row", "values", "layout", "notes")  # of a pair: they do not decide its ids
 
 
 class TokenCache:
@@ -161,7 +162,7 @@ class TokenCache:
     def __len__(self) -> int:
         return len(self._writer)
 
-    def keep(self, report: object = "") -> TokenStore:
+    def keep(self, report: str = "") -> TokenStore:
         """The rows that were taken in, kept on disk if they are many; a folder that cannot be written costs a line.
 
         Args:
@@ -227,29 +228,44 @@ def read_pairs(
     Args:
         given: As `load_pairs` takes them.
         encoder: Encodes what is not found.
-        options: The other arguments of `load_pairs`, by name.
+        options: The other arguments of `load_pairs`, by name, `reading` among them.
         keep: Find rows in the token cache, and keep them there.
 
     Raises:
         ValueError: As `load_pairs`.
     """
     specs = [spec if isinstance(spec, str) else f"rows: {spec.name}" for spec in given]
-    in_files = all(isinstance(spec, str) for spec in given)
     with SpreadEncoder(encoder) as spread:
         if not keep:
             writer = TokenWriter()
             with ShownEncoder(spread, partial(_count, given)) as shown:
-                _, report = load_pairs(given, shown, **options, into=writer)
-            return writer.finish(), str(report), 0
-        rows = TokenCache(encoder, specs, options if in_files else None, spread)
+                text = _account(load_pairs(given, shown, **options, into=writer)[1], encoder, options)
+            return writer.finish(), text, 0
+        rows = TokenCache(encoder, specs, _plain(given, options), spread)
         if whole := rows.whole():
             return *whole, rows.reused
         try:
             with ShownEncoder(rows, partial(_count, given)) as shown:
-                _, report = load_pairs(given, shown, **options, into=rows)
-            return rows.keep(report), str(report), rows.reused
+                text = _account(load_pairs(given, shown, **options, into=rows)[1], encoder, options)
+            return rows.keep(text), text, rows.reused
         finally:
             rows.close()
+
+
+def _plain(given: Sequence[str | Rows], options: Mapping[str, Any]) -> dict[str, object] | None:
+    """What decides which rows there are, as plain values; None where it cannot be told, or where rows are warned of."""
+    reading = options["reading"].identity()
+    if reading is None or options["on_bad_row"] == "warn" or not all(isinstance(spec, str) for spec in given):
+        return None
+    return {**options, "reading": reading}
+
+
+def _account(report: LoadReport, encoder: PairEncoder, options: Mapping[str, Any]) -> str:
+    """What became of the rows, with an overview; a warning names those left out, if that was asked for."""
+    if options["on_bad_row"] == "warn" and report.bad:
+        rank_zero_warn(f"{report.bad.total()} malformed rows are left out:\n" + "\n".join(report.bad_rows))
+    has_template = bool(encoder.chat_template or encoder.tokenizer.chat_template)
+    return f"{report}\n{report.overview(lambda ids: str(encoder.tokenizer.decode(ids)), has_template)}"
 
 
 def _count(given: Sequence[str | Rows]) -> int | None:

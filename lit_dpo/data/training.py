@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from lit_dpo.data.changes import record, refuse_changes
 from lit_dpo.data.dataset import PairDataset
+from lit_dpo.data.shares import drawn
 from lit_dpo.data.validation import held_out, overlap
 
 
@@ -17,27 +20,41 @@ class TrainingPairs:
         train: The training set.
         validation: A validation set of its own, which leaves the whole training set for training.
         fraction: Share of the training pairs to hold out without one, in [0, 1).
-        seed: Seed of that draw and of the order of pairs.
+        seed: Seed of these draws and of the order of pairs.
+        weights: Source -> how often its pairs are seen in an epoch; see `drawn`.
+        most: Most pairs of a source.
 
     Attributes:
-        pool: Row numbers of the training set that are not held out, ascending, int64.
-        held_out: The others.
-        said: What there is to say about the division.
+        pool: Row numbers of the training set that are trained on, ascending, int64; with weights some come twice.
+        held_out: Those that are held out.
+        said: What there is to say about the division, a line each.
 
     Raises:
         ValueError: All pairs share one prompt, so that none can be held out.
     """
 
-    def __init__(self, train: PairDataset, validation: PairDataset | None, fraction: float, seed: int) -> None:
+    def __init__(
+        self,
+        train: PairDataset,
+        validation: PairDataset | None,
+        fraction: float,
+        seed: int,
+        weights: Mapping[str, float] | None = None,
+        most: int | None = None,
+    ) -> None:
         self.train, self.validation, self.seed = train, validation, seed
         self.pool, self.held_out = torch.arange(len(train)), torch.arange(0)
-        self.said: str | None = f"none, as `validation_fraction` is 0; all {len(train)} pairs are trained on"
+        said: str | None = f"none, as `validation_fraction` is 0; all {len(train)} pairs are trained on"
         if validation is not None:
-            self.said = overlap(train, validation)
+            said = overlap(train, validation)
         elif fraction:
             chosen = held_out(train, fraction, seed)
             self.pool, self.held_out = self.pool[~chosen], self.pool[chosen]
-            self.said = f"{int(chosen.sum())} pairs held out of {len(train)}"
+            said = f"{int(chosen.sum())} pairs held out of {len(train)}"
+        self.said = [f"validation: {said}"] if said else []
+        if weights or most is not None:
+            self.pool = drawn(self.pool, train.sources, weights, most, seed)
+            self.said.append(f"train: {len(self.pool)} pairs an epoch, by `weights` and `max_per_source`")
         self.dataset, self.rows = train, self.pool
         self.chosen = False
 

@@ -39,8 +39,11 @@ def overlap(train: PairDataset, validation: PairDataset) -> str | None:
     first, second = (
         np.frombuffer(data.digest_bytes(numbers=False), "<u8").reshape(-1, 2) for data in (train, validation)
     )
+    other_way = b"".join(validation.swapped_digest(row, numbers=False) for row in range(len(validation)))
+    swapped = np.frombuffer(other_way, "<u8").reshape(-1, 2)
     counts = {
         "are also trained on": _among(second, first),
+        "contradict a training pair": _among(swapped, first),
         "have the prompt of a training pair": _among(validation.prompts, train.prompts),
     }
     found = [f"{count} of {len(validation)} pairs {what}" for what, count in counts.items() if count]

@@ -210,7 +210,8 @@ class CachedReference(Reference):
                 values = sum_by_completion(tokens, batch.completion_lengths).view(-1, 2)  # as scoring adds them up
             else:
                 values = torch.where(there[:, None], table.columns[column][rows], torch.nan)
-            return PairLogps(values[:, 0], values[:, 1], batch.lengths[:, 1], batch.lengths[:, 2], tokens=tokens)
+            counts = batch.completion_lengths.view(-1, 2)
+            return PairLogps(values[:, 0], values[:, 1], counts[:, 0], counts[:, 1], tokens=tokens)
 
         last, *between = (logps(column) for column in columns_of(scorer))
         return replace(last, layers={int(k): found for k, found in zip(scorer.layers, between, strict=True)})

@@ -21,7 +21,7 @@ _TOKENS, _COUNTS = "tokens.", "counts."  # names of stored tensors begin so
 
 
 def content_keys(batch: PairBatch) -> Tensor:
-    """A 128-bit hash of each pair's token ids and boundaries, shape `(batch, 2)` int64.
+    """A 128-bit hash of each pair's token ids, boundaries and scored tokens, shape `(batch, 2)` int64.
 
     Computed with tensor operations on the batch's device, without waiting for it.
     """
@@ -30,9 +30,12 @@ def content_keys(batch: PairBatch) -> Tensor:
     place = torch.arange(len(pair), device=pair.device) - (total.cumsum(0) - total)[pair]
     prompt, chosen, _ = batch.lengths[pair].unbind(1)
     segment = (place >= prompt).long() + (place >= prompt + chosen)
+    ids = batch.input_ids
+    if batch.scored is not None:  # a token that is not scored counts as another one
+        ids = torch.where(batch.scored | (segment == 0), ids, ~ids - 1)
     keys = []
     for seed in (1, 2):
-        terms = (batch.input_ids + 1) * (_mix(place * 4 + segment + (seed << 40)) | 1)
+        terms = (ids + 1) * (_mix(place * 4 + segment + (seed << 40)) | 1)
         start = (batch.lengths * _mix(torch.arange(3, device=pair.device) + (seed << 50))).sum(1)
         keys.append(start.index_add(0, pair, terms))  # integer sums wrap around and do not depend on the order
     return torch.stack(keys, 1)
@@ -93,7 +96,7 @@ class TokenLogps(NamedTuple):
             there: Whether it is that pair's row, shape `(batch,)`.
             batch: B pairs.
         """
-        counts = batch.lengths[:, 1:].sum(1)
+        counts = batch.completion_lengths.view(-1, 2).sum(1)
         pairs = batch.sequences // 2  # of each token
         places = torch.arange(len(pairs), device=rows.device)
         starts = self.counts.cumsum(0) - self.counts

@@ -14,9 +14,9 @@ from transformers import AttentionInterface
 
 from lit_dpo.pairs import PairBatch
 from lit_dpo.scoring.decoder import DecoderParts, adapters_off, decoder_parts
+from lit_dpo.scoring.inputs import PAIR_ATTENTION, padded
 from lit_dpo.scoring.logps import sum_by_completion
 from lit_dpo.scoring.score import (
-    PAIR_ATTENTION,
     SHARDED_METHOD,
     BatchForm,
     flat_attention,
@@ -151,7 +151,7 @@ def _flat_problem(model: nn.Module, parts: DecoderParts, batch: PairBatch) -> st
 def _difference(model: nn.Module, parts: DecoderParts, batch: PairBatch, form: BatchForm) -> str | None:
     """Compare scoring with the model's own logits over one sequence at a time; say what differs, if anything."""
     own_attention(model)
-    ids, mask, sources = batch.padded()
+    ids, mask, sources = padded(batch)
     counts = batch.completion_lengths.tolist()
     logps, exact = [], True
     for row, places in enumerate(sources.split(counts)):

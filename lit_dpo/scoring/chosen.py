@@ -27,4 +27,5 @@ def chosen_alone(batch: PairBatch) -> PairBatch:
         if isinstance(value, Tensor) and value.shape == batch.input_ids.shape
     }
     lengths = torch.cat([batch.lengths[:, :2], torch.zeros_like(batch.lengths[:, 2:])], 1)
-    return replace(batch, **tokens, lengths=lengths, shape=tuple((p, c, 0) for p, c, _ in batch.shape))
+    shape, scored_shape = (tuple((p, c, 0) for p, c, _ in batch.shape), tuple((c, 0) for c, _ in batch.scored_shape))
+    return replace(batch, **tokens, lengths=lengths, shape=shape, scored_shape=scored_shape)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -23,13 +23,13 @@ from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.scoring.attention import pair_attention
 from lit_dpo.scoring.decoder import DecoderParts, decoder_parts
 from lit_dpo.scoring.fabric import in_fabric, is_fabrics
+from lit_dpo.scoring.inputs import PAIR_ATTENTION, flat_inputs, forget_lengths, one_by_one, padded_inputs, use_attention
 from lit_dpo.scoring.logps import sum_by_completion, token_logps
 from lit_dpo.scoring.parts import in_parts
 
 BatchForm = Literal["auto", "flat", "padded"]
 """How a batch reaches the model: one padding-free line with each prompt once, or padded rows. `auto` picks."""
 
-PAIR_ATTENTION = "lit_dpo_pairs"
 SHARDED_METHOD = "completion_logps"
 
 
@@ -105,9 +105,9 @@ class Scorer:
 
     def _summed(self, tokens: Tensor, batch: PairBatch) -> PairLogps:
         sums = sum_by_completion(tokens, batch.completion_lengths)  # (2B,)
-        _, chosen_tokens, rejected_tokens = batch.lengths.unbind(1)
+        counts = batch.completion_lengths
         kept = tokens if self.per_token else None
-        return PairLogps(sums[0::2], sums[1::2], chosen_tokens, rejected_tokens, tokens=kept)
+        return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2], tokens=kept)
 
 
 def score(
@@ -193,77 +193,18 @@ def length_turn(parts: DecoderParts) -> int | None:
 
 def own_attention(model: nn.Module) -> None:
     """Give the model back the attention implementation it was loaded with, for generation or export."""
-    _use_attention(decoder_parts(model).model, None)
+    use_attention(decoder_parts(model).model, None)
 
 
 def _calls(parts: DecoderParts, batch: PairBatch, form: BatchForm) -> Iterable[tuple[dict[str, Any], Tensor]]:
     """Arguments of each call of the decoder, and which of its states predict targets; mostly one call."""
     turn = length_turn(parts)
     if turn is None:
-        return [_flat_inputs(parts, batch) if form == "flat" else _padded_inputs(parts, batch)]
+        return [flat_inputs(parts, batch) if form == "flat" else padded_inputs(parts, batch)]
     if batch.longest > turn:
-        return _one_by_one(parts, batch)
-    _forget_lengths(parts)
-    return [_flat_inputs(parts, batch) if form == "flat" else _padded_inputs(parts, batch)]
-
-
-def _one_by_one(parts: DecoderParts, batch: PairBatch) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Each of the 2B sequences alone, so that its positions follow from its own length."""
-    _use_attention(parts.model, None)
-    ids, _, sources = batch.padded()
-    sizes = [(prompt + size, size) for prompt, *branches in batch.shape for size in branches]
-    for row, (places, (total, size)) in enumerate(zip(sources.split([size for _, size in sizes]), sizes, strict=True)):
-        if not size:  # a rejected completion that is left out
-            continue
-        _forget_lengths(parts)
-        yield {"input_ids": ids[row : row + 1, :total]}, places - row * batch.longest
-
-
-def _forget_lengths(parts: DecoderParts) -> None:
-    """Bring rotary positions back to those of short sequences: transformers keeps those of the longest seen."""
-    for module in parts.decoder.modules():
-        for name in [name for name in (*vars(module), *module._buffers) if name.endswith("original_inv_freq")]:
-            prefix, current = name.removesuffix("original_inv_freq"), getattr(module, name)
-            setattr(module, f"{prefix}inv_freq", current.to(getattr(module, f"{prefix}inv_freq").device, copy=True))
-            if hasattr(module, "original_max_seq_len"):
-                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-
-def _flat_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
-    _use_attention(parts.model, PAIR_ATTENTION)
-    inputs = {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.position_ids[None],
-        # A 4-D mask passes through the model untouched; this one has no element and fits nothing, so that attention
-        # which is not ours cannot run on it by accident.
-        "attention_mask": torch.empty(1, 1, 0, 0, device=batch.input_ids.device),
-        "pair_shape": batch.shape,
-    }
-    return inputs, batch.sources
-
-
-def _padded_inputs(parts: DecoderParts, batch: PairBatch) -> tuple[dict[str, Any], Tensor]:
-    _use_attention(parts.model, None)
-    ids, mask, sources = batch.padded(_pad_id(parts))
-    if not any(rejected for *_, rejected in batch.shape):  # every other row is a prompt alone then
-        ids, mask, sources = ids[::2], mask[::2], sources - batch.sequences // 2 * batch.longest
-    return {"input_ids": ids, "attention_mask": mask}, sources
-
-
-def _pad_id(parts: DecoderParts) -> int:
-    pad = getattr(parts.model.config.get_text_config(), "pad_token_id", None)
-    return pad if isinstance(pad, int) and pad >= 0 else 0  # masked, so any id will do
-
-
-def _use_attention(model: PreTrainedModel, name: str | None) -> None:
-    """Switch the attention implementation; `None` is the one the model was loaded with."""
-    current: str = model.config._attn_implementation
-    if current != PAIR_ATTENTION:
-        object.__setattr__(model, "_attention_before_lit_dpo", current)
-    usual = "sdpa" if model._supports_sdpa else "eager"  # of a model made from the config of one in use
-    wanted = name or str(getattr(model, "_attention_before_lit_dpo", usual))
-    if wanted != current:
-        model.set_attn_implementation(wanted)
+        return one_by_one(parts, batch)
+    forget_lengths(parts)
+    return [flat_inputs(parts, batch) if form == "flat" else padded_inputs(parts, batch)]
 
 
 @contextmanager

@@ -33,11 +33,11 @@ def parse(row, **options):
 @pytest.mark.parametrize(
     ("layout", "row", "prompt", "chosen", "rejected"),
     [
-        ("explicit_text", ROW, "Q: 2+2?\nA:", " 4", " 5"),
-        ("explicit_messages", CHAT, [user("2+2?")], [bot("4")], [bot("5")]),
-        ("explicit_messages", CHAT | {"chosen": bot("4")}, [user("2+2?")], [bot("4")], [bot("5")]),
+        ("text", ROW, "Q: 2+2?\nA:", " 4", " 5"),
+        ("messages", CHAT, [user("2+2?")], [bot("4")], [bot("5")]),
+        ("messages", CHAT | {"chosen": bot("4")}, [user("2+2?")], [bot("4")], [bot("5")]),
         (
-            "explicit_messages",
+            "messages",
             {
                 "prompt": [{"from": "human", "value": "2+2?"}],
                 "chosen": {"from": "gpt", "value": "4"},
@@ -48,21 +48,21 @@ def parse(row, **options):
             [bot("5")],
         ),
         (
-            "implicit_messages",
+            "messages, prompt contained",
             {"chosen": [SYSTEM, *TALK, bot("4")], "rejected": [SYSTEM, *TALK, bot("5")]},
             [SYSTEM, *TALK],
             [bot("4")],
             [bot("5")],
         ),
         (
-            "prompt_repeated",
+            "prompt repeated",
             {"prompt": "hi", "chosen": [*TALK, bot("4")], "rejected": [*TALK, bot("5")], "score": 3},
             TALK,
             [bot("4")],
             [bot("5")],
         ),
         (
-            "hh_text",
+            "HH",
             {
                 "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the end",
                 "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: the start",
@@ -100,7 +100,7 @@ BAD = [
     ("empty prompt", ROW | {"prompt": ""}, "prompt", "empty"),
     ("identical", ROW | {"rejected": " 4"}, "rejected", "identical"),
     ("lone surrogate", ROW | {"chosen": "\ud800"}, "chosen", "Unicode"),
-    ("JSON string", ROW | {"prompt": '[{"role": "user", "content": "a"}]'}, "prompt", "one string"),
+    ("JSON and text", ROW | {"prompt": '[{"role": "user", "content": "a"}]'}, "chosen", "text where messages"),
     ("repr string", ROW | {"chosen": "{'content': 'a', 'role': 'user'}"}, "chosen", "one string"),
     ("text and messages", CHAT | {"chosen": "4"}, "chosen", "text where messages"),
     ("no messages", CHAT | {"prompt": []}, "prompt", "empty"),
@@ -109,28 +109,33 @@ BAD = [
     ("empty reply", CHAT | {"chosen": [bot("")]}, "chosen", "empty"),
     ("null reply", CHAT | {"chosen": [bot(None)]}, "chosen", "null"),
     ("not an object", CHAT | {"prompt": ["2+2?"]}, "prompt", "not an object"),
-    ("parts", CHAT | {"prompt": [user([{"type": "text", "text": "a"}])]}, "prompt", "parts"),
+    ("parts", CHAT | {"prompt": [user([{"type": "text", "text": "a"}] * 2)]}, "prompt", "several parts"),
+    ("image", CHAT | {"prompt": [user([{"type": "image", "url": "a"}])]}, "prompt", "not text"),
     ("unknown role", CHAT | {"prompt": [{"role": "developer", "content": "x"}]}, "prompt", "'developer'"),
     ("no role", CHAT | {"prompt": [{"content": "x"}]}, "prompt", "unknown role"),
-    ("tool call", CHAT | {"chosen": [{"role": "assistant", "tool_calls": [{}]}]}, "chosen", "tool calls"),
-    ("tool answer", CHAT | {"prompt": [user("a"), {"role": "tool", "content": "x"}]}, "prompt", "tool calls"),
-    ("tools", CHAT | {"tools": [{"name": "f"}]}, "tools", "tools"),
+    ("tool call", CHAT | {"chosen": [{"role": "assistant", "tool_calls": [{}]}]}, "chosen", "no function name"),
+    ("tool answer", CHAT | {"prompt": [user("a"), {"role": "tool", "content": "x"}]}, "prompt", "was not called"),
+    ("tools", CHAT | {"tools": "{"}, "tools", "not valid JSON"),
+    ("tools of text", ROW | {"tools": [{"name": "f"}]}, "tools", "not rendered by a chat template"),
+    ("tools, no list", CHAT | {"tools": {"name": "f"}}, "tools", "no list of objects"),
+    ("unused prompt", CHAT | {"question": "3+3?"}, "question", "would be left out"),
+    ("unused label", CHAT | {"winner": "model_a"}, "winner", "would be left out"),
     ("empty turn", CHAT | {"prompt": [user(" ")]}, "prompt", "a message is empty"),
     ("ends with assistant", CHAT | {"prompt": [user("a"), bot("b")]}, "prompt", "ends with an assistant"),
     ("starts with assistant", CHAT | {"prompt": [bot("a"), user("b")]}, "prompt", "starts with the assistant"),
     ("same role twice", CHAT | {"prompt": [user("a"), user("b")]}, "prompt", "two turns in a row"),
     ("late system", CHAT | {"prompt": [user("a"), SYSTEM, user("b")]}, "prompt", "system message"),
-    ("extra turns", CHAT | {"chosen": [bot("4"), user("ok"), bot("bye")]}, "chosen", "assistant, user, assistant"),
-    ("user reply", CHAT | {"rejected": [user("5")]}, "rejected", "not one assistant message"),
+    ("ends with user", CHAT | {"chosen": [bot("4"), user("ok")]}, "chosen", "its roles are assistant, user"),
+    ("user reply", CHAT | {"rejected": [user("5")]}, "rejected", "not the assistant's"),
     ("implicit, no prompt", implicit([user("a"), bot("b")], [user("A"), bot("c")]), "rejected", "no prompt"),
     ("implicit, empty", implicit([], [user("a"), bot("b")]), "chosen", "empty"),
     ("implicit, no reply", implicit([user("a")], [user("a"), bot("b")]), "chosen", "empty"),
     ("implicit, identical", implicit([user("a"), bot("b")], [user("a"), bot("b")]), "rejected", "identical"),
     (
-        "implicit, part ways early",
-        implicit([user("a"), bot("b"), user("c"), bot("d")], [user("a"), bot("x"), user("c"), bot("e")]),
-        "chosen",
-        "assistant, user, assistant",
+        "implicit, questions part ways",
+        implicit([user("a"), bot("b"), user("c"), bot("d")], [user("a"), bot("b"), user("x"), bot("e")]),
+        "rejected",
+        "the prompts differ",
     ),
     (
         "repeated prompt differs",
@@ -161,7 +166,7 @@ def test_unknown_columns_say_what_is_there_and_what_is_missing():
         parse({"question": "a", "chosen_reply": "b", "rejected": "c"})
     assert str(caught.value) == (
         "sums.jsonl:17: the columns `question`, `chosen_reply`, `rejected` fit no known layout; the nearest has "
-        "`prompt`, `chosen`, `rejected`: add `prompt`, `chosen`, or set `columns: {prompt: ..., chosen: chosen_reply}`."
+        "`question`, `chosen`, `rejected`: add `chosen`, or set `columns: {chosen: chosen_reply}`."
     )
     with pytest.raises(LayoutError, match="add `rejected`"):
         detect({"prompt": "a", "chosen": "b"})

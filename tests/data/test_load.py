@@ -28,7 +28,10 @@ def test_rows_keep_their_order_source_and_place(tmp_path):
     assert rows[0].encoded == Encoded(prompt, [*four, 2], [*five, 2], prompt_key=rows[0].encoded.prompt_key)
     assert str(report) == "2 rows read, 2 kept, 0 skipped"
     rows, report = load_pairs([words], ENCODE, columns={"prompt": "q"})
-    assert str(report) == "1 rows read, 1 kept, 0 skipped, 1 healed at the prompt's end"
+    assert str(report).splitlines() == [
+        "1 rows read, 1 kept, 0 skipped, 1 healed at the prompt's end",
+        f"of these: healed {words}:1",
+    ]
 
 
 def test_everything_worth_knowing_is_counted(tmp_path):
@@ -48,10 +51,13 @@ def test_everything_worth_knowing_is_counted(tmp_path):
     rows, report = load_pairs([path], ENCODE, on_bad_row="skip")
     assert len(rows) == report.kept == 5
     assert str(report) == (
-        "9 rows read, 5 kept, 4 skipped, 1 truncated, 1 with special tokens spelled out as text, 1 exact duplicates, "
+        "9 rows read, 5 kept, 4 skipped, 1 truncated (chosen 1), 1 with special tokens spelled out as text, "
+        "1 exact duplicates, "
         f"1 contradicting an earlier row\nskipped: 2x null where text is expected ({path}:6, {path}:8); "
-        f"1x the line is not valid JSON ({path}:7); 1x the columns `prompt` fit no known layout ({path}:9)"
+        f"1x the line is not valid JSON ({path}:7); 1x the columns `prompt` fit no known layout ({path}:9)\n"
+        f"of these: truncated {path}:4; with special tokens {path}:5; duplicates {path}:2; contradictions {path}:3"
     )
+    assert report.bad.total() == 4
     with pytest.raises(RowError, match=r"a.jsonl:6, column `rejected`"):
         load_pairs([path], ENCODE)
 
@@ -83,7 +89,7 @@ def test_nothing_left(tmp_path):
     bad = write(tmp_path / "bad.jsonl", GOOD | {"chosen": ""})
     with pytest.raises(ValueError, match=r"1 skipped\nskipped: 1x the completion is empty"):
         load_pairs([bad], ENCODE, on_bad_row="skip")
-    with pytest.raises(ValueError, match="`on_bad_row` must be `error` or `skip`, got `ignore`"):
+    with pytest.raises(ValueError, match="`on_bad_row` must be `error`, `warn` or `skip`, got `ignore`"):
         load_pairs([bad], ENCODE, on_bad_row="ignore")
 
 

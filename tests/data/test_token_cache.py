@@ -98,7 +98,7 @@ def test_kept_ids_are_the_fresh_ones_and_nothing_is_tokenized_again(path, monkey
         ({"adds_bos": True}, 0),
         ({"extra": "New"}, 0),
         ({"merge": ("2", "+")}, 0),
-        ({"version": 2}, 0),
+        ({"version": 99}, 0),
         ({"rows": ROWS[::-1]}, FOUND),
         ({"rows": ROWS[:1]}, 1),
         ({"rows": [*ROWS, ROWS[0] | {"chosen": "44"}]}, FOUND),
