@@ -10,6 +10,8 @@ from lit_dpo.scoring.attention import pair_attention
 from tests.oracles import dense_attention, sees
 
 SHAPES = {
+    "chosen alone": ((3, 2, 0), (1, 4, 0)),
+    "one without rejected": ((3, 2, 0), (2, 1, 3)),
     "one pair": ((3, 2, 4),),
     "shortest": ((1, 1, 1),),
     "several": ((2, 1, 3), (1, 4, 1), (5, 2, 2)),

@@ -15,8 +15,8 @@ class SFTLoss(PreferenceLoss):
 
     The supervised stage before preference tuning, or (in a `WeightedLoss`) a term that keeps the chosen completion
     likely. It looks at no reference, so none is built, and not at the rejected completion, which is left out of
-    training: alone it costs about half of a preference loss. In validation both are scored, and reward metrics
-    compare plain log-probs.
+    training: alone it takes about half the time, more with long prompts. In validation both are scored, and reward
+    metrics compare plain log-probs.
 
     The mean runs over the tokens of a pair first and over pairs second, so that every pair counts the same; trainers
     that average over all tokens of a batch weigh long completions more.
