@@ -166,7 +166,7 @@ def without(run, step, folder):
     return folder
 
 
-@pytest.mark.parametrize("done", [True, False], ids=["done", "under way"])
+@pytest.mark.parametrize("done", [pytest.param(True, marks=pytest.mark.slow), False], ids=["done", "under way"])
 def test_a_changed_file_is_refused(whole, tmp_path, done):
     """Also where no checkpoint of the step tells of its rows; nothing is written over."""
     folder = without(whole[0], 1 if not done else 2, tmp_path / "run")

@@ -288,7 +288,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["cached", "lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("frozen", "tokens"))]
+)
 def test_validations_against_the_first_model_compare(tmp_path, sources, kind):
     """The oracle is a run of its own: what is exported, validated against the first model alone."""
     measured, best = [], []
