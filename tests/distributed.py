@@ -152,15 +152,14 @@ def variants(folder, files, strategy="auto", processes=1):
             return run, {key: float(v) for key, v in run.callback_metrics.items() if key != SPEED}
 
         run, found[name] = fit(2)
-        if name.startswith("synced"):  # the reference is in the checkpoint, whoever holds which share of it
-            run.save_checkpoint(folder / f"{name}.ckpt")
-            whole = fit(4)[1]
-            assert fit(4, folder / f"{name}.ckpt")[1] == whole, name
-            if strategy == "fsdp2" and name == "synced":
-                run.strategy._save_distributed_checkpoint = True
-                run.save_checkpoint(folder / "shards.ckpt")
-                assert (folder / "shards.ckpt").is_dir()
-                assert fit(4, folder / "shards.ckpt")[1] == whole
+        if name == "synced":  # the reference is in the checkpoint, whoever holds which share of it
+            whole, kinds = fit(4)[1], (False, True) if strategy == "fsdp2" else (None,)
+            for shards in kinds:
+                if shards is not None:
+                    run.strategy._save_distributed_checkpoint = shards
+                run.save_checkpoint(folder / f"synced_{shards}.ckpt")
+                assert (folder / f"synced_{shards}.ckpt").is_dir() == bool(shards)
+                assert fit(4, folder / f"synced_{shards}.ckpt")[1] == whole
     if run.is_global_zero:
         (folder / "variants.json").write_text(json.dumps(found))
 

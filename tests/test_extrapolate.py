@@ -74,6 +74,9 @@ def test_each_weight_goes_on_beyond_the_policy(tmp_path, options, base_dtype):
 
 def test_alpha_0_is_the_plain_export_bit_for_bit(tmp_path):
     base, checkpoint = trained(tmp_path)
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["policy.model.layers.0.mlp.up_proj.weight"][:] = -0.0  # plus 0 it would be 0.0
+    torch.save(content, checkpoint)
     plain, zero = exported(checkpoint, "plain"), exported(checkpoint, "zero", "--extrapolate", "0", "--base", base)
     first, second = contents(plain), contents(zero)
     cards = [found.pop("README.md") for found in (first, second)]
