@@ -80,8 +80,9 @@ def _begin(encoder: PairEncoder, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
+    """End soon after the first process: until then its files stay locked, as a fork shares them."""
     while os.getppid() == parent:
-        time.sleep(0.5)
+        time.sleep(0.1)
     os._exit(1)
 
 

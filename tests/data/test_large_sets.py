@@ -1,6 +1,7 @@
 """Sets of thousands of rows: encoded once and by all processors, mapped by all processes, kept when one is killed."""
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -154,6 +155,8 @@ def test_a_kill_keeps_nine_tenths_of_what_was_encoded(tmp_path, folder, monkeypa
         done = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
     assert done >= 4000
+    with next(folder.glob("*.part")).open("rb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)  # free as soon as the processes that encoded for it have followed it
     asked, encode = [], PairEncoder.many
     monkeypatch.setattr(PairEncoder, "many", lambda self, pairs: asked.extend(pairs) or encode(self, pairs))
     monkeypatch.setattr(encoding, "MANY", 10**9)  # all in this process, where they are counted
