@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lit_dpo.losses import SimPOLoss
 from lit_dpo.models import ModelSource, load_model
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
-from lit_dpo.pretrained import trusts_remote_code
+from lit_dpo.pretrained import Loading, trusts_remote_code
 from lit_dpo.references.table import fingerprint
 from lit_dpo.resume import seeded
 from lit_dpo.scoring.decoder import own_tensors
@@ -49,7 +50,7 @@ class StartingPolicies:
         folder: Path,
     ) -> None:
         self.module, self.data, self.make_trainer, self.folder = module, data, make_trainer, folder
-        self.first = module.model
+        self.first, self.loading = module.model, module.loading
         self._margins: dict[int, Tensor] = {}
 
     def of(self, step: int) -> ModelSource:
@@ -66,6 +67,10 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         return Pool(self.data.training.pool_sources, folder, score, partial(self.sample, step))
+
+    def _loading_of(self, step: int) -> Loading:
+        """The options of loading it: an export has no revision."""
+        return replace(self.loading, revision=None) if step else self.loading
 
     @cached_property
     def _name(self) -> str:
@@ -97,14 +102,16 @@ class StartingPolicies:
     def _score(self, step: int) -> Tensor:
         rank_zero_info(f"Scoring {len(self.data.training.pool)} training pairs with the model that starts step {step}")
         module, trainer = self.module, self.make_trainer(self.folder / "scoring")
-        loss, reference, model = module.loss, module.reference, module.model
+        loss, reference, model, loading = module.loss, module.reference, module.model, module.loading
         module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
         module.restart_from(self.of(step))
+        module.loading = self._loading_of(step)
         try:
             batches: Any = trainer.predict(module, datamodule=_Pool(self.data))
         finally:
             module.loss, module.reference = loss, reference
             module.restart_from(model)
+            module.loading = loading
         margins = torch.zeros(len(self.data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
         for batch in batches:
             margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
@@ -122,7 +129,8 @@ class StartingPolicies:
         if isinstance(source, nn.Module):
             model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
         else:
-            model = load_model(source, module.tokenizer, module.dtype_name, module.init_seed)
+            options = (module.dtype_name, module.init_seed, self._loading_of(step))
+            model = load_model(source, module.tokenizer, *options)
         model.to(device)
         ids = [self._ids(prompt) for prompt in prompts]
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]

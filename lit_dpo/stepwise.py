@@ -75,7 +75,7 @@ def fit_stepwise(
                 "`first_reference` loads the first model again, and a `model` given as an object has been training: "
                 "save it with `save_pretrained` and give the folder."
             )
-        more = [FirstModelMetrics(policies.first)]
+        more = [FirstModelMetrics(policies.first, policies.loading)]
     for step in count():
         root = folder_of(folder, step)
         if step:

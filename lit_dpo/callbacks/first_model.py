@@ -15,6 +15,7 @@ from lit_dpo.metrics import PairMeans, pair_metrics
 from lit_dpo.models import ModelDescription, load_model
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.pretrained import Loading
 
 
 class FirstModelMetrics(Callback):
@@ -29,12 +30,13 @@ class FirstModelMetrics(Callback):
 
     Args:
         model: The first model: a hub name, a folder, or a description.
+        loading: Its revision, attention and quantization.
     """
 
     logs_under: ClassVar[str] = "val/first/"
 
-    def __init__(self, model: str | ModelDescription) -> None:
-        self.model = model
+    def __init__(self, model: str | ModelDescription, loading: Loading = Loading()) -> None:  # noqa: B008 - frozen
+        self.model, self.loading = model, loading
         self._known: dict[tuple[int, ...], PairLogps] = {}  # by the row numbers of a batch
         self._loaded: nn.Module | None = None
         self._means = PairMeans()
@@ -57,7 +59,8 @@ class FirstModelMetrics(Callback):
         key = tuple(batch.row_ids.tolist())
         if key not in self._known:
             if self._loaded is None:
-                model: nn.Module = load_model(self.model, module.tokenizer, module.dtype_name, module.init_seed)
+                options = (module.dtype_name, module.init_seed, self.loading)
+                model: nn.Module = load_model(self.model, module.tokenizer, *options)
                 self._loaded = model.requires_grad_(False).to(module.device)
             self._known[key] = module.scorer(self._loaded, batch)
         return self._known[key]
