@@ -129,8 +129,8 @@ class StartingPolicies:
         if isinstance(source, nn.Module):
             model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
         else:
-            options = (module.dtype_name, module.init_seed, self._loading_of(step))
-            model = load_model(source, module.tokenizer, *options)
+            how = (module.dtype_name, module.init_seed, self._loading_of(step))
+            model = load_model(source, module.tokenizer, *how)
         model.to(device)
         ids = [self._ids(prompt) for prompt in prompts]
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
