@@ -29,6 +29,11 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
     pairs whose chosen completion became less likely than under the reference, ``reference/margins`` (nats) and
     ``reference/accuracies``. For a loss without a reference, rewards are plain log-probs times beta.
 
+    ``length/longer`` is the share of pairs whose chosen completion has more tokens than the rejected one, and
+    ``length/longer_won`` the share of pairs that are so and whose chosen reward lies above (a tie counts one half);
+    their quotient is the accuracy among those pairs. ``length/shorter`` and ``length/shorter_won`` are the same for
+    fewer tokens.
+
     Args:
         loss: Gives the scale of rewards and the names of its parts.
         losses: Its value for each pair, shape ``(batch,)``.
@@ -51,6 +56,10 @@ def pair_metrics(loss: PreferenceLoss, losses: Tensor, policy: PairLogps, refere
         values["displacement"] = (chosen < 0).to(chosen.dtype)
         values["reference/margins"] = reference.margin
         values["reference/accuracies"] = _win(reference.margin)
+    difference = policy.chosen_tokens - policy.rejected_tokens
+    for name, among in {"longer": difference > 0, "shorter": difference < 0}.items():
+        values[f"length/{name}"] = among.to(chosen.dtype)
+        values[f"length/{name}_won"] = torch.where(among, values["rewards/accuracies"], 0.0)
     values |= {f"loss/{name}": value for name, value in loss.parts(policy, reference).items()}
     return values
 

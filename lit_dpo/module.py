@@ -250,6 +250,8 @@ class PreferenceModule(LightningModule):
             "margin": chosen - rejected,
             "logp_chosen": policy.chosen,
             "logp_rejected": policy.rejected,
+            "chosen_tokens": policy.chosen_tokens,
+            "rejected_tokens": policy.rejected_tokens,
         }
         real = slice(None) if batch.weights is None else batch.weights != 0
         return {name: value[real].cpu() for name, value in values.items()}

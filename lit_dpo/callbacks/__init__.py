@@ -3,6 +3,7 @@
 from lit_dpo.callbacks.early_stopping import BestCheckpoint, RewardEarlyStopping
 from lit_dpo.callbacks.exporting import ExportModel
 from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
+from lit_dpo.callbacks.margins import RecordMargins
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from lit_dpo.callbacks.progress import ProgressLine
 from lit_dpo.callbacks.samples import SampleCompletions
@@ -15,6 +16,7 @@ __all__ = [
     "PairPredictionWriter",
     "PolicyLine",
     "ProgressLine",
+    "RecordMargins",
     "RewardEarlyStopping",
     "RunSummary",
     "SampleCompletions",

@@ -20,7 +20,7 @@ class PairPredictionWriter(BasePredictionWriter):
     """Write rewards and log-probs of every predicted pair to a jsonl file, in the order of the data.
 
     Each line holds ``row`` (``file:line``), ``row_id``, ``reward_chosen``, ``reward_rejected``, ``margin``,
-    ``logp_chosen`` and ``logp_rejected`` (nats).
+    ``logp_chosen`` and ``logp_rejected`` (nats), ``chosen_tokens`` and ``rejected_tokens`` (lengths).
 
     Args:
         path: The file, which appears whole at the end of the run; nothing may be there.

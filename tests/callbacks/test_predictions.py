@@ -15,6 +15,7 @@ from tests import runs
 pytestmark = runs.QUIET
 
 NAMES = ["row", "row_id", "reward_chosen", "reward_rejected", "margin", "logp_chosen", "logp_rejected"]
+NAMES += ["chosen_tokens", "rejected_tokens"]
 
 
 def predicted(module, data, path, overwrite=False):
