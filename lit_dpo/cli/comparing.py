@@ -9,9 +9,10 @@ from lit_dpo.checkpoints.run import best_checkpoint, last_checkpoint
 from lit_dpo.cli.configs import shipped
 from lit_dpo.tools import page
 from lit_dpo.tools.compare import compare, html, read_predictions, show
-from lit_dpo.tools.runs import config_of, find_run
+from lit_dpo.tools.runs import config_file, config_of, find_run
 
 _DONE = "DONE"  # in the folder of a training that reached its end
+_ALONE = ["--trainer.devices", "1", "--trainer.num_nodes", "1"]  # Lightning starts other processes by this command line
 
 
 def compare_runs(
@@ -29,8 +30,8 @@ def compare_runs(
     nothing was found it says "no difference". The predictions of each run are written to its folder once.
 
     With `train`, configurations are trained first, each with several seeds, which change the order of the rows. The
-    same command goes on where it was stopped. Token ids are shared by the trainings, and so are reference log-probs,
-    if the configurations name `CachedReference`.
+    same command goes on where it was stopped. Each training and prediction takes one device. Token ids are shared by
+    the trainings, and so are reference log-probs, if the configurations name `CachedReference`.
 
     Args:
         runs: Folders of runs, or files that ``predict`` wrote; each is compared with those before it.
@@ -89,7 +90,7 @@ def _trained(config: str, folder: Path, seed: int) -> Path:
     root = folder / Path(config).stem / f"seed_{seed}"
     if not (root / _DONE).exists():
         words = ["fit", "--config", config, "--trainer.default_root_dir", str(root)]
-        words += ["--seed_everything", str(seed), "--data.seed", str(seed)]
+        words += ["--seed_everything", str(seed), "--data.seed", str(seed), *_ALONE]
         begun = [run for run in root.glob("version_*") if re.fullmatch(r"version_\d+", run.name)]
         newest = max(begun, key=lambda run: int(run.name.rpartition("_")[2]), default=None)
         resume = newest is not None and last_checkpoint(newest) is not None
@@ -113,8 +114,8 @@ def _predictions(path: Path) -> Path:
     name = f"validation-{re.sub(r'[^A-Za-z0-9.=_-]', '_', checkpoint.stem)}-{time}.jsonl"
     file = run.folder / name
     if not file.exists():
-        words = ["predict", "--config", str(run.parts[-1] / "config.yaml"), "--ckpt_path", str(checkpoint)]
-        words += ["--predictions", str(file), "--data.predict", "null", "--data.test", "null"]
+        words = ["predict", "--config", str(config_file(run)), "--ckpt_path", str(checkpoint)]
+        words += ["--predictions", str(file), "--data.predict", "null", "--data.test", "null", *_ALONE]
         if not config["data"].get("validation") and not config["data"].get("validation_fraction", 0.1):
             raise ValueError(f"`{run.folder}` has no validation rows: predict other rows, and give the files.")
         main(words)

@@ -124,18 +124,18 @@ def _respects(
     known = {row: values for pair in pairs for side in pair for row, values in side.items()}
     groups: dict[str, set[str]] = {}
     for row in rows:
-        groups.setdefault(f"accuracy, source {source_of(row)}", set()).add(row)
+        groups.setdefault(f"source {source_of(row)}", set()).add(row)
     if len(groups) == 1:
         groups = {}
     if all("rejected_tokens" in known[row] for row in rows):
         for row in rows:
             difference = known[row]["chosen_tokens"] - known[row]["rejected_tokens"]
             length = "longer" if difference > 0 else "shorter" if difference < 0 else "as long"
-            groups.setdefault(f"accuracy, chosen {length}", set()).add(row)
+            groups.setdefault(f"chosen {length}", set()).add(row)
     everything = set(rows)
     found = [("accuracy", _won, everything)]
     if same_tokens(pairs):
-        found.append(("log-prob of chosen (nats)", lambda values: values["logp_chosen"], everything))
+        found.append(("log-prob chosen", lambda values: values["logp_chosen"], everything))
     return found + [(what, _won, kept) for what, kept in groups.items() if _FEWEST <= len(kept) < len(rows)]
 
 
@@ -253,14 +253,18 @@ def sentences(found: Sequence[Difference], runs: int) -> list[str]:
     )
     if all("log-prob" not in each.what for each in found):
         about = f"Log-probs are not compared, because the runs cut the rows into other tokens. {about}"
-    return [*said, f"{about} p is corrected for {len(found)} differences (Holm)."]
+    about += " Accuracy is meant where a line says nothing else; log-probs are in nats, and p"
+    return [*said, f"{about} is corrected for {len(found)} differences (Holm)."]
 
 
 def show(found: Sequence[Difference], runs: int) -> None:
     """Print the table and the sentences."""
     console = page.terminal()
     for pair in dict.fromkeys((each.first, each.second) for each in found):
-        table = Table("", "rows", "first", "second", "difference", "95 % interval", "p", "", box=None, pad_edge=False)
+        table = Table("", "rows", "first", "second", "change", "95 % interval", "p", "", box=None, pad_edge=False)
+        table.collapse_padding = True
+        for column in table.columns[1:]:
+            column.no_wrap = True
         for column in table.columns[1:7]:
             column.justify = "right"
         for each in (each for each in found if (each.first, each.second) == pair):
@@ -272,7 +276,7 @@ def show(found: Sequence[Difference], runs: int) -> None:
 
 
 def _cells(each: Difference) -> list[Any]:
-    values = [f"{value:.4g}" for value in each.values]
+    values = [f"{value:.3g}" for value in each.values]
     return [each.rows, *values, f"{each.difference:+.3g}", f"{each.low:+.3g} {each.high:+.3g}", f"{each.corrected:.2g}"]
 
 

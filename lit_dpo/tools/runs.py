@@ -104,17 +104,17 @@ def _table(file: Path) -> Iterable[tuple[int, dict[str, float]]]:
     refuse_special(file)
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"`{file}` has more than {_LARGEST:,} bytes: it is no table of metrics of `lit-dpo fit`.")
-    with file.open(encoding="utf-8", newline="") as lines:
-        reader = csv.DictReader(lines)
-        if "step" not in (reader.fieldnames or ()):
-            raise ValueError(f"`{file}` has no column `step`: give a run that `lit-dpo fit` wrote.")
-        for line in reader:
-            try:
-                values = {name: float(text) for name, text in line.items() if text and name and name != "epoch"}
-                step = int(values.pop("step"))
-            except (ValueError, KeyError, TypeError):
-                continue
-            yield step, values
+    whole = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    reader = csv.DictReader(whole.splitlines())
+    if "step" not in (reader.fieldnames or ()):
+        raise ValueError(f"`{file}` has no column `step`: give a run that `lit-dpo fit` wrote.")
+    for line in reader:
+        try:
+            values = {name: float(text) for name, text in line.items() if text and name and name != "epoch"}
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield step, values
 
 
 # -- lines of JSON ----------------------------------------------------------------------------------------------------
@@ -127,6 +127,8 @@ def read_lines(path: Path, needed: Sequence[str], what: str) -> list[dict[str, A
         OSError: It cannot be read.
         ValueError: It holds something else, or nothing.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"There is no `{path}`: give {what}.")
     refuse_special(path)
     found: list[dict[str, Any]] = []
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -155,6 +157,19 @@ def source_of(origin: str) -> str:
 # -- rows -------------------------------------------------------------------------------------------------------------
 
 
+def config_file(run: FinishedRun) -> Path:
+    """The configuration that a run was started with, of a stepwise one that of its last partition, as a file.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    places = [folder / "config.yaml" for folder in (*reversed(run.parts), run.folder)]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"`{run.folder}` has no `config.yaml`: give a run that `lit-dpo fit` wrote.")
+    return path
+
+
 def config_of(run: FinishedRun) -> dict[str, Any]:
     """The configuration that a run was started with.
 
@@ -162,10 +177,7 @@ def config_of(run: FinishedRun) -> dict[str, Any]:
         FileNotFoundError: It is not there.
         ValueError: It is no configuration.
     """
-    places = [folder / "config.yaml" for folder in (run.folder, *run.parts)]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"`{run.folder}` has no `config.yaml`: give a run that `lit-dpo fit` wrote.")
+    path = config_file(run)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

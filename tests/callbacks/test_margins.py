@@ -52,12 +52,12 @@ class Crash(Callback):
     """Ends as a process that is killed does: nothing is saved on the way."""
 
     def on_train_batch_start(self, trainer, *args):
-        if trainer.fit_loop.total_batch_idx == 7:
+        if trainer.fit_loop.total_batch_idx == 11:
             raise RuntimeError("killed")
 
 
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    """The last checkpoint is two batches old, so these are done twice, and recorded once."""
+    """The last checkpoint is three batches old, so these are done twice, and recorded once."""
     options = {"file": runs.pairs_file(tmp_path, 26), "margins": True, "accumulate": 2, "batch_size": 2, "every": 2}
     options["val_every"] = 6
     interrupted.train(tmp_path / "whole", options)
@@ -67,7 +67,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypat
         interrupted.train(tmp_path / "run", options)
     monkeypatch.undo()
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == 2  # and three were done
+    assert state["global_step"] == 4  # and five were done
     interrupted.train(tmp_path / "run", options, tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert (tmp_path / "run" / "margins.jsonl").read_bytes() == (tmp_path / "whole" / "margins.jsonl").read_bytes()
 

@@ -107,7 +107,7 @@ def test_nothing_is_written_over_unless_it_is_asked_for(run, capsys):
         (lambda run: (run / "margins.jsonl").write_text('{"row": "a:1", "mar') and [run], "is no line of"),
         (lambda run: [run, "--rows", "0"], "must be at least 1"),
         (lambda run: [run, "--output", "out.pdf"], "must end in .html or .jsonl"),
-        (lambda run: [run, "--predictions", "nothing.jsonl"], "nothing.jsonl"),
+        (lambda run: [run, "--predictions", "nothing.jsonl"], "There is no `nothing.jsonl`"),
     ],
     ids=["none", "a file", "half", "broken", "empty", "killed", "rows", "format", "predictions"],
 )

@@ -42,6 +42,7 @@ def refused(capsys, *words):
 def test_a_step_that_was_done_again_counts_once_and_as_it_was_done_last(run):
     found = metrics(find_run(run))
     assert found["train/loss"][:3] == [(0, 0.7), (10, 0.6), (20, 0.5)]
+    assert len(found["train/loss"]) == 3
     assert found["val/rewards/accuracies"] == [(0, 0.5), (20, 0.75)]
     assert with_lengths(found)["val/accuracy, chosen longer"] == [(20, pytest.approx(0.6))]
 
