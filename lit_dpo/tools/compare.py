@@ -133,7 +133,7 @@ def _respects(
             length = "longer" if difference > 0 else "shorter" if difference < 0 else "as long"
             groups.setdefault(f"chosen {length}", set()).add(row)
     everything = set(rows)
-    found = [("accuracy", _won, everything)]
+    found: list[tuple[str, Callable[[Row], float], set[str]]] = [("accuracy", _won, everything)]
     if same_tokens(pairs):
         found.append(("log-prob chosen", lambda values: values["logp_chosen"], everything))
     return found + [(what, _won, kept) for what, kept in groups.items() if _FEWEST <= len(kept) < len(rows)]
