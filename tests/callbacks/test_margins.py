@@ -19,14 +19,14 @@ def recorded(folder):
 
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 1), (2, 2)])
 def test_they_are_the_margins_of_the_policy_each_once_an_epoch(tmp_path, batch_size, accumulate):
-    """At rate 0 the policy stays what it was; 22 rows fill neither the last batch nor the last step."""
-    path = runs.pairs_file(tmp_path, 22)
+    """At rate 0 the policy stays what it was; 23 rows fill neither the last batch nor the last step."""
+    path = runs.pairs_file(tmp_path, 23)
     module = runs.module(lr=0.0)
     data = runs.data(path, batch_size=batch_size, validation_fraction=0, predict="train")
     options = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "callbacks": [RecordMargins()]}
     trainer = runs.fit(module, data, tmp_path / "run", **options)
     found = recorded(tmp_path / "run")
-    assert [line["row"] for line in found] == [f"{path}:{n}" for n in range(1, 23)]
+    assert [line["row"] for line in found] == [f"{path}:{n}" for n in range(1, 24)]
     predicted, lengths = {}, {}
     for batch in trainer.predict(module, data):
         rows = batch["row_id"].tolist()
