@@ -105,6 +105,9 @@ class RecordMargins(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         table = self._gathered()
+        folder = Path(
+            trainer.log_dir or trainer.default_root_dir
+        )  # asked by all processes, for Lightning broadcasts it
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         rows: dict[int, dict[str, Any]] = {}
@@ -116,7 +119,6 @@ class RecordMargins(Callback):
             line |= {"reference_margin": reference, "length_difference": longer}
         numbers, data = sorted(rows), pair_data(trainer)
         origins = [f"row {row}" for row in numbers] if data is None else data.origin(numbers, training=True)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"row": origin, **rows[n]}) for origin, n in zip(origins, numbers, strict=True)]
         part = folder / f".{FILE}.{os.getpid()}.part"
