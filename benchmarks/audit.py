@@ -145,8 +145,12 @@ def main() -> None:
         words = (
             f"DATA/{Path(w).parent.name}/{Path(w).name}" if w in options.sets and "/" in w else w for w in sys.argv[1:]
         )
-        about = {**facts("cpu", torch.get_num_threads()), "command": f"python benchmarks/audit.py {' '.join(words)}"}
-        append_lines(options.out / "audit.jsonl", [{**record, **about} for record in records])
+        about = {
+            **facts("cpu", torch.get_num_threads()),
+            "seed": f"0 to {options.seeds - 1}",
+            "command": f"python benchmarks/audit.py {' '.join(words)}",
+        }
+        append_lines(options.out / "audit.jsonl", [{**about, **record} for record in records])
         append_section(report_path(options.out, "audit", "cpu"), "Flipped labels found", [table], about)
 
 
