@@ -29,7 +29,7 @@ def predictions(rng, rows=200, gain=0.0, hardness=None, sources=("a",)):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("seeds", [1, 5])
+@pytest.mark.parametrize("seeds", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_of_twenty_comparisons_of_the_same_at_most_two_find_a_difference(seeds):
     rng, alarms = np.random.default_rng(0), 0
     for number in range(20):
