@@ -48,4 +48,7 @@ def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
 
 TOOLS = {
     "export": Tool("lit_dpo.export", "export_run", "write a checkpoint's policy as a folder that transformers loads"),
+    "plot": Tool("lit_dpo.tools.plot", "plot_runs", "draw what runs have logged", ("runs",)),
+    "compare": Tool("lit_dpo.cli.comparing", "compare_runs", "tell whether runs differ", ("runs", "train")),
+    "audit": Tool("lit_dpo.tools.audit", "audit_run", "list training rows whose label is probably wrong"),
 }
