@@ -11,9 +11,9 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lit_dpo.adapters import LoRA, merged
+from lit_dpo.checkpoints.changes import saved_config
 from lit_dpo.checkpoints.claim import number_of
 from lit_dpo.checkpoints.content import check_content
 from lit_dpo.checkpoints.durable import sync_files
@@ -32,10 +33,10 @@ from lit_dpo.checkpoints.shards import read_shards
 from lit_dpo.checkpoints.verify import manifest_of, verify
 from lit_dpo.files import refuse_special
 from lit_dpo.hparams import refuse_absent
-from lit_dpo.model_card import model_card
+from lit_dpo.model_card import how_made, model_card
 from lit_dpo.models import blank_like, load_model
 from lit_dpo.module import STATE
-from lit_dpo.pretrained import Loading
+from lit_dpo.pretrained import loading_of
 from lit_dpo.tokenizers import load_tokenizer
 
 
@@ -140,7 +141,7 @@ def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str |
     if root is not None and checkpoint != "last":
         raise ValueError("`root` says where `last` looks for runs: give `last`, or leave `root` out.")
     refuse_existing(Path(output_dir))
-    path, which = _meant(checkpoint, root)
+    path, which = meant_checkpoint(checkpoint, root)
     print(f"Exporting {which} `{path}`", flush=True)
     folder = export_checkpoint(str(path), output_dir, merge)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
@@ -148,7 +149,7 @@ def export_run(checkpoint: str, output_dir: str, merge: bool = True, root: str |
     print(f"Wrote the policy to `{folder}`: {files}\nNext: {shlex.join(['python', '-c', load])}")
 
 
-def _meant(given: str, root: str | None) -> tuple[Path, str]:
+def meant_checkpoint(given: str, root: str | None) -> tuple[Path, str]:
     """The checkpoint that a name on the command line means, and what it is."""
     path = Path(given)
     if given == "last" and (root is not None or not path.exists()):
@@ -229,22 +230,50 @@ def export_checkpoint(
     """
     refuse_existing(Path(output_dir))
     with cleaning_up():
-        return _export(checkpoint, output_dir, merge, model, tokenizer)
+        trained = load_policy(checkpoint, model, tokenizer)
+        refuse_baseless(trained.options["model"], trained.options["adapter"], merge)
+        config = saved_config(None, Path(checkpoint).absolute())
+        made = how_made(config, shlex.join(["lit-dpo", "export", checkpoint, output_dir]))
+        card = model_card(trained.options, trained.facts, made)
+        return export(trained.model, trained.tokenizer, output_dir, merge, card)
 
 
-def _export(
-    checkpoint: str,
-    output_dir: str,
-    merge: bool,
-    given: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Path:
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint holds, ready for use.
+
+    Args:
+        model: The policy, its adapters attached if it has any, with the trained weights.
+        tokenizer: Its tokenizer, with the chat template of the run.
+        options: The module's hyperparameters, as plain values; ``model`` is where its starting model is now.
+        facts: What the checkpoint says of its run; see `lit_dpo.model_card.model_card`.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    options: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+def load_policy(
+    checkpoint: str, given: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Trained:
+    """The policy of a checkpoint.
+
+    Args:
+        checkpoint: A ``.ckpt`` file written during training, or a folder of shards.
+        given: The model that the run was given as an object; it is left as it is.
+        tokenizer: The tokenizer that the run was given as an object.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is no checkpoint of this package, does not fit together, or holds weights that are not finite.
+    """
     content = _read(Path(checkpoint))
     with _one_sentence(checkpoint):
         options = content["hyper_parameters"]
         options = {**options, "model": _present(options["model"], Path(checkpoint))}
-        refuse_baseless(options["model"], options["adapter"], merge)
-        loading = Loading(**{field.name: options.get(field.name) for field in fields(Loading)})
+        loading = loading_of(options)
         if given is None:
             refuse_absent("model", options["model"])
         if tokenizer is None:
@@ -269,8 +298,7 @@ def _export(
                 "earlier checkpoint of the run, or train again with a lower learning rate."
             )
         model.load_state_dict(state)
-        card = model_card(options, content.get(STATE, {}))
-    return export(model, tokenizer, output_dir, merge, card)
+    return Trained(model, tokenizer, options, content.get(STATE, {}))
 
 
 def _present(model: Any, checkpoint: Path) -> Any:

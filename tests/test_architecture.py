@@ -32,6 +32,7 @@ FLOORS = {
     "adapters": 4,
     "models": 4,
     "scoring.audit": 5,
+    "sampling": 4,
     "strategies": 4,
     "data": 4,
     "references": 5,
@@ -41,16 +42,17 @@ FLOORS = {
     "export": 8,
     "callbacks": 9,
     "stepwise": 10,
-    "cli": 11,
-    "__init__": 11,
-    "__main__": 12,
+    "tools": 11,
+    "cli": 12,
+    "__init__": 12,
+    "__main__": 13,
 }
 # On one floor, what may build on what.
 NEIGHBOURS = {("metrics", "losses"), ("assembly", "hparams")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "scoring.audit", "models", "tokenizers", "adapters", "pretrained", "references"}
-KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export"}
+KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export", "sampling"}
 
 
 def imported(source, type_checking=False):

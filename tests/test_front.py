@@ -17,6 +17,7 @@ from lightning_utilities.core.imports import RequirementCache
 import lit_dpo
 import lit_dpo.cli.app
 from lit_dpo.cli import front, main, signatures
+from lit_dpo.cli.tools import TOOLS
 from tests import runs
 from tests.test_cli import built, command, fails, quick  # noqa: F401 - fixtures
 
@@ -39,6 +40,8 @@ AT_ONCE = {
     "place": ([*DPO, "--model.beta=0.3"], 2, "there is no option `--model.beta`. Did you mean --model.loss.beta?"),
     "usual name": ([*DPO, "--epochs", "3"], 2, "there is no option `--epochs`. Did you mean --trainer.max_epochs?"),
     "config": (["fit", "--config", "configs/dpo.yml"], 2, "file `configs/dpo.yml`. Did you mean configs/dpo.yaml"),
+    "config by name": (["fit", "--config", "dpoo"], 2, "no configuration file `dpoo`. Did you mean dpo"),
+    "configs": (["configs"], 0, "\ndpo            Direct Preference Optimization, https://arxiv.org/abs/2305.18290\n"),
     "data": ([*DPO, "--data.train", "missing.jsonl"], 2, "There is no `missing.jsonl` in `.`"),
     "one of several": ([*DPO, "--data.train=[quickstart, ./a/b.csv]"], 2, "There is no folder `a`, so no `b.csv`"),
     "validation": ([*DPO, "--data.train", "quickstart", "--data.validation", "no.jsonl"], 2, "There is no `no.jsonl`"),
@@ -91,10 +94,13 @@ def test_every_option_of_the_real_parser_is_known_and_no_other(monkeypatch, caps
     monkeypatch.setattr(
         lit_dpo.cli.app.PreferenceCLI, "setup_parser", lambda cli, *args: (original(cli, *args), found.append(cli))
     )
-    with pytest.raises(SystemExit):
-        main(["fit"])
-    assert set(found[0]._subcommand_parsers) == set(front.COMMANDS) - {"export"}
-    for name, parser in found[0]._subcommand_parsers.items():
+    names = sorted(set(front.COMMANDS) - {*TOOLS, "configs"})
+    for name in names:
+        with pytest.raises(SystemExit):
+            main([name])
+    assert [list(cli._subcommand_parsers) for cli in found] == [[name] for name in names]
+    for name, cli in zip(names, found, strict=True):
+        parser = cli._subcommand_parsers[name]
         real = {option.removesuffix("+") for action in parser._actions for option in action.option_strings}
         known = front.options(name)
         assert [option for option in real if not front._is_known(option, known)] == []
@@ -108,7 +114,8 @@ def test_help_lists_every_option_and_says_what_it_is():
         for parameter in parameters:
             assert f"\n  --{group}.{parameter.name}\n" in text
     assert "IPOLoss" in text.partition("--model.loss\n")[2].partition("--model.reference")[0]
-    for parameter in (*signatures.module(), *signatures.data(), *signatures.export()):
+    tools = [parameter for name in TOOLS for parameter in signatures.tool(name)]
+    for parameter in (*signatures.module(), *signatures.data(), *tools):
         assert parameter.help, parameter.name
     assert "CPU threads of torch" in text
 
@@ -242,8 +249,12 @@ def texts():
 
 
 def test_no_advice_names_an_option_that_does_not_exist():
-    known = {option for name in set(front.COMMANDS) - {"export"} for option in front.options(name)}
-    known |= {f"--{parameter.name}" for parameter in signatures.export()} | {"--version", "--help", "--model.loss.help"}
+    known = {option for name in set(front.COMMANDS) - {*TOOLS} for option in front.options(name)}
+    known |= {f"--{parameter.name}" for name in TOOLS for parameter in signatures.tool(name)} | {
+        "--version",
+        "--help",
+        "--model.loss.help",
+    }
     nested = {
         f"--{o}.{own}" for o, classes in signatures.pluggable().items() for names in classes.values() for own in names
     }

@@ -268,6 +268,7 @@ def test_a_checkpoint_with_broken_weights_is_named_as_such(tmp_path, capsys, sta
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_no_process_saw_in_its_own_shards_stops_all(tmp_path):
     """One of two processes holds an infinity in its share: both stop, and the folder of shards before it is sound."""
     options = {"file": runs.pairs_file(tmp_path, 25), "batch_size": 2, "devices": 2, "shards": True, "spoil": 4}

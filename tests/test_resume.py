@@ -61,9 +61,10 @@ CASES = {
     "cached reference": {"cached": True},
     "validation within an accumulation": {"accumulate": 4, "batch_size": 1, "val_every": 6},
 }
+LONG = dict.fromkeys(["plain", "workers"], pytest.mark.slow)  # the others hold what these hold, and more
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=LONG.get(name, ())) for name in CASES])
 def test_resuming_at_every_step_is_exact(tmp_path, case):
     """Rows, losses, learning rates, logged metrics and weights are the same to the last bit, from every checkpoint."""
     options = {"file": runs.pairs_file(tmp_path, 25), **CASES[case]}
@@ -103,7 +104,7 @@ class Crash(Callback):
             raise CrashError
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
 def test_resuming_again_and_again_is_exact(tmp_path, seed):
     """A resumed run that crashes resumes as well; epochs end in half a step, which Lightning's own counters muddle."""
     options = {"file": runs.pairs_file(tmp_path, 19), "accumulate": 2, "batch_size": 2, "epochs": 4}

@@ -135,6 +135,7 @@ LOGGERS = {
     ],
     "mlflow": ["--trainer.logger", "MLFlowLogger", "--trainer.logger.tracking_uri", "file:./own"],
 }
+SHORT = ("default", "csv in a fixed folder", "no folder")  # the others are like one of these
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -143,7 +144,9 @@ def logged(path, name):
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
-@pytest.mark.parametrize("logger", LOGGERS)
+@pytest.mark.parametrize(
+    "logger", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in LOGGERS]
+)
 def test_a_run_keeps_its_folder_and_resumes_whatever_the_logger(tmp_path, monkeypatch, logger):
     if logger in PACKAGES:
         pytest.importorskip(PACKAGES[logger])

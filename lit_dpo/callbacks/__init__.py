@@ -5,7 +5,7 @@ from lit_dpo.callbacks.exporting import ExportModel
 from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from lit_dpo.callbacks.progress import ProgressLine
-from lit_dpo.callbacks.samples import SampleCompletions
+from lit_dpo.callbacks.samples import SampleCompletions, SamplePrompts
 from lit_dpo.callbacks.summary import PolicyLine, RunSummary
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "RewardEarlyStopping",
     "RunSummary",
     "SampleCompletions",
+    "SamplePrompts",
     "Stopped",
 ]

@@ -19,7 +19,7 @@ from lit_dpo.export import (
     refuse_baseless,
     refuse_existing,
 )
-from lit_dpo.model_card import model_card
+from lit_dpo.model_card import how_made, model_card
 from lit_dpo.module import PreferenceModule
 from lit_dpo.resume import run_facts
 
@@ -72,7 +72,8 @@ def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge
                 export_checkpoint(checkpoint, folder, merge, **module.objects)
             else:
                 assert module.policy is not None
-                card = model_card(module.hparams, run_facts(trainer))
+                made = how_made(Path(trainer.log_dir or trainer.default_root_dir, "config.yaml"))
+                card = model_card(module.hparams, run_facts(trainer), made)
                 with cleaning_up():
                     export(module.policy, module.tokenizer, folder, merge, card)
         finally:

@@ -1,13 +1,14 @@
-"""The command line: ``lit-dpo fit|validate|test|predict`` on LightningCLI, and ``lit-dpo export``."""
+"""The command line: ``lit-dpo fit|validate|test|predict`` on LightningCLI, and the tools."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,17 @@ from lit_dpo.checkpoints.run import (
     rotate_metrics,
     run_of,
 )
+from lit_dpo.cli.configs import with_paths
+from lit_dpo.cli.flags import Flags, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
+from lit_dpo.cli.tools import TOOLS, as_options
 from lit_dpo.data import PreferenceDataModule
-from lit_dpo.export import export_run
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pretrained import trusting_remote_code
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.watch import watch_over
-
-_EXPORT = "export"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -94,6 +95,7 @@ class PreferenceCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str], flags: Flags) -> None:
         self._flags = flags
+        self._called = args[0] if args and args[0] in LightningCLI.subcommands() else None
         self._continued: Path | None = None  # the folder of the run that is resumed
         self._changed: list[str] | None = None  # options that differ from that run's, if its own are known
         self._logged: set[str | None] = set()  # folders that loggers of this process wrote to
@@ -109,10 +111,13 @@ class PreferenceCLI(LightningCLI):
                 args=list(args),
             )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the option to load checkpoints that run code."""
-        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's, without the option to load checkpoints that run code: if one is called by name, that one alone.
+
+        To build the parser of one takes as long as to parse with it.
+        """
+        known = {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        return {name: skipped for name, skipped in known.items() if self._called in (name, None)}
 
     def _parse_ckpt_path(self) -> None:
         """Leave options alone: Lightning would let a checkpoint's override explicit ones, and import what they name."""
@@ -279,18 +284,21 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _run(given: list[str]) -> None:
     try:
-        args, flags = _take_flags(given)
+        paths, hidden = with_paths(given)
+        args, flags = take_flags(paths)
+        for name in hidden if is_first() else ():
+            sys.stderr.write(f"`--config {name}`: the file `{name}` is taken, not the shipped configuration.\n")
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
         with trusting_remote_code(flags.trust_remote_code):
-            if args[:1] == [_EXPORT]:
-                jsonargparse.auto_cli(export_run, args=args[1:], prog=f"lit-dpo {_EXPORT}", parser_class=Parser)
+            if args[:1] and args[0] in TOOLS:
+                _run_tool(args[0], args[1:], flags)
             else:
                 PreferenceCLI(args, flags)
     except Stopped as stopped:
         if getattr(rank_zero_only, "rank", 0) == 0:
             ours = any(part.startswith("version_") for part in stopped.checkpoint.parts[-5:-2])
-            command = shlex.join(["lit-dpo", *_resuming(given, "last" if ours else str(stopped.checkpoint))])
+            command = shlex.join(["lit-dpo", *resuming(given, "last" if ours else str(stopped.checkpoint))])
             sys.stderr.write(
                 f"\nStopped by {stopped.name} after step {stopped.step}; saved {stopped.checkpoint}\n"
                 f"To go on: {command}\n"
@@ -312,51 +320,14 @@ def _run(given: list[str]) -> None:
         raise SystemExit(2) from error
 
 
-@dataclass(frozen=True)
-class Flags:
-    """What only the command line may say, never a file.
-
-    Args:
-        packages: A configuration may name classes of these.
-        allow_changes: Resume with another configuration or other data than the checkpoint's.
-        overwrite: Let `predict` replace a file.
-        trust_remote_code: Let the Python code of a model or tokenizer run.
-    """
-
-    packages: tuple[str, ...] = ()
-    allow_changes: bool = False
-    overwrite: bool = False
-    trust_remote_code: bool = False
-
-
-def _take_flags(args: list[str]) -> tuple[list[str], Flags]:
-    """Split off the flags that only the command line may set from the other arguments."""
-    rest, packages, switches = [], [], set()
-    remaining = iter(args)
-    for argument in remaining:
-        name, _, value = argument.partition("=")
-        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code"):
-            switches.add(argument.removeprefix("--").replace("-", "_"))
-        elif name == "--allow-import":
-            package = value or next(remaining, "")
-            if not all(part.isidentifier() for part in package.split(".")):
-                raise ValueError(f"`--allow-import` needs the import path of a package, got {package!r}.")
-            packages.append(package)
-        else:
-            rest.append(argument)
-    return rest, Flags(tuple(packages), **dict.fromkeys(switches, True))
-
-
-def _resuming(args: Sequence[str], checkpoint: str) -> list[str]:
-    """The same arguments, to go on with the run from a checkpoint."""
-    rest: list[str] = []
-    remaining = iter(args)
-    for argument in remaining:
-        if argument == "--ckpt_path":
-            next(remaining, None)
-        elif not argument.startswith("--ckpt_path="):
-            rest.append(argument)
-    return [*rest, "--ckpt_path", checkpoint]
+def _run_tool(name: str, args: list[str], flags: Flags) -> None:
+    """Call the function that a command is."""
+    tool = TOOLS[name]
+    function = getattr(importlib.import_module(tool.module), tool.function)
+    if flags.overwrite and "overwrite" not in inspect.signature(function).parameters:
+        raise ValueError(f"`{name}` has no `--overwrite`: name a new file or folder instead.")
+    given = [*as_options(tool, args), *(["--overwrite", "true"] if flags.overwrite else [])]
+    jsonargparse.auto_cli(function, args=given, prog=f"lit-dpo {name}", parser_class=Parser)
 
 
 def _has(callbacks: list[Any], kind: type) -> bool:

@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lit_dpo.cli import signatures
+from lit_dpo.cli import configs, signatures
 from lit_dpo.cli.messages import did_you_mean
 from lit_dpo.cli.signatures import Parameter
+from lit_dpo.cli.tools import TOOLS
 from lit_dpo.data.read import missing
 from lit_dpo.version import __version__
 
@@ -27,12 +28,15 @@ COMMANDS = {
     "validate": "measure a model on the validation pairs",
     "test": "measure a model on the test pairs",
     "predict": "write rewards and log-probs of every pair to a file",
-    "export": "write a checkpoint's policy as a folder that transformers loads",
+    **{name: tool.about for name, tool in TOOLS.items()},
+    "configs": "list the shipped configurations, or copy one to a file",
 }
-_ALIASES = {"train": "fit", "evaluate": "validate", "eval": "validate", "convert": "export", "save": "export"}
+_ALIASES = {"train": "fit", "eval": "evaluate", "generate": "sample", "upload": "push"}
+_ALIASES |= {"convert": "export", "save": "export"}
 _LIGHTNINGS = {  # options of LightningCLI itself
     "-h, --help": "Show this help.",
-    "-c, --config FILE": "A configuration in YAML; of several the later ones win, and options win over all.",
+    "-c, --config FILE": "A configuration in YAML, or the name of a shipped one, which `lit-dpo configs` lists; of "
+    "several the later ones win, and options win over all.",
     "--print_config": "Print the whole configuration and stop.",
     "--seed_everything SEED": "Seed of all random numbers.",
     "--ckpt_path PATH": "The checkpoint to go on from, or to measure; `last` is that of the newest run.",
@@ -44,7 +48,7 @@ _OWN = {  # options of one command or some: their help, and the commands
 _FLAGS = {  # on the command line only, never in a file
     "--allow-changes": "Resume with another configuration than that of the run.",
     "--allow-import PACKAGE": "Let the configuration name classes of that package.",
-    "--overwrite": "Let `predict` replace a file.",
+    "--overwrite": "Replace a file, where a command writes one.",
     "--trust-remote-code": "Let a model or tokenizer run the Python code that comes with it.",
 }
 _USUAL_NAMES = {"learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "seed": "seed_everything"}
@@ -66,13 +70,17 @@ options:
   --help     this text; `lit-dpo COMMAND --help` lists the options of a command
   --version  the version of this package
 
-`lit-dpo fit --config configs/quickstart.yaml` trains a tiny model in under a minute, with nothing to download.
+`lit-dpo fit --config quickstart` trains a tiny model in under a minute, with nothing to download.
 
 `--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
 differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
 and torch.optim. `--trust-remote-code` lets a model or tokenizer run the Python code that comes with it; `export` needs
 it anew. `--overwrite` lets `predict` replace a file. These flags count on the command line only, never in a file.
 """
+_ABOUT_CONFIGS = (
+    "Without arguments, list the shipped configurations, which `--config NAME` finds from any folder. With a name and "
+    "a file, copy that one to a new file; nothing is written over."
+)
 
 
 def answer(args: Sequence[str]) -> None:
@@ -93,11 +101,13 @@ def answer(args: Sequence[str]) -> None:
         _refuse(f"there is no command `{command}`: {choice}" if command else f"no command: {choice}", near)
     if command in COMMANDS and {"--help", "-h"} & set(args):
         _say(_help(command))
+    if command == "configs":
+        _configs(args[1:])
     if command in _SOURCES:
         _check_options(command, args[1:])
-    given = list(_values(args))
+    given = [(name, configs.meant(value) if name in configs.OPTIONS else value) for name, value in _values(args)]
     for option, value in given:
-        if option in ("--config", "-c") and _names_no_file(value):
+        if option in configs.OPTIONS and _names_no_file(value):
             raise_missing(value)
     elsewhere = any(re.match(r"--(data|print_config)(=|$)|--data\.\w+\+", argument) for argument in args)
     if command in _SOURCES and not elsewhere:
@@ -175,6 +185,8 @@ def raise_missing(value: str) -> NoReturn:
     path = Path(value)
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [str(path.with_name(name)) for name in did_you_mean(path.name, beside)]
+    if not path.suffix and path.name == value:
+        near += [name for name in did_you_mean(value, configs.shipped()) if name not in near]
     _refuse(f"there is no configuration file `{value}`", near)
 
 
@@ -184,7 +196,7 @@ def _check_sources(command: str, given: Sequence[tuple[str, str]]) -> None:
     names = {name for names in _SOURCES[command] for name in names}
     for option, value in given:
         try:
-            if option in ("--config", "-c") and Path(value).is_file():
+            if option in configs.OPTIONS and Path(value).is_file():
                 sources |= (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get("data") or {}
             elif option.startswith("--data.") and option.removeprefix("--data.") in names:
                 sources[option.removeprefix("--data.")] = yaml.safe_load(value) if value[:1] in "['\"" else value
@@ -197,18 +209,36 @@ def _check_sources(command: str, given: Sequence[tuple[str, str]]) -> None:
                 _refuse(problem)
 
 
+def _configs(args: Sequence[str]) -> NoReturn:
+    """List the shipped configurations, or copy one out."""
+    if not args:
+        _say(configs.described())
+    if args[0] not in (known := configs.shipped()):
+        _refuse(f"no configuration `{args[0]}` is shipped: `lit-dpo configs` lists them", did_you_mean(args[0], known))
+    if len(args) != 2:
+        _refuse(f"`lit-dpo configs {args[0]} FILE` copies to one file: name it")
+    try:
+        configs.copy(args[0], Path(args[1]))
+    except OSError as error:
+        _refuse(str(error))
+    _say(f"Copied {args[0]} to {args[1]}")
+
+
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
 def _help(command: str) -> str:
-    if command == "export":
-        parameters = signatures.export()
-        needed = " ".join(p.name.upper() for p in parameters if p.default is None)
-        lines = [f"usage: lit-dpo export {needed} [options]\n"]
-        for parameter in parameters:
-            name = parameter.name.upper() if parameter.default is None else f"--{parameter.name}"
-            lines.append(_entry(name, parameter))
-        return "\n".join(lines)
+    if command == "configs":
+        return f"usage: lit-dpo configs [NAME FILE]\n\n{_wrapped(_ABOUT_CONFIGS)}"
+    if command in TOOLS:
+        parameters = signatures.tool(command)
+        several = TOOLS[command].several
+        front = {p.name: p.name.upper() for p in parameters if p.default is None}  # given without a name
+        front |= {name: f"{name.upper().removesuffix('S')}..." for name in several[:1]}
+        words = " ".join(front.values())
+        entries = (_entry(front.get(parameter.name, f"--{parameter.name}"), parameter) for parameter in parameters)
+        about = f"usage: lit-dpo {command} {words} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"
+        return "\n".join([about, *entries])
     lines = [f"usage: lit-dpo {command} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"]
     lines += [f"  {name}\n{_wrapped(text)}" for name, text in _LIGHTNINGS.items()]
     own = {name: text for name, (text, *commands) in _OWN.items() if command in commands}

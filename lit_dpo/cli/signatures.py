@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from lit_dpo.cli.tools import TOOLS
+
 _PACKAGE = Path(__file__).parents[1]
 _PLAIN = {"int", "float", "bool", "str", "None", "Optional", "Union", "list", "Literal"}
 _ARGUMENT = re.compile(r"(\w+)(?: \([^)]*\))?: (.*)")  # of a docstring: `name: text`
@@ -55,9 +57,11 @@ def data() -> tuple[Parameter, ...]:
     return of_class(_PACKAGE / "data" / "datamodule.py", "PreferenceDataModule")
 
 
-def export() -> tuple[Parameter, ...]:
-    """Parameters of `lit-dpo export`."""
-    [function] = (node for node in _nodes(_PACKAGE / "export.py") if getattr(node, "name", "") == "export_run")
+def tool(name: str) -> tuple[Parameter, ...]:
+    """Parameters of a command that is one function."""
+    found = TOOLS[name]
+    path = _PACKAGE.parent.joinpath(*found.module.split(".")).with_suffix(".py")
+    [function] = (node for node in _nodes(path) if getattr(node, "name", "") == found.function)
     assert isinstance(function, ast.FunctionDef)
     return _parameters(function, ast.get_docstring(function) or "")
 
@@ -81,7 +85,7 @@ def of_class(path: Path, name: str) -> tuple[Parameter, ...]:
 @cache
 def flags() -> dict[str, str]:
     """Every option that the source of the command line itself names, such as `--threads`, with its help if it has."""
-    nodes = list(ast.walk(ast.Module(list(_nodes(_PACKAGE / "cli" / "app.py")), [])))
+    nodes = [n for file in ("app", "flags") for top in _nodes(_PACKAGE / "cli" / f"{file}.py") for n in ast.walk(top)]
     texts = (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
     found = {text: "" for text in texts if re.fullmatch(r"--[a-z][\w-]*", text)}
     for node in nodes:

@@ -1,0 +1,57 @@
+"""What only the command line may say, never a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What only the command line may say, never a file.
+
+    Args:
+        packages: Packages whose classes a configuration may name.
+        allow_changes: Resume with another configuration or other data than the checkpoint's.
+        overwrite: Let `predict` replace a file.
+        trust_remote_code: Let the Python code of a model or tokenizer run.
+    """
+
+    packages: tuple[str, ...] = ()
+    allow_changes: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+
+
+def take_flags(args: Sequence[str]) -> tuple[list[str], Flags]:
+    """Split off the flags that only the command line may set from the other arguments.
+
+    Raises:
+        ValueError: The package to import from has no such name as packages have.
+    """
+    rest, packages, switches = [], [], set()
+    remaining = iter(args)
+    for argument in remaining:
+        name, _, value = argument.partition("=")
+        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code"):
+            switches.add(argument.removeprefix("--").replace("-", "_"))
+        elif name == "--allow-import":
+            package = value or next(remaining, "")
+            if not all(part.isidentifier() for part in package.split(".")):
+                raise ValueError(f"`--allow-import` needs the import path of a package, got {package!r}.")
+            packages.append(package)
+        else:
+            rest.append(argument)
+    return rest, Flags(tuple(packages), **dict.fromkeys(switches, True))
+
+
+def resuming(args: Sequence[str], checkpoint: str) -> list[str]:
+    """The same arguments, to go on with the run from a checkpoint."""
+    rest: list[str] = []
+    remaining = iter(args)
+    for argument in remaining:
+        if argument == "--ckpt_path":
+            next(remaining, None)
+        elif not argument.startswith("--ckpt_path="):
+            rest.append(argument)
+    return [*rest, "--ckpt_path", checkpoint]

@@ -1,0 +1,61 @@
+"""The commands that are one function each: where it stands, and what it does in a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that is a command; its parameters are the options, its docstring their help.
+
+    Args:
+        module: The module it is defined in; imported only when the command runs.
+        function: Its name. Parameters without a default are positional.
+        about: What it does, for the list of commands.
+        several: Parameters that take several words, each a list whose default is empty. Of these the first is given
+            without its name, before all options.
+    """
+
+    module: str
+    function: str
+    about: str
+    several: tuple[str, ...] = ()
+
+
+def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
+    """The same arguments, with the words of each parameter that takes several joined to one list.
+
+    >>> as_options(Tool("m", "f", "", ("runs", "train")), ["a", "b", "--train", "x.yaml", "y.yaml", "--seeds", "5"])
+    ['--runs', '["a", "b"]', '--train', '["x.yaml", "y.yaml"]', '--seeds', '5']
+    """
+    groups: list[list[str]] = [[f"--{tool.several[0]}"] if tool.several else []]
+    for argument in args:
+        if argument.startswith("--"):
+            groups.append([])
+        groups[-1].append(argument)
+    first, *rest = groups
+    groups = rest if len(first) < 2 and tool.several else groups
+    names = {f"--{name}" for name in tool.several}
+    return [
+        word
+        for group in groups
+        for word in ([group[0], json.dumps(group[1:])] if group and group[0] in names else group)
+    ]
+
+
+TOOLS = {
+    "export": Tool("lit_dpo.export", "export_run", "write a checkpoint's policy as a folder that transformers loads"),
+    "sample": Tool(
+        "lit_dpo.tools.sample", "sample_models", "show what models say to the same prompts", several=("models",)
+    ),
+    "evaluate": Tool(
+        "lit_dpo.tools.evaluate",
+        "evaluate_models",
+        "measure how often a model prefers the right completion, with intervals",
+        several=("models", "data"),
+    ),
+    "push": Tool("lit_dpo.tools.push", "push_folder", "upload an exported folder to the Hugging Face hub"),
+}

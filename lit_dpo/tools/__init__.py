@@ -1,0 +1,1 @@
+"""Commands that look at data, models and finished runs, one file each."""
