@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from lit_dpo.cli import main
+from lit_dpo.model_card import how_made, model_card
 from tests import runs
 from tests.terminal import Terminal
 from tests.trained import made_once, refused  # noqa: F401
@@ -132,3 +133,30 @@ def test_the_card_says_how_it_was_made(made):
     head = yaml.safe_load(card.split("---")[1])
     assert "base_model" not in head  # a folder of this machine is no name on the hub
     assert "val/rewards/accuracies" in card
+
+
+def test_the_card_names_what_the_hub_may_know(tmp_path):
+    """A hub name, also by way of an export that another run started from; of the data, no file."""
+    options = dict.fromkeys(("loss", "reference", "adapter", "dtype"), "x")
+    data = {"train": ["org/set:test", "pairs.jsonl", "org/gone.jsonl", str(tmp_path)], "validation": None}
+
+    def head(model):
+        card = model_card({"model": model, **options}, {"data": data})
+        return yaml.safe_load(card.split("---")[1]), card
+
+    found, card = head("Qwen/Qwen2.5-0.5B")
+    assert (found["base_model"], found["datasets"]) == ("Qwen/Qwen2.5-0.5B", ["org/set"])
+    (tmp_path / "README.md").write_text(card)
+    assert head(str(tmp_path))[0]["base_model"] == "Qwen/Qwen2.5-0.5B"
+    for broken in ("no front", "---\n[1\n---", "---\nbase_model: [1]\n---", "---\nbase_model: ../x\n---"):
+        (tmp_path / "README.md").write_text(broken)
+        assert "base_model" not in head(str(tmp_path))[0]
+
+
+def test_no_configuration_breaks_out_of_its_block(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("a: 1\n")
+    assert "```yaml\na: 1\n```" in how_made(config, "lit-dpo export a b")
+    config.write_text("a: |\n  ```\n  # free\n")
+    assert "free" not in how_made(config, "lit-dpo export a b")
+    assert "lit-dpo fit" not in how_made(None, "lit-dpo export a b")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def evaluate_models(
         data: Sets of pairs, in any form that training takes; or rows with lists of chosen and rejected texts, as
             RewardBench 2 has them, of which the best must be a chosen one.
         reference: The model that rewards are measured from, with the same tokenizer; ``none`` compares log-probs
-            alone. By default the model that a run started from.
+            alone. By default the one that a run names, or else the model that it started from.
         max_length: Most tokens of prompt and one completion together.
         truncation: ``keep_start`` cuts completions' ends and refuses longer prompts; ``keep_end`` cuts prompts' starts
             first.
@@ -130,6 +131,9 @@ class _Source(Rows):
     path: str = ""
     chat: bool = False
     several: dict[tuple[str, str], str] = field(default_factory=dict)  # source and location -> name of the subset
+
+    def __str__(self) -> str:
+        return self.path
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, object]]]:
         for where, row in read_rows(self.path):
@@ -214,7 +218,9 @@ def _reference_of(opened: Opened, given: str | None, dtype: Dtype) -> Opened | N
                 f"`{opened.name}` is a model and not a run, so its reference is not known: add `--reference MODEL`, or "
                 "`--reference none` to compare log-probs alone."
             )
-        return opened if hasattr(opened.model, "peft_config") else open_start(opened, dtype)
+        given = _other_reference(opened.options)
+        if given is None:
+            return opened if hasattr(opened.model, "peft_config") else open_start(opened, dtype)
     other = open_model(given, dtype)
     if other.tokenizer.get_vocab() != opened.tokenizer.get_vocab():
         raise ValueError(
@@ -222,6 +228,13 @@ def _reference_of(opened: Opened, given: str | None, dtype: Dtype) -> Opened | N
             "reference that shares it."
         )
     return other
+
+
+def _other_reference(options: Mapping[str, Any]) -> str | None:
+    """The model that a run measured its rewards from, if it was another one than it started from."""
+    reference = options.get("reference")
+    found = reference.get("init_args", {}).get("model") if isinstance(reference, Mapping) else None
+    return found if isinstance(found, str) else None
 
 
 def _margins(opened: Opened, start: Opened | None, pairs: PairDataset, batch_size: int) -> tuple[Array, str]:

@@ -61,7 +61,9 @@ def share(values: Array, clusters: Array, strata: Array | None = None) -> Share:
     z = _student(count - 1)
     middle = (value + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(spread / size + z * z / (4 * size * size))
-    return Share(value, max(0.0, middle - half), min(1.0, middle + half))
+    return Share(
+        value, min(value, max(0.0, middle - half)), max(value, min(1.0, middle + half))
+    )  # whatever the rounding
 
 
 def _student(freedom: int) -> float:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from lit_dpo.checkpoints.run import folder_of_run
 from lit_dpo.export import load_policy, meant_checkpoint
 from lit_dpo.models import Dtype, load_model
 from lit_dpo.pretrained import loading_of
 from lit_dpo.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def test_looking_changes_nothing(tmp_path):
         [SampleCompletions(prompts, max_new_tokens=3)],
         [SamplePrompts(prompts, max_new_tokens=5, temperature=1.0)],
     ):
+        torch.manual_seed(0)
         module = runs.module(adapter=LoRA(rank=2, dropout=0.3), lr=0.1, gradient_checkpointing=True)
         runs.fit(module, runs.data(runs.pairs_file(tmp_path)), max_steps=3, val_check_interval=1, callbacks=callbacks)
         found.append({**runs.weights(module.policy), "random": torch.get_rng_state()})
@@ -98,6 +99,7 @@ def test_each_validation_shows_samples_and_counts_what_went_wrong(tmp_path, caps
     assert shown.count("Tell me [bold]more[/bold].") == 2
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_samples_are_written_once_for_each_step(tmp_path):
     folder = tmp_path / "version_0"
     folder.mkdir()
