@@ -186,6 +186,9 @@ def test_prompts_are_those_of_training(tmp_path):
     assert prompt_ids(tokenizer, lines[1]) == plain
     with pytest.raises(ValueError, match="no chat template for prompts in messages"):
         prompt_ids(tokenizer, next(iter(list(read_prompts(str(path)))[2:])))
+    several = {"prompt": "Say it:", "chosen": ["yes"], "rejected": ["no", "never"]}  # of which no pair can be made
+    path.write_text(json.dumps(several) + "\n")
+    assert prompt_ids(tokenizer, next(read_prompts(str(path)))) == plain
     path.write_text(json.dumps({"question": "What?"}) + "\n")
     with pytest.raises(RowError, match="the row has no prompt"):
         list(read_prompts(str(path)))

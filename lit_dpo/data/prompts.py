@@ -62,16 +62,21 @@ def read_prompts(source: str) -> Iterator[Prompt]:
 
 
 def _prompt_of(row: Mapping[str, object], where: str) -> Content:
-    if "chosen" in row:
-        return parse_row(row, "prompts", where).prompt
-    # A pair with two completions that are no matter, so that the prompt is read and checked as one of training is.
     prompt = row.get("prompt")
-    if prompt is None:
-        raise RowError(where, "prompt", "the row has no prompt", "add the column, as text or messages")
+    try:
+        return parse_row(row, "prompts", where).prompt
+    except RowError as error:
+        if prompt is None and "chosen" not in row:
+            reason, remedy = "the row has no prompt", "add the column, as text or messages"
+            raise RowError(where, "prompt", reason, remedy) from error
+        if prompt is None:
+            raise
+    # No pair, and none is needed: two completions that are no matter, so that the prompt is checked as in training.
     sides: dict[str, object] = {"chosen": "a", "rejected": "b"}
     if not isinstance(prompt, str):
         sides = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
-    return parse_row({**row, **sides}, "prompts", where).prompt
+    kept = {"prompt": prompt, "tools": row.get("tools")}
+    return parse_row({**kept, **sides}, "prompts", where).prompt
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
