@@ -59,6 +59,8 @@ def test_a_preference_of_length_alone_is_one_half():
     longer = np.array([1] * 90 + [0] * 10)
     found = share(longer.astype(float), np.arange(100), longer)
     assert found.value == 0.5
+    few = share(np.ones(100), np.arange(100), np.array([1] * 97 + [0] * 3))
+    assert few.low < share(np.ones(20), np.arange(20)).low  # the three shorter ones decide half of it
 
 
 def estimates(path):

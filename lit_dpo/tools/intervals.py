@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +58,21 @@ def share(values: Array, clusters: Array, strata: Array | None = None) -> Share:
         return Share(value, 0.0, 1.0)
     variance = float((np.bincount(of, residuals) ** 2).sum()) * count / (count - 1)
     spread = value * (1 - value)
-    size = min(spread / variance, len(values)) if variance > 0 and spread > 0 else count
+    alone = [len(np.unique(clusters[groups == group])) for group in range(len(sizes))]
+    alike = variance == 0 or spread == 0
+    size = _worth(alone) if alike else min(spread / variance, _worth(sizes))
     z = _student(count - 1)
     middle = (value + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(spread / size + z * z / (4 * size * size))
     return Share(
         value, min(value, max(0.0, middle - half)), max(value, min(1.0, middle + half))
     )  # whatever the rounding
+
+
+def _worth(counts: Iterable[int]) -> float:
+    """How many independent values the mean of the means of groups is worth; of one group, as many as it has."""
+    shares = [1 / count for count in counts]
+    return len(shares) ** 2 / sum(shares)
 
 
 def _student(freedom: int) -> float:
