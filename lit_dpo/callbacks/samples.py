@@ -82,6 +82,7 @@ class SamplePrompts(Callback):
         self.prompts = prompts
         self.sampler = Sampler(1, temperature, max_new_tokens=max_new_tokens, seed=seed)
         self._off = False
+        self._path: Path | None = None
         self._written: set[int] = set()  # steps
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,11 +93,10 @@ class SamplePrompts(Callback):
         if self._off:
             kind = type(trainer.strategy).__name__
             rank_zero_info(f"SamplePrompts is off: {kind} may shard the weights, and sampling needs them whole.")
-        path = self._path(trainer)
-        self._written = _steps_in(path) if path is not None and trainer.is_global_zero else set()
-
-    def _path(self, trainer: Trainer) -> Path | None:
-        return Path(trainer.log_dir, "samples.jsonl") if trainer.loggers and trainer.log_dir else None
+        folder = trainer.log_dir  # asked for on every process, because they agree on it
+        self._path = Path(folder, "samples.jsonl") if trainer.loggers and folder else None
+        first = trainer.is_global_zero
+        self._written = _steps_in(self._path) if self._path is not None and first else set()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample on every process, which all say the same, and show it on the first."""
@@ -127,7 +127,7 @@ class SamplePrompts(Callback):
 
     def _write(self, trainer: Trainer, found: Sequence[Completion], repeated: Sequence[float]) -> None:
         """Append a line for each prompt, once for each step however often a run was interrupted."""
-        path, step = self._path(trainer), trainer.global_step
+        path, step = self._path, trainer.global_step
         if path is None or step in self._written:
             return
         self._written.add(step)

@@ -1,6 +1,7 @@
 """Completions before and after training."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,27 @@ def test_samples_are_written_once_for_each_step(tmp_path):
     with pytest.raises(ValueError, match=r"samples\.jsonl` holds something else than samples: move it away"):
         validated(tmp_path, SamplePrompts(["Hello"], max_new_tokens=2))
     assert path.read_text() == "my diary\n"
+
+
+@pytest.mark.slow
+def test_two_processes_sample_as_one(tmp_path):
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        options = {
+            "devices": processes, "strategy": "ddp", "accelerator": "cpu", "max_steps": 2, "val_check_interval": 1.0,
+            "default_root_dir": folder, "num_sanity_val_steps": 0,
+        }  # fmt: skip
+        given = [f"--trainer.{name}={value}" for name, value in options.items()]
+        given += ["--trainer.callbacks+=SamplePrompts", "--trainer.callbacks.max_new_tokens", "5"]
+        given += ["--trainer.callbacks.prompts", '["Hello", "Can you help me?"]']
+        batch = str(4 // processes)
+        conf = str(Path(runs.__file__).with_name("conf") / "tiny.yaml")
+        data = ["--data.train", runs.pairs_file(tmp_path, 8), "--data.batch_size", batch]
+        runs.launch(["lit_dpo", "fit", "--config", "dpo", "--config", conf, *data, *given], processes)
+        rows = [json.loads(line) for line in (folder / "version_0" / "samples.jsonl").read_text().splitlines()]
+        found.append([(row["step"], row["prompt"], row["ids"]) for row in rows])
+    assert found[0] == found[1] != []
 
 
 def test_it_is_off_where_weights_are_sharded_and_says_so(capsys, caplog):
