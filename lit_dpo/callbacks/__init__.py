@@ -7,7 +7,7 @@ from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
 from lit_dpo.callbacks.margins import RecordMargins
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from lit_dpo.callbacks.progress import ProgressLine
-from lit_dpo.callbacks.samples import SampleCompletions
+from lit_dpo.callbacks.samples import SampleCompletions, SamplePrompts
 from lit_dpo.callbacks.summary import PolicyLine, RunSummary
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "RewardEarlyStopping",
     "RunSummary",
     "SampleCompletions",
+    "SamplePrompts",
     "Stopped",
 ]
