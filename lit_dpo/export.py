@@ -20,7 +20,7 @@ from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.run import Run
 from lit_dpo.extrapolate import Extrapolation
 from lit_dpo.model_card import how_made, model_card
-from lit_dpo.trained import load_policy
+from lit_dpo.trained import in_one_sentence, load_policy
 
 
 def export(
@@ -227,5 +227,6 @@ def export_checkpoint(
             beyond.check(trained.tokenizer)
         run = Run.of(Path(checkpoint).absolute())
         made = how_made(None if run is None else run.config, shlex.join(["lit-dpo", "export", checkpoint, output_dir]))
-        card = model_card(trained.options, trained.facts, made, beyond)
+        with in_one_sentence(checkpoint):
+            card = model_card(trained.options, trained.facts, made, beyond)
         return export(trained.model, trained.tokenizer, output_dir, merge, card, beyond)

@@ -62,7 +62,7 @@ def load_policy(
         ValueError: It is no checkpoint of this package, does not fit together, or holds weights that are not finite.
     """
     content = _read(Path(checkpoint))
-    with _one_sentence(checkpoint):
+    with in_one_sentence(checkpoint):
         options = content["hyper_parameters"]
         options = {**options, "model": _present(options["model"], Path(checkpoint))}
         loading = loading_of(options)
@@ -104,7 +104,7 @@ def _present(model: Any, checkpoint: Path) -> Any:
 
 
 @contextmanager
-def _one_sentence(checkpoint: str) -> Iterator[None]:
+def in_one_sentence(checkpoint: str) -> Iterator[None]:
     """A checkpoint may hold anything; what does not fit together in it is its fault, and said in one sentence."""
     try:
         yield

@@ -9,7 +9,7 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which only test modules do
 torch.set_num_threads(1)  # the tensors are tiny, and waiting threads cost more than they bring
-settings.register_profile("lit_dpo", max_examples=500, derandomize=True, deadline=None, database=None)
+settings.register_profile("lit_dpo", max_examples=150, derandomize=True, deadline=None, database=None)
 settings.load_profile("lit_dpo")
 
 

@@ -131,10 +131,15 @@ VARIANTS = {
 }
 
 
-def variants(folder, files, strategy="auto", processes=1):
+QUICK = ("lora", "cached, of another", "tokens", "synced beside adapters")
+
+
+def variants(folder, files, strategy="auto", processes=1, names=QUICK):
     """Metrics after two steps of other models, adapters and references."""
-    found = {}
-    for name, options in VARIANTS.items():
+    folder.mkdir(exist_ok=True)
+    known = folder / "variants.json"
+    found = json.loads(known.read_text()) if known.exists() else {}
+    for name, options in ((name, VARIANTS[name]) for name in names):
         chosen = options(folder)
         if strategy not in ("auto", "ddp"):
             chosen.pop("max_tokens", None)  # refused there: see test_parts.py
@@ -182,10 +187,12 @@ if __name__ == "__main__":
     try:
         for strategy in sys.argv[2].split(","):
             folder, processes = Path(sys.argv[1], strategy), int(os.environ["WORLD_SIZE"])
+            names = sys.argv[3].split("|")
             load = refuse_to_load if strategy == "fsdp2" and os.environ["RANK"] != "0" else load_model
             lit_dpo.assembly.load_model = lit_dpo.references.frozen.load_model = load
-            train(folder, sys.argv[3:], strategy, processes)
-            variants(folder, sys.argv[3:], strategy, processes)
+            if names == list(QUICK):
+                train(folder, sys.argv[4:], strategy, processes)
+            variants(folder, sys.argv[4:], strategy, processes, names)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except BaseException:

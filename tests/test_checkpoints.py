@@ -79,7 +79,8 @@ def test_an_error_while_saving_leaves_the_previous_one_and_says_where(saved, mon
     assert not [name for name in names(saved.parent) if name.endswith("ckpt.part")]
 
 
-@pytest.mark.parametrize("limit", [4096, pytest.param(16500, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [4096, 16500])
 def test_a_full_disk_leaves_the_previous_one(saved, limit):
     """A real limit of the system on the size of a file, in a process of its own."""
     code = (

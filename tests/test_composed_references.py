@@ -86,7 +86,9 @@ def pairs(tmp_path):
     return runs.pairs_file(tmp_path, 16)
 
 
-@pytest.mark.parametrize("loss", [{}, {"loss": ADPOLoss(segments=2)}], ids=["dpo", "tokens"])
+@pytest.mark.parametrize(
+    "loss", [{}, pytest.param({"loss": ADPOLoss(segments=2)}, marks=pytest.mark.slow)], ids=["dpo", "tokens"]
+)
 def test_a_cached_mixture_trains_what_the_live_one_does_and_is_reused_by_all_that_it_is(loss, tmp_path, pairs):
     live, _ = trained(mixture(), train=pairs, module=loss)
     counts = []

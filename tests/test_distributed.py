@@ -14,6 +14,10 @@ TOGETHER = ("ddp,fsdp2", "fsdp1")  # by one start of two processes; FSDP1 by a s
 STRATEGIES = ("ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow))
 
 
+REST = tuple(name for name in distributed.VARIANTS if name not in distributed.QUICK)
+VARIANTS = [*distributed.QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The files, and the folder in which one process has trained on them."""
@@ -26,14 +30,17 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(alone, tmp_path_factory):
-    """The folder in which two processes have trained on them with a strategy."""
+    """The folder in which two processes have trained on them with a strategy, variants of one group included."""
     folder, started = tmp_path_factory.mktemp("two"), set()
 
-    def folder_of(strategy):
+    def folder_of(strategy, variants=distributed.QUICK):
         names = next(names for names in TOGETHER if strategy in names)
-        if names not in started:
-            started.add(names)
-            runs.launch(["tests.distributed", str(folder), names, *alone[0]])
+        if (names, variants) not in started:
+            started.add((names, variants))
+            runs.launch(["tests.distributed", str(folder), names, "|".join(variants), *alone[0]])
+            if variants == REST and ("alone", REST) not in started:
+                started.add(("alone", REST))
+                distributed.variants(alone[1], alone[0], names=REST)
         return folder / strategy
 
     return folder_of
@@ -70,11 +77,12 @@ def test_two_processes_train_what_one_trains(strategy, alone, together):
         torch.testing.assert_close(*map(runs.weights, reversed(models)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", distributed.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_other_models_adapters_and_references(strategy, variant, alone, together):
     """Under FSDP2 the second process never loads a model: its script refuses to."""
-    folders = (alone[1], together(strategy))
+    group = distributed.QUICK if variant in distributed.QUICK else REST
+    folders = (alone[1], together(strategy, group))
     one, two = (json.loads((folder / "variants.json").read_text())[variant] for folder in folders)
     if strategy == "fsdp1" and variant.startswith("synced"):
         assert two["refused"].endswith("use `--trainer.strategy fsdp2`.")

@@ -118,7 +118,13 @@ def folder(tmp_path, monkeypatch):
     sys.modules.update(before)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+QUICK = ("index.md", "concepts.md", "data.md", "extending.md", "from_trl.md", "methods.md", "README.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=() if page.name in QUICK else pytest.mark.slow, id=page.name) for page in PAGES],
+)
 def test_a_page_runs(page, folder, capsys):
     namespace = {"__name__": "__main__"}
     for block in blocks(page):

@@ -55,11 +55,11 @@ def test_predictions_hold_the_reference_and_on_request_every_token(reference, tm
 def test_without_a_request_there_are_no_tokens_and_without_a_reference_none_of_its(tmp_path):
     rows = runs.rows(3)
     [row, *_], _ = predicted(runs.module(), rows, tmp_path)
-    assert [name for name in row if "logp" in name or "tokens" in name] == [
+    assert [name for name in row if "logp" in name or "tokens_" in name] == [
         "logp_chosen", "logp_rejected", "reference_logp_chosen", "reference_logp_rejected",
     ]  # fmt: skip
     [row, *_], _ = predicted(runs.module(loss=SimPOLoss()), rows, tmp_path)
-    assert [name for name in row if "logp" in name or "tokens" in name] == ["logp_chosen", "logp_rejected"]
+    assert [name for name in row if "logp" in name or "tokens_" in name] == ["logp_chosen", "logp_rejected"]
 
 
 def test_the_command_line_writes_tokens(tmp_path):

@@ -139,7 +139,8 @@ def test_samples_are_those_of_the_policy_that_starts_the_step_and_repeat(tmp_pat
     assert first[0] != first[3]  # the same prompt elsewhere
 
 
-@pytest.mark.parametrize("moment", ["first", pytest.param("later", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["first", "later"])
 def test_a_killed_step_goes_on_with_the_pairs_that_it_has_written(whole, tmp_path, moment):
     """A real process, SIGKILL, between the file and the end of the step."""
     folder = tmp_path / "run"
@@ -275,6 +276,7 @@ class Rounds(Partition):
 """
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_partition_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "their_rounds.py").write_text(THEIRS)
     monkeypatch.syspath_prepend(tmp_path)

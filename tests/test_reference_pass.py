@@ -74,7 +74,7 @@ def place(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("batch", [31, pytest.param(61, marks=pytest.mark.slow), 66])
+@pytest.mark.parametrize("batch", [31, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (61, 66))])
 def test_a_killed_reference_pass_goes_on_bit_for_bit(place, batch, caplog):
     """At half of the training rows, at their end, and within the validation rows."""
     scored, _ = start(place, place / "whole")
@@ -156,6 +156,7 @@ def test_a_cache_that_is_complete_need_not_be_writable(place, monkeypatch):
     assert start(place, place / "cache")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_forged_cache_and_a_forged_journal_are_scored_anew(place, caplog):
     start(place, place / "cache")
     expected = table(place / "cache")

@@ -63,8 +63,8 @@ CASES = {
     "synced reference beside adapters": {"synced": True, "lora": True, "accumulate": 2, "batch_size": 2},
     "validation within an accumulation": {"accumulate": 4, "batch_size": 1, "val_every": 6},
 }
-# Slow: "plain" and "workers", since the others hold what these hold, and the longest.
-LONG = ("plain", "workers", "synced reference beside adapters")
+# Slow: the first three, since the others hold what these hold, and the longest.
+LONG = ("plain", "workers", "accumulation", "synced reference beside adapters")
 EVERY_STEP = ("plain", "synced reference beside adapters")
 
 
@@ -213,7 +213,7 @@ def undisturbed(tmp_path_factory):
     return options, interrupted.entries(folder / "log.jsonl"), runs.weights(module.policy)
 
 
-@pytest.mark.parametrize("planned", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("planned", [1, pytest.param(8, marks=pytest.mark.slow)])
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, undisturbed, planned):
     options, expected, weights = undisturbed
     folder, draw, kills = tmp_path / "run", random.Random(planned), 0
@@ -235,9 +235,8 @@ def test_kill_9_at_random_moments_loses_nothing(tmp_path, undisturbed, planned):
     assert runs.same(torch.load(folder / "weights.pt", weights_only=True), weights)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number, code):
     options, expected, weights = undisturbed
     options = {**options, "every": 1000}  # what is saved is saved because of the signal

@@ -79,7 +79,7 @@ def wait_until(condition, limit):
 @pytest.mark.parametrize(
     ("kind", "rank", "strategy"),
     [
-        ("kill", 0, "fsdp2"),
+        pytest.param("kill", 0, "fsdp2", marks=slow),
         pytest.param("kill", 1, "ddp", marks=slow),
         pytest.param("fail", 0, "fsdp2", marks=slow),
         pytest.param("fail", 1, "ddp", marks=slow),

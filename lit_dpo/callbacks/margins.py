@@ -32,12 +32,12 @@ class RecordMargins(Callback):
     """
 
     def __init__(self) -> None:
-        self._trainer: Trainer | None = None
+        self._run: Trainer | None = None
         self._batches: list[dict[str, Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin anew; what a checkpoint holds is taken up after this."""
-        self._trainer, self._batches = trainer, []
+        self._run, self._batches = trainer, []
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the values of this batch where they are; nothing waits for the device."""
@@ -69,7 +69,7 @@ class RecordMargins(Callback):
 
     def _gathered(self) -> dict[str, Tensor]:
         """What all processes have recorded, on each of them, ordered by epoch and row; all take part."""
-        table, trainer = self._table(), self._trainer
+        table, trainer = self._table(), self._run
         if trainer is not None and trainer.world_size > 1:
             tables: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(tables, table)
@@ -83,7 +83,7 @@ class RecordMargins(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it up, the first process for all."""
-        first = self._trainer is None or self._trainer.is_global_zero
+        first = self._run is None or self._run.is_global_zero
         self._batches = [{name: state_dict[name] for name in _KINDS}] if first else []
 
     # -- the file -----------------------------------------------------------------------------------------------------

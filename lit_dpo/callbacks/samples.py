@@ -93,6 +93,7 @@ class SamplePrompts(Callback):
         if self._off:
             kind = type(trainer.strategy).__name__
             rank_zero_info(f"SamplePrompts is off: {kind} may shard the weights, and sampling needs them whole.")
+            return
         folder = trainer.log_dir  # asked for on every process, because they agree on it
         self._path = Path(folder, "samples.jsonl") if trainer.loggers and folder else None
         first = trainer.is_global_zero

@@ -147,6 +147,7 @@ PreferenceDataModule(sys.argv[1], tokenizer=tk.build(), max_length=64).setup("fi
 """
 
 
+@pytest.mark.slow
 def test_a_kill_keeps_nine_tenths_of_what_was_encoded(tmp_path, folder, monkeypatch, caplog):
     path = tmp_path / "many.jsonl"
     rows = ({"prompt": f"{i}=", "chosen": str(i), "rejected": str(i + 1)} for i in range(4500))
