@@ -20,7 +20,7 @@ class PreferenceLoss(ABC):
     """A function from log-probs of policy and reference to one loss per pair.
 
     Subclass it as a frozen dataclass; the fields are the loss's options, in Python and on the command line, and the
-    class docstring is their help. A subclass needs nothing but `__call__`; see CONTRIBUTING.md for a walk through.
+    class docstring is their help. A subclass needs nothing but `__call__`; see docs/extending.md for examples.
 
     Attributes:
         beta: Factor between log-ratios and implicit rewards, in rewards per nat; 1 unless the loss has such an option.
