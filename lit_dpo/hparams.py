@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from lit_dpo.losses import PreferenceLoss
+from lit_dpo.own_code import refuse_signature
 from lit_dpo.references.base import Reference
 
 _OBJECT = "given_as_object"
@@ -26,6 +27,8 @@ def plain(value: Any) -> Any:
                 f"`{type(value).__name__}` must be a dataclass, so that a checkpoint can keep its options: put "
                 "`@dataclass(eq=False)` on it, and fields in the place of `__init__`."
             )
+        if isinstance(value, Reference):
+            refuse_signature(value, "score", "policy", "batch", "scorer")
         return _spec(value, options) if isinstance(value, PreferenceLoss | Reference) else options
     return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 

@@ -25,7 +25,7 @@ from lit_dpo.metrics import check_monitors, predictions
 from lit_dpo.models import Dtype, ModelSource, Quantization
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.pretrained import Attention, Loading, trusts_remote_code
-from lit_dpo.references.base import Reference, Start
+from lit_dpo.references.base import Reference, Start, scored_by
 from lit_dpo.resume import fit_counters, run_facts, seeded, validate_between_steps
 from lit_dpo.schedules import WarmupDecay, bind, rebind
 from lit_dpo.scoring.chosen import chosen_alone
@@ -193,7 +193,7 @@ class PreferenceModule(LightningModule):
         assert self.policy is not None
         scorer = self.scorer
         with torch.no_grad():
-            reference = None if self.reference is None else self.reference.score(self.policy, batch, scorer)
+            reference = None if self.reference is None else scored_by(self.reference, self.policy, batch, scorer)
         policy = scorer(self.policy, batch)
         reference = reference or policy.detach().zeros()
         return replace(policy, columns=batch.columns), replace(reference, columns=batch.columns)

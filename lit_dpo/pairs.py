@@ -304,7 +304,10 @@ class PairLogps:
         [[-1.0, -2.0], [-4.0]]
         """
         if self.tokens is None:
-            raise ValueError("There are no log-probs of single tokens here: score the batch with `per_token`.")
+            raise ValueError(
+                "There are no log-probs of single tokens here: score the batch with `per_token`; a loss that reads "
+                "them declares `needs_tokens = True`."
+            )
         return list(self.tokens.split([int(n) for n in self.completion_lengths.tolist()]))
 
     @property

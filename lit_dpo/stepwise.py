@@ -20,6 +20,7 @@ from lit_dpo.checkpoints.verify import verify
 from lit_dpo.data import PreferenceDataModule, new_pairs
 from lit_dpo.lightning_private import attached_trainer
 from lit_dpo.module import PreferenceModule
+from lit_dpo.own_code import refuse_signature
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
 
@@ -65,6 +66,7 @@ def fit_stepwise(
     """
     folder = Path(folder)
     _refuse(module, folder, resume)
+    refuse_signature(datamodule.partition, "next", "step", "pool")
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)

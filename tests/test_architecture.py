@@ -15,6 +15,7 @@ FLOORS = {
     "version": 0,
     "pairs": 0,
     "files": 0,
+    "own_code": 0,
     "processes": 0,
     "lightning_private": 0,
     "scoring.logps": 1,

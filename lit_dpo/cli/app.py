@@ -32,7 +32,7 @@ from lit_dpo.checkpoints.foreign import refuse_foreign_checkpoint
 from lit_dpo.checkpoints.io import make_durable
 from lit_dpo.checkpoints.run import Run, check_checkpoint, refuse_foreign_logs
 from lit_dpo.cli.configs import with_paths
-from lit_dpo.cli.flags import Flags, resuming, take_flags
+from lit_dpo.cli.flags import Flags, import_packages, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names
 from lit_dpo.cli.private import CheckpointsSetNoOptions, switching_forgets_options
@@ -298,6 +298,7 @@ def _run(given: list[str]) -> None:
             sys.stderr.write(f"`--config {name}`: the file `{name}` is taken, not the shipped configuration.\n")
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
+        import_packages(flags.packages)
         with trusting_remote_code(flags.trust_remote_code):
             if args[:1] and args[0] in TOOLS:
                 _run_tool(args[0], args[1:], flags)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sysconfig
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,34 @@ def resuming(args: Sequence[str], checkpoint: str) -> list[str]:
         elif not argument.startswith("--ckpt_path="):
             rest.append(argument)
     return [*rest, "--ckpt_path", checkpoint]
+
+
+def import_packages(packages: Sequence[str]) -> None:
+    """Import what `--allow-import` names, so that an error in it is told as what it is.
+
+    Raises:
+        ValueError: One of them is not found, or fails while it is imported.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except Exception as error:
+            stem, _, ending = package.rpartition(".")
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing == package and ending == "py":
+                hint = f"give the name without its ending, `--allow-import {stem}`"
+            elif missing and f"{package}.".startswith(f"{missing}."):
+                hint = "put the folder that it lies in on PYTHONPATH, such as with `PYTHONPATH=. lit-dpo ...`"
+            else:
+                places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+                if isinstance(error, SyntaxError) and error.filename:
+                    places.append((error.filename, error.lineno))
+                file, line = [place for place in places if not _of_python(place[0])][-1]
+                hint = f"mend `{os.path.relpath(file)}`, line {line}"
+            reason = f"{type(error).__name__}: {error}" if missing is None else str(error)
+            raise ValueError(f"`--allow-import {package}` cannot be imported ({reason}): {hint}.") from error
+
+
+def _of_python(file: str) -> bool:
+    """Whether a file belongs to Python itself, and so is not what a user has to mend."""
+    return file.startswith("<") or Path(file).is_relative_to(sysconfig.get_path("stdlib"))

@@ -43,8 +43,12 @@ def one_sentence(message: object) -> str:
     number = re.search(r"Expected a <class '(int|float)'>", text)
     if not number and (unknown := re.search(r'key "([\w.]+)".*Expected a dot import path string: ([\w.]+)', text)):
         return f"`{unknown[1]}`: there is no class `{unknown[2]}`; a class of your own needs its import path"
-    if refused := re.search(r"Option '([\w.]+)' is not accepted", text):
-        return f"there is no option `{refused[1]}`: `--help` lists them, `--model.loss.help CLASS` those of a class"
+    if own := re.search(r'key "([\w.]+)":.*Expected a path but ([\w.]+) .*(abstract|to a subclass of (\w+))', text):
+        rule = f"is no subclass of `{own[4]}`" if own[4] else "lacks a method that its base class requires"
+        return f"`{own[1]}`: `{own[2]}` {rule}: see docs/extending.md for what to write."
+    if refused := re.search(r"Option '([\w.]+)' is not accepted|does not accept option '([\w.]+)'", text):
+        option = refused[1] or refused[2]
+        return f"there is no option `{option}`: `--help` lists them, `--model.loss.help CLASS` those of a class"
     if broken := re.search(r"Errors: - (`.*?\.) - ", text):  # the class itself says what is wrong
         return broken[1]
     if wrong := re.search(r'key "([\w.]+)": (.*?(?:Errors:)?.*?Expected a .*?)\.? (?:Got|Given) value.*?: (.*)', text):

@@ -71,13 +71,14 @@ def nearest(message: str, parser: Any) -> list[str]:
         kind = _KINDS.get(unknown[1].rpartition(".")[2])
         return did_you_mean(unknown[2], set() if kind is None else {kind.__name__, *subclass_names(kind)} - _ABSTRACT)
     options = all_options(parser)
-    message = re.sub(r"\S*/\S*|.*required and not given.*", "", message)  # no paths, and nothing that is only missing
+    nothing_misspelt = r"\S*/\S*|.*(required and not given|is no subclass of).*"  # paths, and what is missing
+    message = re.sub(nothing_misspelt, "", message)
     for word in re.findall(r"--?[\w.]+|[\w.]+", message):
         known = set(options) if word.startswith("--") else {option.removeprefix("--") for option in options}
-        if word in known or len(word) < 4:
-            continue
-        if close := did_you_mean(word, known):
-            return close
+        while word not in known and len(word) >= 4:
+            if close := did_you_mean(word, known):
+                return close
+            word = word.rpartition(".")[0] if word.count(".") > 1 else ""  # an option of what is misspelt
     return []
 
 

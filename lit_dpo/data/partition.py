@@ -111,6 +111,8 @@ class Pool:
         """
         if self._generate is None:
             raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
+        if isinstance(prompts, str):
+            raise ValueError("`prompts` must be a list of prompts, got a text: give `[prompt]`.")
         if min(samples, max_new_tokens, batch_size) < 1 or temperature < 0:
             raise ValueError(
                 "`samples`, `max_new_tokens` and `batch_size` must be at least 1 and `temperature` at least 0, got "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lit_dpo.own_code import refuse_signature
 from lit_dpo.pairs import PairLogps
 
 
@@ -19,7 +20,7 @@ class PreferenceLoss(ABC):
     """A function from log-probs of policy and reference to one loss per pair.
 
     Subclass it as a frozen dataclass; the fields are the loss's options, in Python and on the command line, and the
-    class docstring is their help. A subclass needs nothing but `__call__`; see CONTRIBUTING.md for a walk through.
+    class docstring is their help. A subclass needs nothing but `__call__`; see docs/extending.md for examples.
 
     Attributes:
         beta: Factor between log-ratios and implicit rewards, in rewards per nat; 1 unless the loss has such an option.
@@ -83,15 +84,25 @@ def per_pair(loss: PreferenceLoss, policy: PairLogps, reference: PairLogps) -> T
     """The value of a loss, which must be one number a pair.
 
     Raises:
-        ValueError: It is something else, as of a loss from a user's file.
+        ValueError: It is something else, does not depend on the policy, or needs what the loss did not declare, as of a
+            loss from a user's file.
     """
-    losses: object = loss(policy, reference)
+    name = type(loss).__name__
+    try:
+        losses: object = loss(policy, reference)
+    except KeyError as error:
+        raise ValueError(
+            f"`{name}` asks for {error}, which is not there: a loss declares the row values that it reads in `columns` "
+            "and decoder blocks in `layers`."
+        ) from error
     wanted = tuple(policy.chosen.shape)
     if isinstance(losses, Tensor) and losses.shape == wanted:
+        if policy.chosen.requires_grad and not losses.requires_grad:
+            raise ValueError(f"`{name}` has no gradient: do not detach the log-probs of the policy.")
         return losses
     got = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
     raise ValueError(
-        f"`{type(loss).__name__}` must return one value a pair, shape {wanted}, got {got}: leave out its own mean or "
+        f"`{name}` must return one value a pair, shape {wanted}, got {got}: leave out its own mean or "
         "sum, since the mean is taken over the pairs of a whole optimizer step."
     )
 
@@ -108,6 +119,8 @@ def refuse_functions(name: str, *losses: object) -> None:
     """
     for loss in losses:
         if isinstance(loss, PreferenceLoss):
+            refuse_signature(loss, "__call__", "policy", "reference")
+            _refuse_plain_class(loss)
             continue
         if isinstance(loss, type) or not callable(loss):
             made = f": give `{loss.__name__}(...)` instead of the class" if isinstance(loss, type) else ""
@@ -123,6 +136,17 @@ def refuse_functions(name: str, *losses: object) -> None:
         )
 
 
+def _refuse_plain_class(loss: PreferenceLoss) -> None:
+    """Refuse a class that declares options, but not as a dataclass: they could not be set."""
+    known = type(loss).__dataclass_fields__
+    options = {name: str(kind) for name, kind in inspect.get_annotations(type(loss)).items() if name not in known}
+    if any("ClassVar" not in kind for kind in options.values()):
+        raise ValueError(
+            f"`{type(loss).__name__}` must be a dataclass, so that its options {', '.join(options)} can be set: put "
+            "`@dataclass(frozen=True)` on it."
+        )
+
+
 def refuse_missing(loss: PreferenceLoss, columns: Collection[str]) -> None:
     """Refuse a loss that reads columns of the rows which do not come with them.
 
@@ -133,6 +157,12 @@ def refuse_missing(loss: PreferenceLoss, columns: Collection[str]) -> None:
     Raises:
         ValueError: One is missing.
     """
+    declared: object = loss.columns
+    if isinstance(declared, str):
+        raise ValueError(
+            f"`columns` of `{type(loss).__name__}` must be a tuple of names: write `columns = ({declared!r},)`, "
+            "with the comma."
+        )
     if missing := [f"`{name}`" for name in loss.columns if name not in columns]:
         raise ValueError(
             f"`{type(loss).__name__}` needs the numbers {', '.join(missing)} of every row: name their columns in "

@@ -159,3 +159,23 @@ def refuse_incomplete(reference: Reference | None, logps: PairLogps, scorer: Sco
             f"`{type(reference).__name__}` gives no log-probs of single tokens or of intermediate layers, which the "
             "loss needs: let its `score` give all that the scorer asks for, or use another reference."
         )
+
+
+def scored_by(reference: Reference, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
+    """What a reference scores, which must be one log-prob a pair and side.
+
+    Raises:
+        ValueError: It is something else, as of a reference from a user's file.
+    """
+    found: object = reference.score(policy, batch, scorer)
+    wanted = (len(batch.lengths),)
+    if not isinstance(found, PairLogps):
+        got = f"a {type(found).__name__}"
+    elif wrong := [tuple(side.shape) for side in (found.chosen, found.rejected) if side.shape != wanted]:
+        got = f"log-probs of shape {wrong[0]}"
+    else:
+        return found
+    raise ValueError(
+        f"`{type(reference).__name__}.score` must return a `PairLogps` with one log-prob a pair and side, shape "
+        f"{wanted}, got {got}."
+    )

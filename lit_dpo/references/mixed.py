@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_dpo.losses.base import check
 from lit_dpo.pairs import PairBatch, PairLogps
-from lit_dpo.references.base import Reference, refuse_incomplete
+from lit_dpo.references.base import Reference, refuse_incomplete, scored_by
 from lit_dpo.scoring.score import Scorer
 
 
@@ -57,7 +57,7 @@ class MixedReference(Reference):
         Raises:
             ValueError: One of them does not give all that was asked for.
         """
-        found = [reference.score(policy, batch, scorer) for reference in self.references]
+        found = [scored_by(reference, policy, batch, scorer) for reference in self.references]
         if len(found) == 1:
             return found[0]
         for reference, logps in zip(self.references, found, strict=True):

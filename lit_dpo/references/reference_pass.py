@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_dpo.checkpoints.journal import Journal
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.pairs import PairLogps
-from lit_dpo.references.base import Reference, Start, refuse_incomplete
+from lit_dpo.references.base import Reference, Start, refuse_incomplete, scored_by
 from lit_dpo.references.table import LogpsTable, TokenLogps, content_keys, first_of_each, joined
 from lit_dpo.scoring.decoder import adapters_off
 from lit_dpo.scoring.score import Scorer
@@ -129,7 +129,7 @@ def score_rows(
                 with adapters_off(scored):
                     logps = scorer(scored, batch)
             else:
-                logps = of.score(scored, batch, scorer)
+                logps = scored_by(of, scored, batch, scorer)
         refuse_incomplete(of, logps, scorer)
         found.append((content_keys(batch), logps))
         if under_way is not None:
