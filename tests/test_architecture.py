@@ -36,9 +36,11 @@ FLOORS = {
     "tokenizers": 3,
     "adapters": 4,
     "models": 4,
+    "sampling": 4,
     "strategies": 4,
     "data": 4,
     "references": 5,
+    "rounds": 5,
     "hparams": 6,
     "assembly": 6,
     "extrapolate": 6,
@@ -53,11 +55,11 @@ FLOORS = {
     "__main__": 13,
 }
 # On one floor, what may build on what.
-NEIGHBOURS = {("metrics", "losses"), ("assembly", "hparams")}
+NEIGHBOURS = {("metrics", "losses"), ("assembly", "hparams"), ("data", "sampling")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "models", "tokenizers", "adapters", "pretrained", "references"}
-KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export", "extrapolate"}
+KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export", "extrapolate", "sampling", "rounds"}
 LONGEST = 350  # lines of a file
 # Files that are being split. Each must still be too long, so that the list shrinks and cannot go stale.
 STILL_LONG = set()
