@@ -334,8 +334,8 @@ def test_a_reward_model_scores_what_its_own_template_renders(tmp_path):
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
         with torch.no_grad():
-            hidden = model.model(ids).last_hidden_state[0, -1]
-        assert score == pytest.approx(float(model.score(hidden)), abs=1e-5)
+            expected = model.score(model.model(ids).last_hidden_state[0, -1]).item()
+        assert score == pytest.approx(expected, abs=1e-5)
     assert len({*found}) == 3
     before = judge.identity()
     with torch.no_grad():
@@ -459,15 +459,15 @@ def refused(words, capsys):
 
 def test_nothing_is_executed_that_the_command_line_has_not_permitted(here, capsys):
     """A command of the configuration's would make the decoy."""
-    assert "if you trust that package, add `--allow-import my_verifier`" in refused(online(here), capsys)
+    assert "add `--allow-import my_verifier`" in refused(online(here), capsys)
     known = ["--data.partition.judge.function", "torch.optim.swa_utils.update_bn"]
-    assert "`torch.optim.swa_utils.update_bn` as a verifier" in refused(
+    assert "error: `torch.optim.swa_utils.update_bn` may not be a verifier" in refused(
         online(here, "--allow-import", "my_verifier", *known), capsys
     )
     decoy = here / "decoy"
     judge = {"class_path": "Command", "init_args": {"command": f"touch {decoy}"}}
     words = online(here, "--data.partition.judge", json.dumps(judge))
-    assert "may not name a command to run, such as `touch" in refused([*words, "--allow-import", "my_verifier"], capsys)
+    assert f"error: `touch {decoy}` may not judge" in refused([*words, "--allow-import", "my_verifier"], capsys)
     assert not decoy.exists()
     assert not (here / "runs").exists()
     assert "ended with status 0 before it gave its score" in refused([*words, "--allow-command"], capsys)

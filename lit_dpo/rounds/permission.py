@@ -43,8 +43,8 @@ def refuse_function(function: object) -> None:
     if given and not any(f"{module}.".startswith(f"{package}.") for package in given.packages):
         name = getattr(function, "__name__", type(function).__name__)
         raise ValueError(
-            f"A configuration may not name `{module}.{name}` as a verifier: if you trust that function with what the "
-            f"model says, add `--allow-import {module}`."
+            f"`{module}.{name}` may not be a verifier: if you trust that function with what the model says, add "
+            f"`--allow-import {module}`."
         )
 
 
@@ -57,6 +57,5 @@ def refuse_command(command: str) -> None:
     given = _given.get()
     if given and not given.command:
         raise ValueError(
-            f"A configuration may not name a command to run, such as `{command}`: if you trust it, add "
-            "`--allow-command`."
+            f"`{command}` may not judge, as a command of a configuration: if you trust it, add `--allow-command`."
         )
