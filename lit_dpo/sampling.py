@@ -45,7 +45,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples completions; ``sampler(model, tokenizer, prompts)`` yields those of each prompt.
+    """Samples completions; `sampler(model, tokenizer, prompts)` yields those of each prompt.
 
     A completion depends on the model, the prompt, how often the prompt came before in the same call, the number of the
     sample, `round` and `seed` alone: its random numbers are those of a counter-based generator (Philox) with a key made
@@ -129,7 +129,7 @@ class Sampler:
         return prompt + array("q", [self.seed, self.round, occurrence]).tobytes()
 
     def _uniforms(self, key: bytes, sample: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Numbers in [0, 1) for each token of a completion, shape ``(max_new_tokens,)``."""
+        """Numbers in [0, 1) for each token of a completion, shape `(max_new_tokens,)`."""
         digest = hashlib.sha256(key + array("q", [sample]).tobytes()).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
         return np.minimum(generator.random(self.max_new_tokens), _BELOW_ONE)
@@ -183,7 +183,7 @@ class _Draw(LogitsProcessor):
     """Leaves of each row's tokens the one that its random number falls on.
 
     Args:
-        uniforms: In [0, 1), shape ``(rows, new tokens)``, float64.
+        uniforms: In [0, 1), shape `(rows, new tokens)`, float64.
         start: Tokens of the prompts, padding included.
         temperature: Above 0.
         top_p: In (0, 1].
@@ -193,7 +193,7 @@ class _Draw(LogitsProcessor):
         self.uniforms, self.start, self.temperature, self.top_p = uniforms, start, temperature, top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores, shape ``(rows, vocabulary)``, with all but the drawn token at minus infinity."""
+        """Scores, shape `(rows, vocabulary)`, with all but the drawn token at minus infinity."""
         probabilities = (scores.double() / self.temperature).softmax(-1)
         if self.top_p < 1:
             ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
