@@ -21,11 +21,7 @@ class Prompt:
 
     Args:
         content: Text, which the completion continues as it is, or messages, which the chat template renders.
-<<<<<<< HEAD
-        row: Where a person finds it, such as ``path/file.jsonl:17``.
-=======
         row: Where a person finds it, such as `path/file.jsonl:17`.
->>>>>>> main
         line: It is a line that a person wrote: a user's message wherever the tokenizer has a chat template.
     """
 
@@ -45,11 +41,7 @@ def read_prompts(source: str) -> Iterator[Prompt]:
     """Yield the prompts of a data set.
 
     Args:
-<<<<<<< HEAD
-        source: What `read_rows` reads, with rows that are pairs or have a ``prompt`` (text or messages); or a ``.txt``
-=======
         source: What `read_rows` reads, with rows that are pairs or have a `prompt` (text or messages); or a `.txt`
->>>>>>> main
             file, each of whose lines is a prompt.
 
     Raises:
