@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from lit_dpo import (
     BestVsWorst,
     ChosenVsSample,
     Command,
+    FrozenReference,
     Judge,
     OnPolicy,
     Pool,
@@ -35,6 +37,7 @@ from tests import runs
 
 pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 ROOT = Path(__file__).parents[1]
+DESCRIPTION = {**runs.LLAMA, "max_position_embeddings": 64, "initializer_range": 0.2}
 PROMPTS = [f"{n}{n + 1}=" for n in range(7)]
 
 
@@ -74,15 +77,15 @@ def prompts_file(folder):
     return runs.write(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in [*PROMPTS[:3], *PROMPTS]])
 
 
-def train(folder, judge, resume=False, **options):
+def train(folder, judge, resume=False, reference=None, processes=None, **options):
     """Two rounds of six samples; returns the folders of the rounds."""
-    description = {**runs.LLAMA, "max_position_embeddings": 64, "initializer_range": 0.2}
-    module = runs.module(description, tokenizer=signs(), lr=1e-2, optimizer=torch.optim.AdamW)
+    more = {} if reference is None else {"reference": reference}
+    module = runs.module(DESCRIPTION, tokenizer=signs(), lr=1e-2, optimizer=torch.optim.AdamW, **more)
     options = {"rounds": 2, "prompts_per_round": 5, "samples": 6, "max_new_tokens": 20, **options}
     partition = OnPolicy(prompts_file(folder.parent), judge, **options)
     other = [{"prompt": "1=", "chosen": "1", "rejected": "2"}, {"prompt": "2=", "chosen": "1", "rejected": "2"}]
     data = runs.data(other, partition=partition, batch_size=2, validation=other, max_length=32)
-    fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=1), folder, resume)
+    fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=1, **(processes or {})), folder, resume)
     return [folder / "partition_0", folder / "partition_1"]
 
 
@@ -102,8 +105,7 @@ def whole(tmp_path_factory):
 
 def test_a_round_is_what_the_policy_that_starts_it_says(whole):
     """The oracle samples each prompt alone, judges and pairs by plain loops, and counts anew."""
-    description = {**runs.LLAMA, "max_position_embeddings": 64, "initializer_range": 0.2}
-    starts = [load_model(description, signs()), AutoModelForCausalLM.from_pretrained(whole[0] / "export")]
+    starts = [load_model(DESCRIPTION, signs()), AutoModelForCausalLM.from_pretrained(whole[0] / "export")]
     for number, (root, model) in enumerate(zip(whole, starts, strict=True)):
         wanted = [PROMPTS[(5 * number + n) % 7] for n in range(5)]
         pairs, counts, reasons = [], Counter(), Counter()
@@ -142,6 +144,32 @@ def test_the_batch_size_changes_nothing(whole, tmp_path):
     assert (roots[1] / "export" / "model.safetensors").read_bytes() == (
         whole[1] / "export" / "model.safetensors"
     ).read_bytes()
+
+
+def test_the_first_model_may_be_the_reference_of_all_rounds(whole, tmp_path):
+    """The first round is the same, and what the second one leads to is not."""
+    reference = FrozenReference(DESCRIPTION)
+    roots = train(tmp_path / "run", Noting(tmp_path / "notes"), reference=reference)
+    first = load_model(DESCRIPTION, signs())
+    assert runs.same(runs.weights(reference.models()[0]), runs.weights(first))
+    names = ("partition_0/export/model.safetensors", "partition_1/pairs.jsonl", "partition_1/export/model.safetensors")
+    equal = [(roots[0].parent / name).read_bytes() == (whole[0].parent / name).read_bytes() for name in names]
+    assert equal == [True, True, False]
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_that_one_makes(whole, tmp_path):
+    """The first round before they are connected, the second one shared."""
+    runs.launch(["tests.test_rounds", str(tmp_path / "run"), str(tmp_path / "notes"), "2"])
+    root = tmp_path / "run" / "partition_0"
+    assert (root / "pairs.jsonl").read_bytes() == (whole[0] / "pairs.jsonl").read_bytes()
+    shared = tmp_path / "run" / "partition_1"
+    numbers = [{line[0] for line in lines(shared / f"scores.{rank}.jsonl")} for rank in (0, 1)]
+    assert numbers == [{0, 2, 4}, {1, 3}]
+    together = (shared / "pairs.jsonl").read_bytes()
+    shutil.rmtree(shared)
+    train(tmp_path / "run", Noting(tmp_path / "notes"), resume=True)
+    assert (shared / "pairs.jsonl").read_bytes() == together
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -416,8 +444,7 @@ def online(folder, *more):
     prompts_file(folder)
     (folder / "my_verifier.py").write_text("def is_right(prompt, completion):\n    return '7' not in completion\n")
     runs.write(folder / "pairs.jsonl", [{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in range(8)])
-    model = {**runs.LLAMA, "max_position_embeddings": 64, "initializer_range": 0.2}
-    words = ["fit", "--config", str(ROOT / "configs" / "online.yaml"), "--model.model", json.dumps(model)]
+    words = ["fit", "--config", str(ROOT / "configs" / "online.yaml"), "--model.model", json.dumps(DESCRIPTION)]
     words += ["--model.tokenizer", str(folder / "signs"), "--model.optimizer.lr", "1e-2"]
     words += ["--data.validation", "pairs.jsonl", "--data.max_length", "32", "--data.batch_size", "2"]
     words += ["--data.partition.prompts_per_round", "5", "--data.partition.max_new_tokens", "20"]
@@ -476,4 +503,11 @@ def test_nothing_is_executed_that_the_command_line_has_not_permitted(here, capsy
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), Noting(Path(sys.argv[2]), PROMPTS[3], "kill"))
+    notes = Path(sys.argv[2])
+    if not sys.argv[3:]:
+        train(Path(sys.argv[1]), Noting(notes, PROMPTS[3], "kill"))
+    train(Path(sys.argv[1]), Noting(notes), processes={"strategy": "ddp", "devices": 2})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # a plain exit aborts now and then, when all is done

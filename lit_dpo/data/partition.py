@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -164,7 +164,12 @@ class Partition(ABC):
 
     Training runs one step after the other, and the policy at the end of one is the starting policy and the reference of
     the next (stepwise DPO, https://arxiv.org/abs/2403.19270).
+
+    Attributes:
+        other_reference: Whether a model of its own may be the reference in every step instead.
     """
+
+    other_reference: ClassVar[bool] = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -41,7 +41,8 @@ class OnPolicy(Partition):
     `scores.RANK.jsonl`, `pairs.jsonl`, and `round.json`, which counts. A run that is stopped goes on behind the last
     prompt that was sampled or judged, and makes the same pairs as one that was not.
 
-    The pool of the data module is not trained on.
+    The reference of a round is the policy that starts it, or the model of a `FrozenReference` that names one, such as
+    the first. The pool of the data module is not trained on.
 
     Source: Xu et al., Some things are more cringe than others: iterative preference optimization with the pairwise
     cringe loss, https://arxiv.org/abs/2312.16682; Pang et al., Iterative reasoning preference optimization,
@@ -66,6 +67,8 @@ class OnPolicy(Partition):
     Raises:
         ValueError: An option is out of its range.
     """
+
+    other_reference: ClassVar[bool] = True
 
     def __init__(
         self,
