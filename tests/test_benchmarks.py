@@ -270,6 +270,7 @@ def test_large_data(tmp_path):
     assert len(list(tmp_path.glob("large_data_*.png"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
 def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
     """One round of a few prompts: the counts add up, every pair is as the task says, and the record is written."""
