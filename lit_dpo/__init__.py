@@ -11,10 +11,14 @@ __all__ = [
     "APODownLoss",
     "APOZeroLoss",
     "AdapterReference",
+    "AllPairs",
     "BCOPairLoss",
+    "BestVsWorst",
     "BySource",
     "CPOLoss",
     "CachedReference",
+    "ChosenVsSample",
+    "Command",
     "DPOLoss",
     "DPOPLoss",
     "DPOShiftLoss",
@@ -26,6 +30,7 @@ __all__ = [
     "HingeLoss",
     "IPOLoss",
     "IntermediateLoss",
+    "Judge",
     "LDDPOLoss",
     "LoRA",
     "MinorDPOLoss",
@@ -33,10 +38,12 @@ __all__ = [
     "NCAPairLoss",
     "ODPOLoss",
     "ORPOLoss",
+    "OnPolicy",
     "OneShot",
     "PairBatch",
     "PairLogps",
     "Partition",
+    "Picker",
     "Pool",
     "PreferenceDataModule",
     "PreferenceLoss",
@@ -44,12 +51,15 @@ __all__ = [
     "RDPOLoss",
     "RandomSplit",
     "Reference",
+    "RewardModel",
+    "RightVsWrong",
     "RobustDPOLoss",
     "SFTLoss",
     "SPPOLoss",
     "Scorer",
     "SimPOLoss",
     "SyncedReference",
+    "Verifier",
     "WarmupDecay",
     "WeightedLoss",
     "__version__",
@@ -107,11 +117,24 @@ if TYPE_CHECKING:
     from lit_dpo.references.frozen import FrozenReference
     from lit_dpo.references.mixed import MixedReference
     from lit_dpo.references.synced import SyncedReference
+    from lit_dpo.rounds import (
+        AllPairs,
+        BestVsWorst,
+        ChosenVsSample,
+        Command,
+        Judge,
+        OnPolicy,
+        Picker,
+        RewardModel,
+        RightVsWrong,
+        Verifier,
+    )
     from lit_dpo.schedules import WarmupDecay
     from lit_dpo.scoring.score import Scorer, score
 else:
     # The names above, from the modules that have them, tried in this order: those that import least come first.
-    _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring.score", "pretrained", "references", "module")
+    _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring.score", "pretrained", "references", "rounds")
+    _HOMES += ("module",)
 
     def __getattr__(name: str) -> object:
         """Import what is asked for now: all of it takes seconds, which no `lit-dpo --help` should wait for."""

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lit_dpo.checkpoints.finite import first_nonfinite
@@ -133,6 +140,28 @@ def read_model(source: str, dtype: torch.dtype, loading: Loading = Loading()) ->
         trust = trusts_remote_code()
         model, info = load(source, trust_remote_code=trust, dtype=dtype, output_loading_info=True, **more)
     _refuse_half(model)
+    _refuse_incomplete(model, info, source)
+    return model
+
+
+def read_classifier(source: str) -> PreTrainedModel:
+    """The sequence classifier of a hub name or folder, in float32, every weight of it read from there and finite.
+
+    Raises:
+        ValueError: As `read_model`.
+    """
+    model: PreTrainedModel
+    with _reading("model", source):
+        read_config(source)
+        load: Any = AutoModelForSequenceClassification.from_pretrained
+        trust = trusts_remote_code()
+        model, info = load(source, trust_remote_code=trust, dtype=torch.float32, output_loading_info=True)
+    _refuse_incomplete(model, info, source)
+    return model
+
+
+def _refuse_incomplete(model: PreTrainedModel, info: Mapping[str, Any], source: str) -> None:
+    """Refuse a model that lacks weights, or holds some that are not finite."""
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
             f"`model` {source!r} lacks weights that its configuration asks for ({_few(missing)}), and random ones "
@@ -143,7 +172,6 @@ def read_model(source: str, dtype: torch.dtype, loading: Loading = Loading()) ->
             f"`model` {source!r} holds weights that are not finite, `{name}` first: nothing can be computed with them; "
             "give another copy or an earlier checkpoint of it."
         )
-    return model
 
 
 def read_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:

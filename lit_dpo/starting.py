@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,13 +23,15 @@ from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.data.dataset import DIGEST
 from lit_dpo.data.partition import Pool, Prompt
+from lit_dpo.data.prompts import Prompt as Asked
+from lit_dpo.data.prompts import prompt_ids
 from lit_dpo.losses import SimPOLoss
 from lit_dpo.models import ModelSource, load_model
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
-from lit_dpo.pretrained import Loading, trusts_remote_code
+from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
-from lit_dpo.resume import seeded
+from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
 
 
@@ -66,7 +69,8 @@ class StartingPolicies:
             return self.margins(step if other is None else other)
 
         folder = folder_of(self.folder, step)
-        return Pool(self.data.training.pool_sources, folder, score, partial(self.sample, step))
+        sample, complete = partial(self.sample, step), partial(self.complete, step)
+        return Pool(self.data.training.pool_sources, folder, score, sample, complete, self._processes(), _gathered)
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -122,34 +126,43 @@ class StartingPolicies:
     def sample(
         self, step: int, prompts: Sequence[Prompt], samples: int, temperature: float, most: int, seed: int, size: int
     ) -> list[list[str]]:
-        """See `Pool.sample`: batches of prompts, each with random numbers of its own, shared among the processes."""
+        """See `Pool.sample`; equal prompts go to one process, which counts how often they came before."""
+        rank, processes = self._processes()
+        names = [json.dumps(prompt) for prompt in prompts]
+        owners = {name: number % processes for number, name in enumerate(dict.fromkeys(names))}
+        own = [number for number, name in enumerate(names) if owners[name] == rank]
+        sampler = Sampler(samples, temperature, max_new_tokens=most, seed=seed, round=step, rows=size * samples)
+        completions = self.complete(step, [prompts[number] for number in own], sampler)
+        found = _gathered({n: [one.text for one in each] for n, each in zip(own, completions, strict=True)})
+        return [found[number] for number in range(len(prompts))]
+
+    def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+        """See `Pool.complete`."""
         module = self.module
+        tokenizer: Any = module.tokenizer
         device = self.make_trainer(self.folder / "scoring").strategy.root_device
         source = self.of(step)
         if isinstance(source, nn.Module):
             model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
         else:
             how = (module.dtype_name, module.init_seed, self._loading_of(step))
-            model = load_model(source, module.tokenizer, *how)
+            model = load_model(source, tokenizer, *how)
         model.to(device)
         ids = [self._ids(prompt) for prompt in prompts]
-        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
-        options: dict[str, Any] = {"do_sample": False}
-        if temperature:
-            options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        options |= {"num_return_sequences": samples, "max_new_tokens": most, "repetition_penalty": 1.0}
-        rank, processes = (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
-        found: dict[int, list[list[str]]] = {}
-        for number in range(rank, len(batches), processes):
-            with seeded(device, seed, step, number):
-                found[number] = self._completed(model, batches[number], options)
-        found = _gathered(found)
-        return [completions for number in range(len(batches)) for completions in found[number]]
+        for prompt, each in zip(ids, sampler(model, tokenizer, ids), strict=True):
+            before = tokenizer.decode(prompt, skip_special_tokens=True)
+            whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
+            # Decoded alone, some tokenizers lose the first space.
+            yield [replace(one, text=text.removeprefix(before)) for one, text in zip(each, whole, strict=True)]
+
+    @staticmethod
+    def _processes() -> tuple[int, int]:
+        return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
 
     def _ids(self, prompt: Prompt) -> list[int]:
         tokenizer: Any = self.module.tokenizer
         if isinstance(prompt, str):
-            found = tokenizer(prompt).input_ids
+            found = prompt_ids(tokenizer, Asked(prompt, "a prompt to sample from"))
         else:
             template = self.data.chat_template or tokenizer.chat_template
             text = tokenizer.apply_chat_template(
@@ -159,27 +172,6 @@ class StartingPolicies:
         if not found:
             raise ValueError("A prompt to sample from has no tokens: give one that is not empty.")
         return list(found)
-
-    @torch.no_grad()
-    def _completed(self, model: Any, prompts: list[list[int]], options: dict[str, Any]) -> list[list[str]]:
-        tokenizer: Any = self.module.tokenizer
-        padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[padding or 0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            pad_token_id=padding,
-            trust_remote_code=trusts_remote_code(),
-            **options,
-        )
-        texts, each = [], options["num_return_sequences"]
-        for line, generated in enumerate(out[:, longest:].tolist()):
-            prompt = prompts[line // each]
-            before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + generated))
-            texts.append(whole.removeprefix(before))  # alone, some tokenizers lose the first space
-        return [texts[start : start + each] for start in range(0, len(texts), each)]
 
 
 class _Pool(LightningDataModule):

@@ -17,7 +17,7 @@ from lit_dpo.callbacks import ExportModel, FirstModelMetrics
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import write_json
 from lit_dpo.checkpoints.verify import verify
-from lit_dpo.data import PreferenceDataModule, new_pairs
+from lit_dpo.data import Partition, PreferenceDataModule, new_pairs
 from lit_dpo.lightning_private import attached_trainer
 from lit_dpo.module import PreferenceModule
 from lit_dpo.own_code import refuse_signature
@@ -65,7 +65,7 @@ def fit_stepwise(
         FileExistsError: `folder` holds steps already, and it was not said to resume.
     """
     folder = Path(folder)
-    _refuse(module, folder, resume)
+    _refuse(module, datamodule.partition, folder, resume)
     refuse_signature(datamodule.partition, "next", "step", "pool")
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
@@ -101,9 +101,9 @@ def fit_stepwise(
     return exported
 
 
-def _refuse(module: PreferenceModule, folder: Path, resume: bool) -> None:
+def _refuse(module: PreferenceModule, partition: Partition, folder: Path, resume: bool) -> None:
     reference = getattr(module.reference, "of", None) or module.reference  # the cached one, if it is
-    if isinstance(reference, FrozenReference) and reference.model is not None:
+    if isinstance(reference, FrozenReference) and reference.model is not None and not partition.other_reference:
         raise ValueError(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )

@@ -41,6 +41,7 @@ FLOORS = {
     "strategies": 4,
     "data": 4,
     "references": 5,
+    "rounds": 5,
     "hparams": 6,
     "assembly": 6,
     "extrapolate": 6,
@@ -56,10 +57,10 @@ FLOORS = {
     "__main__": 13,
 }
 # On one floor, what may build on what.
-NEIGHBOURS = {("metrics", "losses"), ("export", "trained"), ("assembly", "hparams")}
+NEIGHBOURS = {("metrics", "losses"), ("export", "trained"), ("assembly", "hparams"), ("data", "sampling")}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
-KNOW_TRANSFORMERS = {"scoring", "models", "tokenizers", "adapters", "pretrained", "references"}
+KNOW_TRANSFORMERS = {"scoring", "models", "tokenizers", "adapters", "pretrained", "references", "rounds"}
 KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export", "extrapolate", "sampling", "trained"}
 LONGEST = 350  # lines of a file
 

@@ -268,3 +268,22 @@ def test_large_data(tmp_path):
         assert process["start_s"] < min(record["first_start_s"], 10)
     assert record["table"]["table_find_s"] < 1
     assert len(list(tmp_path.glob("large_data_*.png"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
+    """One round of a few prompts: the counts add up, every pair is as the task says, and the record is written."""
+    import rounds
+
+    assert (rounds.answer("50172="), rounds.is_right("50172=", "01257")) == ("01257", True)
+    words = ["--seeds", "1", "--rounds", "1", "--rows", "600", "--prompts", "30", "--unseen", "20", "--losses"]
+    monkeypatch.setattr("sys.argv", ["rounds.py", *words, "SFT on the chosen", "--out", str(tmp_path)])
+    rounds.main()
+    [record] = lines(tmp_path / "rounds.jsonl")
+    [told] = record["rounds"]
+    assert told["completions"] == 240
+    assert told["pairs"] + sum(told["without_pair"].values()) == told["prompts"] == 30
+    assert len(record["greedy"]) == 2
+    [report] = tmp_path.glob("rounds_*.md")
+    assert "SFT on the chosen" in report.read_text()

@@ -90,8 +90,8 @@ def file(folder, name, content):
 def test_no_config_is_forgotten():
     assert METHODS == [
         "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo", "fdpo",
-        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "orpo",
-        "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
+        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
+        "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays
@@ -112,7 +112,11 @@ QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstar
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "method",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "sdpo"],
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in METHODS
+        if name not in ("sdpo", "online")
+    ],
 )
 def test_every_config_trains(method, tmp_path):
     scores = [{**row, "score_chosen": 2 + n, "score_rejected": n} for n, row in enumerate(runs.rows(48))]
@@ -175,7 +179,7 @@ def test_the_configs_differ_where_the_methods_do():
         "sdpo": ("/data/train", "/data/partition"),
         "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
     }
-    for method in set(METHODS) - {"dpo", "quickstart"}:
+    for method in set(METHODS) - {"dpo", "quickstart", "online"}:
         paths = configs["dpo"].keys() | configs[method].keys()
         different = {path for path in paths if configs["dpo"].get(path) != configs[method].get(path)}
         known = ("/model/loss", "/trainer/default_root_dir", *allowed.get(method, ()))

@@ -208,7 +208,7 @@ def test_every_option_that_is_named_exists(capsys):
             main([command, "--help"])
     known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
     known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
-    known |= {"--trust-remote-code", "--overwrite"}
+    known |= {"--trust-remote-code", "--overwrite", "--allow-command"}
     known |= {f"--{parameter.name}" for tool in TOOLS for parameter in signatures.tool(tool)}
     known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
     other = {"--strict"}  # of mkdocs

@@ -41,6 +41,7 @@ from lit_dpo.cli.tools import TOOLS, as_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pretrained import trusting_remote_code
+from lit_dpo.rounds.permission import permitting
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.watch import watch_over
 
@@ -268,6 +269,7 @@ class PreferenceCLI(CheckpointsSetNoOptions):
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
+    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
     *(
         f"lit_dpo.{name}"
         for name in ("data.partition", "adapters.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
@@ -299,7 +301,7 @@ def _run(given: list[str]) -> None:
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
         set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
         import_packages(flags.packages)
-        with trusting_remote_code(flags.trust_remote_code):
+        with trusting_remote_code(flags.trust_remote_code), permitting(flags.packages, flags.allow_command):
             if args[:1] and args[0] in TOOLS:
                 _run_tool(args[0], args[1:], flags)
             else:

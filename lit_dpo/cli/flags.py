@@ -20,12 +20,14 @@ class Flags:
         allow_changes: Resume with another configuration or other data than the checkpoint's.
         overwrite: Let `predict` replace a file.
         trust_remote_code: Let the Python code of a model or tokenizer run.
+        allow_command: Let a configuration name a command that judges completions.
     """
 
     packages: tuple[str, ...] = ()
     allow_changes: bool = False
     overwrite: bool = False
     trust_remote_code: bool = False
+    allow_command: bool = False
 
 
 def take_flags(args: Sequence[str]) -> tuple[list[str], Flags]:
@@ -38,7 +40,7 @@ def take_flags(args: Sequence[str]) -> tuple[list[str], Flags]:
     remaining = iter(args)
     for argument in remaining:
         name, _, value = argument.partition("=")
-        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code"):
+        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code", "--allow-command"):
             switches.add(argument.removeprefix("--").replace("-", "_"))
         elif name == "--allow-import":
             package = value or next(remaining, "")

@@ -47,6 +47,7 @@ _OWN = {  # options of one command or some: their help, and the commands
 }
 _FLAGS = {  # on the command line only, never in a file
     "--allow-changes": "Resume with another configuration than that of the run.",
+    "--allow-command": "Let the configuration name a command that judges completions.",
     "--allow-import PACKAGE": "Let the configuration name classes of that package.",
     "--overwrite": "Replace a file, where a command writes one.",
     "--trust-remote-code": "Let a model or tokenizer run the Python code that comes with it.",

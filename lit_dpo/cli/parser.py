@@ -22,8 +22,9 @@ from lit_dpo.cli.private import all_options
 from lit_dpo.data import Partition
 from lit_dpo.losses import PreferenceLoss
 from lit_dpo.references.base import Reference
+from lit_dpo.rounds import Judge, Picker
 
-PLUGGABLE = (PreferenceLoss, Reference, Partition)
+PLUGGABLE = (PreferenceLoss, Reference, Partition, Judge, Picker)
 _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
     "loss": PreferenceLoss,
     "losses": PreferenceLoss,
@@ -32,6 +33,8 @@ _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
     "references": Reference,
     "of": Reference,
     "partition": Partition,
+    "judge": Judge,
+    "picker": Picker,
     "adapter": LoRA,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_dpo.sampling import Completion, Sampler
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Plain text, or chat messages with `role` and `content`."""
@@ -27,6 +31,9 @@ class Pool:
         folder: The folder of the step.
         score: Gives the margins of the policy that starts a step, numbered from 0; `None` means this one.
         generate: Gives completions; called with the arguments of `sample`.
+        complete: Gives completions; called with the arguments of `complete`.
+        processes: Number of this process, and how many there are that can talk to each other.
+        gather: Makes one of what they have found, each under its own numbers.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
@@ -38,8 +45,12 @@ class Pool:
         folder: Path | None = None,
         score: Callable[[int | None], Tensor] | None = None,
         generate: Callable[..., list[list[str]]] | None = None,
+        complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
+        processes: tuple[int, int] = (0, 1),
+        gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
     ) -> None:
         self.sources = sources
+        self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
     @property
@@ -91,9 +102,10 @@ class Pool:
     ) -> list[list[str]]:
         """Completions of prompts by the policy that starts the step, as text without special tokens.
 
-        The policy is loaded for the call and generates through transformers. The random numbers depend on `seed`, the
-        step and the place of the prompt alone, so that a resumed step gets the same completions from the same arguments
-        on the same machine, by any number of processes. Several processes share the prompts once they are connected.
+        The policy is loaded for the call. The random numbers of a completion depend on `seed`, the step, its prompt,
+        how often that came before, and the number of the sample alone; see `lit_dpo.sampling.Sampler`. A resumed step
+        gets the same completions from the same arguments, by any number of processes. Several processes share the
+        prompts once they are connected.
 
         Args:
             prompts: Texts, or lists of chat messages, which the chat template renders.
@@ -101,7 +113,7 @@ class Pool:
             temperature: Divides the logits, at least 0; 0 takes the likeliest token each time.
             max_new_tokens: Tokens of a completion at most; one that reaches them has no end.
             seed: Seed of the random numbers.
-            batch_size: Prompts to complete at a time. Another size draws other random numbers.
+            batch_size: Prompts to complete at a time; it does not change what they get.
 
         Returns:
             For each prompt its completions.
@@ -122,13 +134,44 @@ class Pool:
             raise ValueError("At `temperature` 0 all samples are equal: ask for one, or set it above 0.")
         return self._generate(prompts, samples, temperature, max_new_tokens, seed, batch_size)
 
+    def complete(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+        """Completions of prompts with their token ids, one prompt after the other, by this process alone.
+
+        Args:
+            prompts: Texts, or lists of chat messages, which the chat template renders.
+            sampler: How to sample.
+
+        Returns:
+            An iterator over the completions of each prompt, in order. The policy is in memory until its end.
+
+        Raises:
+            ValueError: There is no policy.
+        """
+        if self._complete is None:
+            raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
+        return self._complete(prompts, sampler)
+
+    def share(self, count: int) -> range:
+        """Of so many numbers from 0 those that are this process's; all until the processes are connected."""
+        rank, processes = self._processes
+        return range(rank, count, processes)
+
+    def gathered(self, found: dict[int, Any]) -> dict[int, Any]:
+        """What the processes have found, each under its own numbers, as one on all of them."""
+        return self._gather(found)
+
 
 class Partition(ABC):
     """Says which pairs each step of stepwise training trains on.
 
     Training runs one step after the other, and the policy at the end of one is the starting policy and the reference of
     the next (stepwise DPO, https://arxiv.org/abs/2403.19270).
+
+    Attributes:
+        other_reference: Whether a model of its own may be the reference in every step instead.
     """
+
+    other_reference: ClassVar[bool] = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:
