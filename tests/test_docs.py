@@ -76,7 +76,7 @@ def arguments(command):
 
 def tiny(words, folder):
     """The same command with a tiny model and two steps, and with the embedded data unless it names others."""
-    if words[0] not in ("fit", "validate", "test", "predict"):
+    if words[0] not in ("fit", "validate", "test", "predict", "inspect", "check"):
         return words
     overlay = yaml.safe_load((ROOT / "tests" / "conf" / "tiny.yaml").read_text())
     if any(word.startswith("--data.train") for word in words):
@@ -90,7 +90,7 @@ def tiny(words, folder):
 
 
 def parse(words, capsys):
-    if words[0] not in ("fit", "validate", "test", "predict"):
+    if words[0] not in ("fit", "validate", "test", "predict", "inspect", "check"):
         return
     shown = any(word in ("--help", "--print_config") or word.endswith(".help") for word in words)
     with pytest.raises(SystemExit) as stop:

@@ -49,3 +49,8 @@ def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
 TOOLS = {
     "export": Tool("lit_dpo.export", "export_run", "write a checkpoint's policy as a folder that transformers loads"),
 }
+
+WHOLE = {  # take the whole configuration of a fit; see `lit_dpo.cli.whole`
+    "inspect": "show what a fit would train: pairs as they are collated, lengths, rows left out",
+    "check": "find out in a minute whether a fit would run, and what memory and time it takes",
+}
