@@ -196,8 +196,9 @@ def test_every_option_that_is_named_exists(capsys):
     named = {
         word for page in PAGES for word in re.findall(r"(?<![\w.-])--[a-z][\w.-]*\w", page.read_text(encoding="utf-8"))
     }
-    with pytest.raises(SystemExit):
-        main(["fit", "--help"])
+    for command in ("fit", "inspect", "check"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
     known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
     known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
     known |= {"--trust-remote-code", "--overwrite", "--extrapolate", "--base"}

@@ -81,7 +81,7 @@ options:
 `--ckpt_path last` goes on with the newest run exactly where it was stopped; `--allow-changes` lets its configuration
 differ. `--allow-import PACKAGE` lets the configuration name classes of that package besides those of lit_dpo, Lightning
 and torch.optim. `--trust-remote-code` lets a model or tokenizer run the Python code that comes with it; `export` needs
-it anew. `--overwrite` lets `predict` replace a file. These flags count on the command line only, never in a file.
+it anew. `--overwrite` lets a command replace a file. These flags count on the command line only, never in a file.
 """
 _ABOUT_CONFIGS = (
     "Without arguments, list the shipped configurations, which `--config NAME` finds from any folder. With a name and "

@@ -263,7 +263,7 @@ def _memory(
 
 def _advice(changes: Sequence[tuple[str, float, str]]) -> str:
     told = (
-        f"`{option}` saves {f'about {_gib(saved)}' if saved else 'memory'}{more}" for option, saved, more in changes
+        f"`{option}` saves {f'about {_gib(saved)}' if saved else 'memory too'}{more}" for option, saved, more in changes
     )
     return "; ".join(told) or "use a smaller model"
 
@@ -284,6 +284,8 @@ def _lighter(
     if isinstance(module.reference, FrozenReference):
         more = ", and scores every row once before training"
         found.append(("--model.reference CachedReference", parts.get("reference", 0), more))
+    if not activations:  # the weights alone are too much, which no smaller batch changes
+        return sorted(found, key=lambda change: -change[1])
     if data.batch_size > 1:
         half = -(-data.batch_size // 2)
         option = f"--data.batch_size {half} --trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches}"

@@ -72,11 +72,13 @@ def planned(data: PreferenceDataModule, trainer: Trainer) -> Plan:
     found = found[: limit if isinstance(limit, int) else int(len(found) * limit)]
     every = trainer.val_check_interval
     within = int(every) if isinstance(every, int) else max(1, int(count * every))
-    batches_done = steps * accumulate if trainer.check_val_every_n_epoch is None else steps / per_epoch * count
-    if trainer.check_val_every_n_epoch is None:
-        validations = int(batches_done // within)
+    if within % accumulate and within < count:  # validations come at the ends of optimizer steps
+        within = max(accumulate, within // accumulate * accumulate)
+    full, rest = divmod(steps, per_epoch)
+    if (apart := trainer.check_val_every_n_epoch) is None:
+        validations = (full * count + rest * accumulate) // within
     else:
-        validations = int(steps / per_epoch / trainer.check_val_every_n_epoch * max(1, count // within) + 1e-6)
+        validations = full // apart * (count // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
     validations += trainer.num_sanity_val_steps == float("inf")
     sizes = data.training.dataset.lengths.sum(1)
     other = (data.training.validation or data.training.train).lengths.sum(1)
