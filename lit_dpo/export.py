@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import re
 import shlex
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from lit_dpo.adapters import LoRA, merged
-from lit_dpo.checkpoints.content import check_content
+from lit_dpo.adapters import merged
 from lit_dpo.checkpoints.durable import replace_folder
 from lit_dpo.checkpoints.finite import first_nonfinite
 from lit_dpo.checkpoints.run import Run
-from lit_dpo.checkpoints.shards import read_shards
-from lit_dpo.checkpoints.verify import manifest_of, verify
 from lit_dpo.extrapolate import Extrapolation
-from lit_dpo.files import refuse_special
-from lit_dpo.hparams import refuse_absent
-from lit_dpo.model_card import model_card
-from lit_dpo.models import blank_like, load_model
-from lit_dpo.module import STATE
-from lit_dpo.pretrained import Loading
-from lit_dpo.tokenizers import load_tokenizer
+from lit_dpo.model_card import how_made, model_card
+from lit_dpo.trained import load_policy
 
 
 def export(
@@ -111,9 +98,6 @@ def refuse_existing(target: Path) -> None:
         raise FileExistsError(f"`{target}` exists already: name a new folder, or remove that one first.")
 
 
-_PREFIX = "policy."
-
-
 def export_run(
     checkpoint: str,
     output_dir: str,
@@ -144,7 +128,7 @@ def export_run(
         raise ValueError("`extrapolate` and `base` belong together: give both, or leave both out.")
     beyond = None if extrapolate is None or base is None else Extrapolation(extrapolate, base)
     refuse_existing(Path(output_dir))
-    path, which = _meant(checkpoint, root)
+    path, which = meant_checkpoint(checkpoint, root)
     print(f"Exporting {which} `{path}`", flush=True)
     folder = export_checkpoint(str(path), output_dir, merge, beyond)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
@@ -152,7 +136,7 @@ def export_run(
     print(f"Wrote the policy to `{folder}`: {files}\nNext: {shlex.join(['python', '-c', load])}")
 
 
-def _meant(given: str, root: str | None) -> tuple[Path, str]:
+def meant_checkpoint(given: str, root: str | None) -> tuple[Path, str]:
     """The checkpoint that a name on the command line means, and what it is."""
     path = Path(given)
     if given == "last" and (root is not None or not path.exists()):
@@ -235,99 +219,13 @@ def export_checkpoint(
     """
     refuse_existing(Path(output_dir))
     with cleaning_up():
-        return _export(checkpoint, output_dir, merge, beyond, model, tokenizer)
-
-
-def _export(
-    checkpoint: str,
-    output_dir: str,
-    merge: bool,
-    beyond: Extrapolation | None,
-    given: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-) -> Path:
-    content = _read(Path(checkpoint))
-    with _one_sentence(checkpoint):
-        options = content["hyper_parameters"]
-        options = {**options, "model": _present(options["model"], Path(checkpoint))}
-        refuse_baseless(options["model"], options["adapter"], merge)
-        loading = Loading(**{field.name: options.get(field.name) for field in fields(Loading)})
-        if given is None:
-            refuse_absent("model", options["model"])
-        if tokenizer is None:
-            refuse_absent("tokenizer", options["tokenizer"])
-            revision = None if options["tokenizer"] else loading.revision
-            tokenizer = load_tokenizer(options["tokenizer"] or options["model"], revision)
-        else:
-            tokenizer = copy.deepcopy(tokenizer)
-        if isinstance(template := content.get(STATE, {}).get("chat_template"), str):
-            tokenizer.chat_template = template
+        trained = load_policy(checkpoint, model, tokenizer)
+        refuse_baseless(trained.options["model"], trained.options["adapter"], merge)
         if beyond is not None:
-            if options["adapter"] is not None and not merge:
+            if trained.options["adapter"] is not None and not merge:
                 raise ValueError("Adapters alone cannot be extrapolated: leave `merge` true.")
-            beyond.check(tokenizer)
-        model: Any
-        if given is None:
-            model = load_model(options["model"], tokenizer, options["dtype"], options["init_seed"], loading)
-        else:
-            model = blank_like(given)
-        if options["adapter"] is not None:
-            model = LoRA(**options["adapter"]).attach(model)
-        state = {k.removeprefix(_PREFIX): v for k, v in content["state_dict"].items() if k.startswith(_PREFIX)}
-        if name := first_nonfinite(state.items()):
-            raise ValueError(
-                f"`{checkpoint}` holds weights that are not finite, `{name}` first, and is not exported: give an "
-                "earlier checkpoint of the run, or train again with a lower learning rate."
-            )
-        model.load_state_dict(state)
-        card = model_card(options, content.get(STATE, {}), beyond)
-    return export(model, tokenizer, output_dir, merge, card, beyond)
-
-
-def _present(model: Any, checkpoint: Path) -> Any:
-    """The model that a checkpoint started from; of a stepwise run whose folder was renamed, where it is now."""
-    if not isinstance(model, str) or Path(model).exists():
-        return model
-    step = Path(*Path(model).parts[-2:])
-    runs = [parent.parent for parent in checkpoint.absolute().parents if parent.name.startswith("partition_")]
-    known = re.fullmatch(r"partition_\d+/export", step.as_posix())
-    return next((str(run / step) for run in runs if known and (run / step).is_dir()), model)
-
-
-@contextmanager
-def _one_sentence(checkpoint: str) -> Iterator[None]:
-    """A checkpoint may hold anything; what does not fit together in it is its fault, and said in one sentence."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next(iter(lines[1:] if "loading state_dict" in str(error) else lines), type(error).__name__)
-        raise ValueError(
-            f"The weights and options in `{checkpoint}` do not belong together ({reason[:200]}): give a checkpoint "
-            "written by `lit-dpo fit`."
-        ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        hint = f"there are {', '.join(p.name for p in near)}" if near else "give a .ckpt file from a run's folder"
-        raise FileNotFoundError(f"No checkpoint `{path}`: {hint}.")
-    if not path.is_dir():
-        refuse_special(path)
-    if path.is_dir() or manifest_of(path).exists():
-        verify(path)
-    try:
-        content = read_shards(path, f"state_dict.{_PREFIX}") if path.is_dir() else _read_file(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError) as error:
-        reason = [*str(error).splitlines(), type(error).__name__][0]
-        raise ValueError(f"`{path}` does not load as a checkpoint: {reason}") from error
-    check_content(content, path)
-    if "model" not in content.get("hyper_parameters", {}):
-        raise ValueError(f"`{path}` is no checkpoint of a `PreferenceModule`; give one written by `lit-dpo fit`.")
-    return content
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return content
+            beyond.check(trained.tokenizer)
+        run = Run.of(Path(checkpoint).absolute())
+        made = how_made(None if run is None else run.config, shlex.join(["lit-dpo", "export", checkpoint, output_dir]))
+        card = model_card(trained.options, trained.facts, made, beyond)
+        return export(trained.model, trained.tokenizer, output_dir, merge, card, beyond)

@@ -44,6 +44,8 @@ class StepPairs:
         chosen_rewards: Implicit rewards of the chosen completions, shape `(batch,)`.
         rejected_rewards: The same of the rejected ones; `None` if the loss never looks at them.
         weights: 0 for a pair that only fills a batch up, shape `(batch,)`; `None` if there is no such pair.
+        policy: Log-probs under the policy, before the step.
+        reference: Log-probs under the reference, zeros without one.
     """
 
     row_ids: Tensor
@@ -51,6 +53,8 @@ class StepPairs:
     chosen_rewards: Tensor
     rejected_rewards: Tensor | None
     weights: Tensor | None
+    policy: PairLogps
+    reference: PairLogps
 
 
 class History:
@@ -148,8 +152,9 @@ class Meter:
         if stage == "train":
             self._tokens += sum(map(sum, batch.shape))
             rewards = values["rewards/chosen"], values.get("rewards/rejected")
-            self.last = StepPairs(batch.row_ids, values["loss"], *rewards, batch.weights)
-            self.seen.append(SeenPairs(batch.row_ids, values["loss"], policy.detach(), reference))
+            both = policy.detach(), reference
+            self.last = StepPairs(batch.row_ids, values["loss"], *rewards, batch.weights, *both)
+            self.seen.append(SeenPairs(batch.row_ids, values["loss"], *both))
 
     def log(self, module: LightningModule, stage: str) -> None:
         """Log the means of a stage since the last time, and in training how many tokens a second there were."""

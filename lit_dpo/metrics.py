@@ -32,6 +32,11 @@ def pair_metrics(
     pairs whose chosen completion became less likely than under the reference, `reference/margins` (nats) and
     `reference/accuracies`. For a loss without a reference, rewards are plain log-probs times beta.
 
+    `length/longer` is the share of pairs whose chosen completion has more tokens than the rejected one, and
+    `length/longer_won` the share of pairs that are so and whose chosen reward lies above (a tie counts one half);
+    their quotient is the accuracy among those pairs. `length/shorter` and `length/shorter_won` are the same for
+    fewer tokens.
+
     Args:
         loss: Gives the scale of rewards and its own named terms.
         losses: Its value for each pair, shape `(batch,)`.
@@ -56,6 +61,11 @@ def pair_metrics(
         values["displacement"] = (chosen < 0).to(chosen.dtype)
         values["reference/margins"] = reference.margin
         values["reference/accuracies"] = _win(reference.margin)
+    if rejected:
+        difference = policy.chosen_tokens - policy.rejected_tokens
+        for name, among in {"longer": difference > 0, "shorter": difference < 0}.items():
+            values[f"length/{name}"] = among.to(chosen.dtype)
+            values[f"length/{name}_won"] = torch.where(among, values["rewards/accuracies"], 0.0)
     values |= {f"loss/{name}": value for name, value in loss.terms(policy, reference).items()}
     return values
 
@@ -71,7 +81,8 @@ def predictions(
     """What `predict` gives of each pair, on the CPU: a tensor of shape `(batch,)` a name.
 
     `row_id`, `reward_chosen`, `reward_rejected`, `margin`, then log-probs in nats: `logp_chosen`,
-    `logp_rejected`, and with a reference `reference_logp_chosen` and `reference_logp_rejected`. Of single tokens,
+    `logp_rejected`, and with a reference `reference_logp_chosen` and `reference_logp_rejected`; and the lengths
+    `chosen_tokens` and `rejected_tokens`. Of single tokens,
     if asked for, there are `tokens_chosen`, `tokens_rejected`, `reference_tokens_chosen` and
     `reference_tokens_rejected`, each a list of one tensor a pair.
 
@@ -89,6 +100,7 @@ def predictions(
     sources = {"": policy} | ({} if reference is None else {"reference_": reference})
     for prefix, logps in sources.items():
         values |= {f"{prefix}logp_chosen": logps.chosen, f"{prefix}logp_rejected": logps.rejected}
+    values |= {"chosen_tokens": policy.chosen_tokens, "rejected_tokens": policy.rejected_tokens}
     found: dict[str, Any] = {name: value.cpu()[real] for name, value in values.items()}
     kept = torch.arange(len(batch))[real].tolist()
     for prefix, logps in sources.items() if tokens else ():

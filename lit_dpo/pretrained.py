@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,11 @@ class Loading:
         if self.quantization is not None:
             options["quantization_config"] = quantization_config(self.quantization)
         return {name: value for name, value in options.items() if value is not None}
+
+
+def loading_of(options: Mapping[str, Any]) -> Loading:
+    """How the model of a run was loaded, from its hyperparameters; a run of an earlier release names none of it."""
+    return Loading(**{field.name: options.get(field.name) for field in fields(Loading)})
 
 
 def read_config(source: str, revision: str | None = None) -> Any:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_dpo import CachedReference, LoRA, RandomSplit, SyncedReference, WarmupDecay, watch
-from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RewardEarlyStopping, Stopped
+from lit_dpo.callbacks import BestCheckpoint, LastCheckpoint, RecordMargins, RewardEarlyStopping, Stopped
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.strategies import FSDP2Strategy
 from tests import runs
@@ -136,6 +136,8 @@ def parts(folder, options, partition=0):
         Log(folder / "log.jsonl", partition),
         LastCheckpoint(every_n_steps=options.get("every", 1)),
     ]
+    if options.get("margins"):
+        callbacks.append(RecordMargins())
     if "terminate" in options:
         callbacks.append(Terminate(options["terminate"]))
     if "mishap" in options:

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 import lit_dpo
-from lit_dpo.cli import main
+from lit_dpo.cli import main, signatures
+from lit_dpo.cli.tools import TOOLS, WHOLE
 from lit_dpo.data.rows import parse_row
 from tests import runs
 from tests.test_readme import ratios
@@ -196,12 +197,13 @@ def test_every_option_that_is_named_exists(capsys):
     named = {
         word for page in PAGES for word in re.findall(r"(?<![\w.-])--[a-z][\w.-]*\w", page.read_text(encoding="utf-8"))
     }
-    for command in ("fit", "inspect", "check"):
+    for command in ("fit", *WHOLE, *TOOLS):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))
     known |= {"--allow-import", "--allow-changes", "--help", "--config", "--predictions", "--version"}
-    known |= {"--trust-remote-code", "--overwrite", "--extrapolate", "--base"}
+    known |= {"--trust-remote-code", "--overwrite"}
+    known |= {f"--{parameter.name}" for tool in TOOLS for parameter in signatures.tool(tool)}
     known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
     other = {"--strict"}  # of mkdocs
     options_of_a_class = {name for name in known if "." in name}  # such as `--model.loss.beta`

@@ -41,7 +41,7 @@ def test_they_are_touched_in_two_files_alone():
 def test_each_names_the_test_that_tells_when_it_can_go(module):
     parts = [part for part in vars(module).values() if getattr(part, "__module__", "") == module.__name__]
     public = [part for part in parts if not part.__name__.startswith("_")]
-    named = [re.findall(r"Can go with\s+``(\w+)``", part.__doc__) for part in public]
+    named = [re.findall(r"Can go with\s+`(\w+)`", part.__doc__) for part in public]
     assert all(len(names) == 1 and names[0] in globals() for names in named), named
 
 

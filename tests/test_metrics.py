@@ -37,6 +37,10 @@ def test_values_by_hand():
         "displacement": [0.0, 1.0, 0.0, 1.0],
         "reference/margins": [10.0, 10.0, 10.0, 0.0],
         "reference/accuracies": [1.0, 1.0, 1.0, 0.5],
+        "length/longer": [0.0, 0.0, 0.0, 0.0],
+        "length/longer_won": [0.0, 0.0, 0.0, 0.0],
+        "length/shorter": [1.0, 1.0, 1.0, 1.0],
+        "length/shorter_won": [1.0, 0.0, 0.5, 1.0],
     }
     assert values["loss"].tolist() == pytest.approx([math.log1p(math.exp(-m)) for m in (3.5, -2.0, 0.0, 7.5)])
 

@@ -4,9 +4,10 @@ from lit_dpo.callbacks.early_stopping import BestCheckpoint, RewardEarlyStopping
 from lit_dpo.callbacks.exporting import ExportModel
 from lit_dpo.callbacks.first_model import FirstModelMetrics
 from lit_dpo.callbacks.last_checkpoint import LastCheckpoint, Stopped
+from lit_dpo.callbacks.margins import RecordMargins
 from lit_dpo.callbacks.predictions import PairPredictionWriter
 from lit_dpo.callbacks.progress import ProgressLine
-from lit_dpo.callbacks.samples import SampleCompletions
+from lit_dpo.callbacks.samples import SampleCompletions, SamplePrompts
 from lit_dpo.callbacks.summary import PolicyLine, RunSummary
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "PairPredictionWriter",
     "PolicyLine",
     "ProgressLine",
+    "RecordMargins",
     "RewardEarlyStopping",
     "RunSummary",
     "SampleCompletions",
+    "SamplePrompts",
     "Stopped",
 ]

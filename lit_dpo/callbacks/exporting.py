@@ -19,7 +19,7 @@ from lit_dpo.export import (
     refuse_baseless,
     refuse_existing,
 )
-from lit_dpo.model_card import model_card
+from lit_dpo.model_card import how_made, model_card
 from lit_dpo.module import PreferenceModule
 from lit_dpo.resume import run_facts
 
@@ -68,11 +68,13 @@ def _write_policy(trainer: Trainer, module: PreferenceModule, folder: str, merge
                 spare.mkdir()
             checkpoint = f"{trainer.strategy.broadcast(spare)}/policy.ckpt"
             trainer.save_checkpoint(checkpoint, weights_only=True)
+        logs = trainer.log_dir  # asked by all processes, for Lightning broadcasts it
         if trainer.is_global_zero and checkpoint:
             export_checkpoint(checkpoint, folder, merge, **module.objects)
         elif trainer.is_global_zero:
             assert module.policy is not None
-            card = model_card(module.hparams, run_facts(trainer))
+            made = how_made(Path(logs or trainer.default_root_dir, "config.yaml"))
+            card = model_card(module.hparams, run_facts(trainer), made)
             with cleaning_up():
                 export(module.policy, module.tokenizer, folder, merge, card)
     trainer.strategy.barrier("export")

@@ -23,7 +23,8 @@ class PairPredictionWriter(BasePredictionWriter):
     Each line holds `row` (`file:line`), `row_id`, `reward_chosen`, `reward_rejected`, `margin`, and
     log-probs in nats: `logp_chosen`, `logp_rejected`, the reference's `reference_logp_chosen` and
     `reference_logp_rejected`, and with `--model.predict_tokens true` lists of one number a token:
-    `tokens_chosen`, `tokens_rejected`, `reference_tokens_chosen` and `reference_tokens_rejected`.
+    `tokens_chosen`, `tokens_rejected`, `reference_tokens_chosen` and `reference_tokens_rejected`; and the lengths
+    `chosen_tokens` and `rejected_tokens`.
 
     Args:
         path: The file, which appears whole at the end of the run; nothing may be there.

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from rich.console import Console
 from rich.table import Table
 
+from lit_dpo.callbacks.findings import findings
 from lit_dpo.callbacks.progress import finish_progress
 from lit_dpo.module import PreferenceModule
 
@@ -20,8 +21,9 @@ _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logp
 class RunSummary(Callback):
     """Print a table of the first, the best and the last validation at the end of training, and what to do next.
 
-    With `num_sanity_val_steps: -1` the first one is from before training. The best is ranked as the run's checkpoint
-    callback ranks, or by reward accuracy without one.
+    Between the two stands what the validations show, in a sentence each; see `lit_dpo.callbacks.findings`. With
+    `num_sanity_val_steps: -1` the first validation is from before training. The best is ranked as the run's
+    checkpoint callback ranks, or by reward accuracy without one.
     """
 
     def __init__(self) -> None:
@@ -47,6 +49,8 @@ class RunSummary(Callback):
         if trainer.is_global_zero and self._history:
             console = Console()
             console.print(self._table(trainer))
+            for sentence in findings(self._history):
+                console.print(sentence, highlight=False, markup=False)
             console.print(self._next(trainer), soft_wrap=True, highlight=False)
 
     def _table(self, trainer: Trainer) -> Table:

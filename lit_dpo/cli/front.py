@@ -32,7 +32,8 @@ COMMANDS = {
     **{name: tool.about for name, tool in TOOLS.items()},
     "configs": "list the shipped configurations, or copy one to a file",
 }
-_ALIASES = {"train": "fit", "evaluate": "validate", "eval": "validate", "convert": "export", "save": "export"}
+_ALIASES = {"train": "fit", "eval": "evaluate", "generate": "sample", "upload": "push"}
+_ALIASES |= {"convert": "export", "save": "export"}
 _LIGHTNINGS = {  # options of LightningCLI itself
     "-h, --help": "Show this help.",
     "-c, --config FILE": "A configuration in YAML, or the name of a shipped one, which `lit-dpo configs` lists; of "

@@ -48,6 +48,19 @@ def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
 
 TOOLS = {
     "export": Tool("lit_dpo.export", "export_run", "write a checkpoint's policy as a folder that transformers loads"),
+    "plot": Tool("lit_dpo.tools.plot", "plot_runs", "draw what runs have logged", ("runs",)),
+    "compare": Tool("lit_dpo.cli.comparing", "compare_runs", "tell whether runs differ", ("runs", "train")),
+    "audit": Tool("lit_dpo.tools.audit", "audit_run", "list training rows whose label is probably wrong"),
+    "sample": Tool(
+        "lit_dpo.tools.sample", "sample_models", "show what models say to the same prompts", several=("models",)
+    ),
+    "evaluate": Tool(
+        "lit_dpo.tools.evaluate",
+        "evaluate_models",
+        "measure how often a model prefers the right completion, with intervals",
+        several=("models", "data"),
+    ),
+    "push": Tool("lit_dpo.tools.push", "push_folder", "upload an exported folder to the Hugging Face hub"),
 }
 
 WHOLE = {  # take the whole configuration of a fit; see `lit_dpo.cli.whole`

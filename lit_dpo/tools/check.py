@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.text import Text
 from torch import OutOfMemoryError
 
@@ -279,7 +279,7 @@ def _lighter(
     """Changes that save memory, the largest first: options, bytes saved (0 if not known), and what else they do."""
     found: list[tuple[str, float, str]] = []
     if module.adapter is None:
-        saved = sum(parts.get(name, 0) for name in ("reference", "gradients", "optimizer"))
+        saved: float = sum(parts.get(name, 0) for name in ("reference", "gradients", "optimizer"))
         found.append(("--model.adapter '{rank: 16}'", saved, ", and trains low-rank adapters at a higher rate"))
     if isinstance(module.reference, FrozenReference):
         more = ", and scores every row once before training"

@@ -180,6 +180,10 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class TooLargeError(Exception):
+    """A batch was left out, because it would take more memory than there is."""
+
+
 class Measuring(Callback):
     """Times batches of several lengths at learning rate 0, the shortest first, and compares policy and reference.
 
@@ -236,20 +240,22 @@ class Measuring(Callback):
         self.rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         self._began = self._end = _clock(pl_module.device)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PairBatch, batch_idx: int) -> int | None:
-        """Compare policy and reference before the first step; end where memory would not do."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PairBatch, batch_idx: int) -> None:
+        """Compare policy and reference before the first step.
+
+        Raises:
+            TooLargeError: The batch would take more memory than there is.
+        """
         if batch_idx == 0:
             self._compare(trainer, pl_module, batch)
             self._end = _clock(pl_module.device)
             self._skipped = getattr(pl_module.reference, "seconds", 0.0)
-        elif self.room is not None and batch_idx < self.once:
+        elif self.room is not None and self.accumulate <= batch_idx < self.once:
             wanted = self._expected(self.tokens[batch_idx])
             if wanted > self.room:
                 self.extrapolated = self._expected(self.tokens[-1])
-                trainer.should_stop = True
-                return -1
+                raise TooLargeError
         self.memory.restart()
-        return None
 
     def _expected(self, tokens: int) -> int:
         """Bytes that a batch is going to take, by those before it."""
@@ -320,7 +326,8 @@ class Measuring(Callback):
     def seconds(self) -> tuple[float, float]:
         """Seconds of all training steps of the run, and of its validations."""
         known = sorted((tokens, float(np.mean(times))) for tokens, times in self.times.items())
-        epoch = float(np.interp(self.plan.tokens, *zip(*known, strict=True)).sum()) if known else 0.0
+        sizes, times = [float(tokens) for tokens, _ in known], [mean for _, mean in known]
+        epoch = float(np.interp(self.plan.tokens, sizes, times).sum()) if known else 0.0
         training = self.plan.epochs * epoch + self.plan.steps * float(np.mean(self.updates or [0.0]))
         speed = sum(s for _, s in self.evaluated) / max(1, sum(n for n, _ in self.evaluated))
         return training, speed * sum(self.plan.evaluated_tokens) * self.plan.validations

@@ -141,6 +141,15 @@ def terminal() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
+def plain(text: str) -> str:
+    r"""Text on one line without anything that a terminal would obey.
+
+    >>> plain("one\ntwo \x1b[31m")
+    'one two ?[31m'
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
 def refuse_taken(path: str | Path, overwrite: bool = False) -> Path:
     """The path of a file to write, found out before anything is computed.
 

@@ -16,6 +16,7 @@ pytestmark = runs.QUIET
 
 NAMES = ["row", "row_id", "reward_chosen", "reward_rejected", "margin", "logp_chosen", "logp_rejected"]
 NAMES += ["reference_logp_chosen", "reference_logp_rejected"]
+NAMES += ["chosen_tokens", "rejected_tokens"]
 
 
 def predicted(module, data, path, overwrite=False):

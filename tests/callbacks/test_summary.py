@@ -42,7 +42,7 @@ def test_first_best_and_last_stand_side_by_side(capsys):
     text = printed(capsys, VALIDATIONS)
     assert row(text, "rewards/accuracies") == [0.5, 0.75, 0.625]
     assert row(text, "loss") == [0.7, 0.4, 0.3]
-    assert re.findall(r"step (\d+)", text) == ["0", "20", "30"]
+    assert re.findall(r"\(step (\d+)\)", text) == ["0", "20", "30"]
     assert "displacement" not in text
     assert "No best checkpoint was kept; add `BestCheckpoint`" in text
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lit_dpo.cli import main
 from lit_dpo.models import load_model
@@ -21,6 +22,8 @@ pytestmark = [
 ]
 
 TINY = str(Path(__file__).parents[1] / "conf" / "tiny.yaml")
+
+MIDDLE = "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 8, num_attention_heads: 4}"
 
 
 def checked(capsys, *words, config=("--config", "dpo", "--config", TINY)):
@@ -127,15 +130,29 @@ def test_a_reference_that_is_another_model_is_told_from_a_broken_one(here, capsy
     assert any("the reference is another model: up to" in line for line in lines)
 
 
+def test_a_batch_that_would_not_fit_is_not_tried(here, capsys):
+    """Its memory is told from shorter ones, and smaller batches are proposed."""
+    pairs = [{"prompt": "Tell me. " * (1 + n // 2), "chosen": " Yes. " * (1 + n), "rejected": " no"} for n in range(16)]
+    words = ("--data.train", runs.write(here / "rows.jsonl", pairs), "--data.batch_size", "2", "--model.model", MIDDLE)
+    words += ("--data.validation_fraction", "0", "--trainer.accumulate_grad_batches", "1")
+    words += ("--trainer.callbacks", "[]", "--threads", "1")
+    status, lines = checked(capsys, *words)
+    assert status == 0
+    [peak] = [float(found[1]) for line in lines if (found := re.search(r"memory: ([\d.]+) GiB at most", line))]
+    status, lines = checked(capsys, *words, "--memory", peak - 0.03)
+    assert status == 2
+    [line] = [line for line in lines if line.startswith("fails")]
+    assert "GiB at most" in line
+    assert "`--data.batch_size 1 --trainer.accumulate_grad_batches 2` saves about" in line
+    assert "policy equals reference" in "".join(lines)
+
+
 def test_memory_that_does_not_suffice_leads_to_changes_with_their_effect(here, capsys):
     """A model of 20 MB: its parts are those that can be counted by hand."""
-    model = (
-        "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 8, num_attention_heads: 4}"
-    )
-    _, lines = checked(capsys, "--model.model", model, "--memory", "0.01")
+    _, lines = checked(capsys, "--model.model", MIDDLE, "--memory", "0.01")
     [line] = [line for line in lines if line.startswith("fails")]
-    size = 4 * sum(p.numel() for p in load_model({"model_type": "llama", "hidden_size": 256, "intermediate_size": 512,
-        "num_hidden_layers": 8, "num_attention_heads": 4}, quickstart_tokenizer()).parameters())  # fmt: skip
+    model = load_model(yaml.safe_load(MIDDLE), quickstart_tokenizer())
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
     saved = dict(re.findall(r"`(--[^`]+)` saves about ([\d.]+) GiB", line))
     assert float(saved["--model.reference CachedReference"]) == pytest.approx(size / 2**30, abs=0.006)
     assert float(saved["--model.adapter '{rank: 16}'"]) == pytest.approx(4 * size / 2**30, abs=0.006)
