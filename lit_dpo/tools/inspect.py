@@ -231,11 +231,12 @@ def marked(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:
 
 
 def _print(console: Console, pair: ShownPair) -> None:
-    console.print(f"\n{pair.title}", style="bold", soft_wrap=True)
+    console.print(f"\n{page.plain(pair.title)}", style="bold", soft_wrap=True)
     for name, pieces in zip(SIDES, pair.sides, strict=True):
         text = Text()
         for shown_as, piece in marked(pieces):
             how = f"{' reverse' if piece.special else ''}{'' if piece.scored else ' dim'}"
+            shown_as = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in shown_as)  # nothing it would obey
             text.append(shown_as, style=f"{_COLOURS[name]}{how}")
         fork, left = Text("┃", style="bold"), len(text) - _SHOWN
         if left > 0:

@@ -88,6 +88,15 @@ def test_text_that_spells_a_special_token_is_shown_as_text(tmp_path, capsys):
     assert "chosen   ┃ gladly, <|im_end|>!«<|im_end|>»" in said
 
 
+def test_a_row_cannot_steer_the_terminal(tmp_path, capsys):
+    row = {"prompt": "Say \x1b[2J this:", "chosen": " yes \x9b31m", "rejected": " no"}
+    main(asked("--data.train", runs.write(tmp_path / "rows.jsonl", [row])))
+    said = capsys.readouterr().out
+    assert "Say ?[2J this:" in said
+    assert "\x1b" not in said
+    assert "\x9b" not in said
+
+
 def test_a_page_replaces_nothing_unasked_and_escapes_rows(rows, tmp_path, capsys):
     page = tmp_path / "page.html"
     page.write_text("somebody's own")
