@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lit_dpo.references.cached import CachedReference
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.tools import page
 from lit_dpo.tools.before import set_up, special_ids, without_news
-from lit_dpo.tools.measured import Measuring, Memory, Plan, StartReference, planned, size
+from lit_dpo.tools.measured import Measuring, Memory, Plan, StartReference, TooLargeError, planned, size
 
 _GIB = 2**30
 _FAST = 1e-5  # learning rate above which full fine-tuning is known to destroy a model
@@ -133,8 +134,8 @@ def _measure(
     whole: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "max_time": None, "fast_dev_run": False}
     whole |= {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "num_sanity_val_steps": 0, "min_epochs": None}
     whole |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "min_steps": None, "log_every_n_steps": 1}
-    trainer = make_trainer(**alone, **whole, accumulate_grad_batches=measuring.accumulate, callbacks=[measuring])
-    with without_news():
+    with without_news(), suppress(TooLargeError):
+        trainer = make_trainer(**alone, **whole, accumulate_grad_batches=measuring.accumulate, callbacks=[measuring])
         trainer.fit(module, datamodule=data)
 
 
