@@ -19,7 +19,7 @@ import yaml
 
 import lit_dpo
 from lit_dpo.cli import main, signatures
-from lit_dpo.cli.tools import TOOLS
+from lit_dpo.cli.tools import TOOLS, WHOLE
 from lit_dpo.data.rows import parse_row
 from tests import runs
 from tests.test_readme import ratios
@@ -77,7 +77,7 @@ def arguments(command):
 
 def tiny(words, folder):
     """The same command with a tiny model and two steps, and with the embedded data unless it names others."""
-    if words[0] not in ("fit", "validate", "test", "predict"):
+    if words[0] not in ("fit", "validate", "test", "predict", "inspect", "check"):
         return words
     overlay = yaml.safe_load((ROOT / "tests" / "conf" / "tiny.yaml").read_text())
     if any(word.startswith("--data.train") for word in words):
@@ -91,7 +91,7 @@ def tiny(words, folder):
 
 
 def parse(words, capsys):
-    if words[0] not in ("fit", "validate", "test", "predict"):
+    if words[0] not in ("fit", "validate", "test", "predict", "inspect", "check"):
         return
     shown = any(word in ("--help", "--print_config") or word.endswith(".help") for word in words)
     with pytest.raises(SystemExit) as stop:
@@ -203,7 +203,7 @@ def test_every_option_that_is_named_exists(capsys):
     named = {
         word for page in PAGES for word in re.findall(r"(?<![\w.-])--[a-z][\w.-]*\w", page.read_text(encoding="utf-8"))
     }
-    for command in ("fit", *TOOLS):
+    for command in ("fit", *WHOLE, *TOOLS):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     known = set(re.findall(r"--[a-z][\w.-]*\w", capsys.readouterr().out))

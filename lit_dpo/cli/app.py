@@ -37,7 +37,7 @@ from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names
 from lit_dpo.cli.private import CheckpointsSetNoOptions, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
-from lit_dpo.cli.tools import TOOLS, as_options
+from lit_dpo.cli.tools import TOOLS, WHOLE, as_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pretrained import trusting_remote_code
@@ -304,6 +304,8 @@ def _run(given: list[str]) -> None:
         with trusting_remote_code(flags.trust_remote_code), permitting(flags.packages, flags.allow_command):
             if args[:1] and args[0] in TOOLS:
                 _run_tool(args[0], args[1:], flags)
+            elif args[:1] and args[0] in WHOLE:
+                importlib.import_module("lit_dpo.cli.whole").WholeConfigurationCLI(args[0], args[1:], flags)
             else:
                 PreferenceCLI(args, flags)
     except Stopped as stopped:

@@ -19,7 +19,7 @@ import yaml
 from lit_dpo.cli import configs, signatures
 from lit_dpo.cli.messages import did_you_mean
 from lit_dpo.cli.signatures import Parameter
-from lit_dpo.cli.tools import TOOLS
+from lit_dpo.cli.tools import TOOLS, WHOLE
 from lit_dpo.data.read import missing
 from lit_dpo.version import __version__
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "validate": "measure a model on the validation pairs",
     "test": "measure a model on the test pairs",
     "predict": "write rewards and log-probs of every pair to a file",
+    **WHOLE,
     **{name: tool.about for name, tool in TOOLS.items()},
     "configs": "list the shipped configurations, or copy one to a file",
 }
@@ -44,6 +45,10 @@ _LIGHTNINGS = {  # options of LightningCLI itself
 _OWN = {  # options of one command or some: their help, and the commands
     "--verbose": ("Whether to print the results.", "validate", "test"),
     "--return_predictions": ("Whether to keep the predictions in memory too.", "predict"),
+    "--pairs": ("How many pairs to show, 4 by default, those of the first batches.", "inspect"),
+    "--score": ("Whether to load the model and measure how well it tells chosen from rejected already.", "inspect"),
+    "--html": ("File to write as a page, besides what the terminal shows.", "inspect"),
+    "--memory": ("GiB of memory that the run may take; without it, what this machine has left.", "check"),
 }
 _FLAGS = {  # on the command line only, never in a file
     "--allow-changes": "Resume with another configuration than that of the run.",
@@ -53,8 +58,10 @@ _FLAGS = {  # on the command line only, never in a file
     "--trust-remote-code": "Let a model or tokenizer run the Python code that comes with it.",
 }
 _USUAL_NAMES = {"learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "seed": "seed_everything"}
-_SOURCES = {  # which sources of data a command reads; of several in one place the first that is given
-    "fit": (("train",), ("validation",)),
+_SOURCES: dict[
+    str, tuple[tuple[str, ...], ...]
+] = {  # which sources of data a command reads; of several in one place the first that is given
+    **dict.fromkeys(("fit", *WHOLE), (("train",), ("validation",))),
     "validate": (("validation", "train"),),
     "test": (("test", "validation", "train"),),
     "predict": (("predict", "test", "validation", "train"),),

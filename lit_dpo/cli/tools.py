@@ -62,3 +62,8 @@ TOOLS = {
     ),
     "push": Tool("lit_dpo.tools.push", "push_folder", "upload an exported folder to the Hugging Face hub"),
 }
+
+WHOLE = {  # take the whole configuration of a fit; see `lit_dpo.cli.whole`
+    "inspect": "show what a fit would train: pairs as they are collated, lengths, rows left out",
+    "check": "find out in a minute whether a fit would run, and what memory and time it takes",
+}

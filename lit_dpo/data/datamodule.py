@@ -228,7 +228,7 @@ class PreferenceDataModule(LightningDataModule):
         rank_zero_info(f"{name}: {report}")
         if reused:
             rank_zero_info(f"{name}: token ids of {reused} rows found in the token cache")
-        return PairDataset(store)
+        return PairDataset(store, report)
 
     def _read(self, name: str) -> tuple[TokenStore, str, int]:
         """The encoded rows of an option, the account of them, and how many were found in the token cache."""

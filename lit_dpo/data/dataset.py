@@ -51,6 +51,7 @@ class PairDataset(Dataset[PairBatch]):
 
     Args:
         rows: Where the rows are; or the rows themselves, all with numbers of the same columns, to be held in memory.
+        report: What became of the rows that were read, in words.
 
     Attributes:
         lengths: Tokens of prompt, chosen and rejected, shape `(rows, 3)`, int64.
@@ -58,13 +59,13 @@ class PairDataset(Dataset[PairBatch]):
         columns: The rows' numbers, each of shape `(rows,)`, float64, by column name.
     """
 
-    def __init__(self, rows: Sequence[EncodedRow] | TokenStore) -> None:
+    def __init__(self, rows: Sequence[EncodedRow] | TokenStore, report: str = "") -> None:
         if not isinstance(rows, TokenStore):
             writer = TokenWriter()
             for row in rows:
                 writer.append(row)
             rows = writer.finish()
-        self.store = rows
+        self.store, self.report = rows, report
         self.lengths = torch.from_numpy(rows.lengths)
         self.origins = Origins(rows)
         names, values = rows.names.values, rows.column("values")

@@ -33,6 +33,8 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); border-left: 4px solid var(--line);
   margin: .4rem 0; padding: .5rem .7rem; }
 pre.chosen { border-color: var(--good); } pre.rejected { border-color: var(--bad); } pre.prompt { color: var(--soft); }
+pre.tokens.chosen { color: var(--good); } pre.tokens.rejected { color: var(--bad); }
+.special { outline: 1px solid; border-radius: 3px; } .masked { opacity: .55; }
 .label { color: var(--soft); font-size: .85rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 img { max-width: 100%; height: auto; } details { margin: .5rem 0; } summary { cursor: pointer; }
@@ -78,6 +80,12 @@ def block(text: str, kind: str = "", label: str = "") -> str:
     above = f'<div class="label">{escape(label)}</div>' if label else ""
     mark = f' class="{escape(kind)}"' if kind else ""
     return f"{above}<pre{mark}>{escape(text)}</pre>"
+
+
+def marked(pieces: Iterable[tuple[str, str]], kind: str = "", label: str = "") -> str:
+    """Text as `block` shows it, in pieces of which some are `special` or `masked`; the others are marked with ""."""
+    spans = (f'<span class="{escape(mark)}">{escape(text)}</span>' if mark else escape(text) for text, mark in pieces)
+    return block("", f"tokens {kind}", label).replace("></pre>", f">{''.join(spans)}</pre>")
 
 
 def details(summary: str, parts: Iterable[str], opened: bool = False) -> str:

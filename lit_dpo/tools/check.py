@@ -1,0 +1,342 @@
+"""`lit-dpo check`: whether a fit would run, and what memory, time and disk space it takes; nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.text import Text
+from torch import OutOfMemoryError
+
+from lit_dpo.data import PreferenceDataModule
+from lit_dpo.models import empty_model
+from lit_dpo.module import PreferenceModule
+from lit_dpo.references.cached import CachedReference
+from lit_dpo.references.frozen import FrozenReference
+from lit_dpo.tools import page
+from lit_dpo.tools.before import set_up, special_ids, without_news
+from lit_dpo.tools.measured import Measuring, Memory, Plan, StartReference, TooLargeError, planned, size
+
+_GIB = 2**30
+_FAST = 1e-5  # learning rate above which full fine-tuning is known to destroy a model
+_LOOKED_AT = 500  # rows whose ends are looked at
+_ERRORS = (ValueError, OSError, FloatingPointError, ImportError, MisconfigurationException)
+_COLOURS = {"fine": "green", "warning": "yellow", "fails": "bold red", "estimate": "cyan"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about a run.
+
+    Args:
+        level: `fine`, `warning`, `fails`, or `estimate` for what it will take.
+        text: In words, with numbers, and with a remedy where one is needed.
+    """
+
+    level: str
+    text: str
+
+
+def check(
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    trainer: Trainer,
+    make_trainer: Callable[..., Trainer],
+    callbacks: Sequence[Any] = (),
+    saves: bool = True,
+    memory: float | None = None,
+) -> int:
+    """Print what is found out about a fit, a line each.
+
+    Args:
+        module: What would be trained; afterwards it has gone a few steps at learning rate 0.
+        data: Not set up yet.
+        trainer: Of the fit, without loggers and callbacks.
+        make_trainer: Makes a Trainer of the same configuration, with options of its own.
+        callbacks: Of the fit; none is run.
+        saves: Whether the fit writes checkpoints.
+        memory: GiB that the run may take; `None` is what the machine has left.
+
+    Returns:
+        The exit status: 0 if all is fine, 1 if something is known to go wrong often, 2 if the fit would fail.
+
+    Raises:
+        ValueError: `memory` is not above 0.
+    """
+    if memory is not None and memory <= 0:
+        raise ValueError(f"`--memory` must be above 0 GiB, got {memory}.")
+    console, levels = page.terminal(), {"fine"}
+    for finding in _findings(module, data, trainer, make_trainer, callbacks, saves, memory):
+        levels.add(finding.level)
+        console.print(Text.assemble((f"{finding.level:9}", _COLOURS[finding.level]), finding.text), soft_wrap=True)
+    return 2 if "fails" in levels else 1 if "warning" in levels else 0
+
+
+def _findings(
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    trainer: Trainer,
+    make_trainer: Callable[..., Trainer],
+    callbacks: Sequence[Any],
+    saves: bool,
+    memory: float | None,
+) -> Iterator[Finding]:
+    device = trainer.strategy.root_device
+    used = Memory(device)
+    base = used.now
+    room = used.room if memory is None else int(memory * _GIB)
+    cached = module.reference if isinstance(module.reference, CachedReference) else None
+    measuring: Measuring | None = None
+    try:
+        with without_news():
+            set_up(module, data, trainer)
+            plan = planned(data, trainer)
+        yield from _data(module, data, plan)
+        yield from _settings(module, data, trainer)
+        least = _least(module)
+        if room is not None and base + sum(least.values()) > room:
+            yield _memory(module, data, trainer, plan, least, room, base)
+            return
+        if cached is not None:
+            module.reference = StartReference(cached.of)
+        measuring = Measuring(plan, min(2, trainer.accumulate_grad_batches), used, room)
+        _measure(module, data, make_trainer, measuring)
+    except OutOfMemoryError:
+        yield Finding("fails", f"memory: a batch does not fit into {_gib(room or 0)}: halve `--data.batch_size`")
+        return
+    except _ERRORS as error:
+        yield Finding("fails", " ".join(str(error).split()))
+        return
+    yield from _started(module, measuring, cached)
+    yield from _rate(module, measuring)
+    yield from _disk(Path(trainer.default_root_dir), measuring, callbacks, saves)
+    peak = max(measuring.peak, measuring.extrapolated)
+    yield _memory(module, data, trainer, plan, measuring.parts, room, base, peak)
+    yield from _time(module.reference, measuring)
+
+
+def _measure(
+    module: PreferenceModule, data: PreferenceDataModule, make_trainer: Callable[..., Trainer], measuring: Measuring
+) -> None:
+    """Train a few batches on one process, at learning rate 0."""
+    training, validating = measuring.loaders(data)
+    data.train_dataloader = lambda: training  # type: ignore[method-assign]
+    data.val_dataloader = lambda: validating  # type: ignore[method-assign]
+    alone: dict[str, Any] = {"strategy": "auto", "devices": 1, "num_nodes": 1}
+    whole: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "max_time": None, "fast_dev_run": False}
+    whole |= {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "num_sanity_val_steps": 0, "min_epochs": None}
+    whole |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "min_steps": None, "log_every_n_steps": 1}
+    with without_news(), suppress(TooLargeError):
+        trainer = make_trainer(**alone, **whole, accumulate_grad_batches=measuring.accumulate, callbacks=[measuring])
+        trainer.fit(module, datamodule=data)
+
+
+# -- what is given ----------------------------------------------------------------------------------------------------
+
+
+def _data(module: PreferenceModule, data: PreferenceDataModule, plan: Plan) -> Iterator[Finding]:
+    training, tokenizer = data.training.dataset, module.tokenizer
+    account = training.report.splitlines()[0] if training.report else f"{len(training)} pairs"
+    yield Finding("fine", f"data: {account}; {len(data.training.rows)} pairs are trained on")
+    template = "a chat template" if data.chat_template or tokenizer.chat_template else "no chat template"
+    yield Finding("fine", f"tokenizer: {len(tokenizer)} tokens, EOS {tokenizer.eos_token!r}, {template}")
+    rows = data.training.rows[:_LOOKED_AT].tolist()
+    if not data.append_eos:
+        remedy = "set `--data.append_eos true`, unless a chat template ends its turns"
+        yield Finding("warning", f"no EOS is appended, so that nothing may teach the model where to end: {remedy}")
+    special = special_ids(tokenizer)
+    sides = [side for row in rows for side in training.pair(row)[1:]]
+    ended = sum(not special.isdisjoint(i if i >= 0 else ~i for i in side[-3:]) for side in sides) / len(sides)
+    if ended < 0.5:
+        remedy = "raise `--data.max_length`, or keep `append_eos`"
+        text = f"only {ended:.0%} of the completions looked at end with a special token, the others are cut or open"
+        yield Finding("warning", f"{text}, so that the model may learn not to end: {remedy}")
+    else:
+        yield Finding("fine", f"{ended:.0%} of the completions looked at end with a special token")
+    lengths = training.lengths[data.training.rows]
+    cut = float((lengths[:, 0] + lengths[:, 1:].amax(1) >= data.max_length).double().mean())
+    if cut > 0.2:
+        yield Finding("warning", f"{cut:.0%} of the pairs are as long as `max_length` {data.max_length}: raise it")
+
+
+def _settings(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer) -> Iterator[Finding]:
+    if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision):
+        remedy = "use `--trainer.precision bf16-mixed`"
+        yield Finding("warning", f"float16 overflows where log-probs of long texts are summed: {remedy}")
+    if module.dtype_name == "float16":
+        yield Finding("warning", "float16 weights overflow and hardly move: set `--model.dtype float32`")
+    if module.dtype_name == "bfloat16" and module.adapter is None:
+        remedy = "set `--model.dtype float32` and `--trainer.precision bf16-mixed`"
+        yield Finding("warning", f"bfloat16 weights do not move at the usual learning rates: {remedy}")
+    if trainer.world_size > 1:
+        text = f"measured on one of {trainer.world_size} processes, without what they send each other"
+        yield Finding("estimate", f"{text}; of a sharded model each takes less memory than is said here")
+
+
+def _rate(module: PreferenceModule, found: Measuring) -> Iterator[Finding]:
+    pretrained = not isinstance(module.model, dict)
+    if pretrained and module.adapter is None and found.rate > _FAST:
+        remedy = "set `--model.optimizer.lr` to 1e-6 or below 1e-5, or train an `adapter`"
+        text = f"learning rate {found.rate:g}: full fine-tuning above {_FAST:g} is known to destroy a model"
+        yield Finding("warning", f"{text}: {remedy}")
+    else:
+        yield Finding("fine", f"learning rate {found.rate:g}")
+
+
+# -- the first step ---------------------------------------------------------------------------------------------------
+
+
+def _started(module: PreferenceModule, found: Measuring, cached: CachedReference | None) -> Iterator[Finding]:
+    """Policy against reference before the first step, the loss and its gradient, and randomness."""
+    assert found.losses is not None
+    value, at_start = found.losses
+    norms = [row["train/grad_norm"] for row in module.history if "train/grad_norm" in row]
+    text = f"a batch went forward and backward: loss {value:.4f}, gradient norm {norms[0]:.3g}, finite"
+    yield Finding("fine", text)
+    other = getattr(cached.of if cached else module.reference, "model", None) is not None
+    if found.gap is None:
+        yield Finding("fine", "the loss has no reference, so that nothing is compared before the first step")
+    elif found.gap <= 1e-2 and abs(value - at_start) <= 1e-3 * max(1.0, abs(at_start)):
+        text = f"policy equals reference before the first step, within {found.gap:.1g} nats"
+        yield Finding("fine", f"{text}: the loss has its value there, {at_start:.4f}")
+    elif other:
+        text = f"the reference is another model: up to {found.gap:.3g} nats from the policy before the first step"
+        yield Finding("fine", f"{text}, so that the loss starts at {value:.4f}")
+    else:
+        text = f"policy and reference differ by up to {found.gap:.3g} nats before the first step"
+        remedy = "rewards do not start at 0; use `FrozenReference`, unless this is meant"
+        yield Finding("warning", f"{text}, the loss is {value:.4f} where it would be {at_start:.4f}: {remedy}")
+    dropout = getattr(module.adapter, "dropout", 0.0)
+    if found.drawn and not dropout:
+        yield Finding(
+            "warning", "scoring in training mode draws random numbers: set the model's dropout and noise to 0"
+        )
+    else:
+        asked = f" but those of the adapter's dropout {dropout:g}, which was asked for" if dropout else ""
+        yield Finding("fine", f"no random numbers are drawn in training mode{asked}")
+
+
+# -- what it takes ----------------------------------------------------------------------------------------------------
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:.2f} GiB"
+
+
+def _least(module: PreferenceModule) -> dict[str, int]:
+    """Bytes that a run with AdamW takes besides activations, found out without loading the model."""
+    if not isinstance(module.model, str | dict) or module.loading.quantization is not None:
+        return {}
+    weights = size(list(empty_model(module.model, module.tokenizer, module.dtype_name, module.loading).parameters()))
+    trained = weights if module.adapter is None else 0
+    second = weights if isinstance(module.reference, FrozenReference) else 0
+    return {"weights": weights, "reference": second, "gradients": trained, "optimizer": 2 * trained}
+
+
+def _memory(
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    trainer: Trainer,
+    plan: Plan,
+    parts: dict[str, int],
+    room: int | None,
+    base: int,
+    peak: int | None = None,
+) -> Finding:
+    """What it takes: `peak`, or where that was not measured at least its parts; all in bytes."""
+    activations = 0 if peak is None else max(0, peak - base - sum(parts.values()))
+    named = ", ".join(f"{name} {_gib(count)}" for name, count in {**parts, "activations": activations}.items() if count)
+    most = f"at least {_gib(base + sum(parts.values()))}" if peak is None else f"{_gib(peak)} at most"
+    text = f"memory: {most} ({named}, the program itself {_gib(base)})"
+    if room is None or (peak or room + 1) <= room:
+        return Finding("estimate", text)
+    changes = _lighter(module, data, trainer, parts, activations, plan)
+    return Finding("fails", f"{text}, and there are {_gib(room)}: {_advice(changes)}")
+
+
+def _advice(changes: Sequence[tuple[str, float, str]]) -> str:
+    told = (
+        f"`{option}` saves {f'about {_gib(saved)}' if saved else 'memory too'}{more}" for option, saved, more in changes
+    )
+    return "; ".join(told) or "use a smaller model"
+
+
+def _lighter(
+    module: PreferenceModule,
+    data: PreferenceDataModule,
+    trainer: Trainer,
+    parts: dict[str, int],
+    activations: int,
+    plan: Plan,
+) -> list[tuple[str, float, str]]:
+    """Changes that save memory, the largest first: options, bytes saved (0 if not known), and what else they do."""
+    found: list[tuple[str, float, str]] = []
+    if module.adapter is None:
+        saved: float = sum(parts.get(name, 0) for name in ("reference", "gradients", "optimizer"))
+        found.append(("--model.adapter '{rank: 16}'", saved, ", and trains low-rank adapters at a higher rate"))
+    if isinstance(module.reference, FrozenReference):
+        more = ", and scores every row once before training"
+        found.append(("--model.reference CachedReference", parts.get("reference", 0), more))
+    if not activations:  # the weights alone are too much, which no smaller batch changes
+        return sorted(found, key=lambda change: -change[1])
+    if data.batch_size > 1:
+        half = -(-data.batch_size // 2)
+        option = f"--data.batch_size {half} --trainer.accumulate_grad_batches {2 * trainer.accumulate_grad_batches}"
+        found.append((option, activations * (1 - half / data.batch_size), ", with the same optimizer steps"))
+    lengths = data.training.dataset.lengths[data.training.rows].sum(1)
+    longest, most = int(lengths.max()), max(plan.tokens)
+    if module.max_tokens is None and most > 1.5 * longest:
+        saved = activations * (1 - longest / most)
+        found.append((f"--model.max_tokens {longest}", saved, ", and takes up to a third more time"))
+    if not module.gradient_checkpointing:
+        found.append(("--model.gradient_checkpointing true", 0, ", and takes a third more time"))
+    return sorted(found, key=lambda change: -change[1])
+
+
+def _time(reference: object, found: Measuring) -> Iterator[Finding]:
+    if not found.updates:
+        return
+    training, validating = found.seconds()
+    plan = found.plan
+    text = f"time: {training / max(1, plan.steps):.3g} s a step, {plan.steps} steps; {_long(training)} of training"
+    if plan.validations:
+        text += f", {_long(validating)} for {plan.validations} validations"
+    if isinstance(reference, StartReference) and reference.tokens:
+        whole = sum(plan.tokens) + sum(plan.evaluated_tokens)
+        text += f"; up to {_long(reference.seconds / reference.tokens * whole)} for the reference's pass over the rows"
+    yield Finding("estimate", text)
+
+
+def _long(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool) -> Iterator[Finding]:
+    if not saves or "://" in str(folder):
+        yield Finding("fine", "no checkpoints are written to a local disk")
+        return
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield Finding("fails", f"`{existing}` cannot be written to: set `--trainer.default_root_dir`")
+        return
+    kept = sum(max(1, callback.save_top_k) for callback in callbacks if isinstance(callback, ModelCheckpoint))
+    one = found.parts["weights"] + found.parts["optimizer"]
+    needed, free = one * (2 + kept), shutil.disk_usage(existing).free
+    text = (
+        f"disk: {_gib(needed)} for checkpoints of {_gib(one)} (the last one, {kept} of the best, and one being written)"
+    )
+    if needed > free:
+        remedy = "free some, or set `--trainer.default_root_dir` to another disk"
+        yield Finding("fails", f"{text}, and `{existing}` has {_gib(free)} left: {remedy}")
+    else:
+        yield Finding("fine", f"{text}, of {_gib(free)} left")

@@ -1,0 +1,346 @@
+"""A few steps of a fit at learning rate 0, timed, with the memory they take; and what a whole run takes by them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_dpo.data import PreferenceDataModule
+from lit_dpo.losses import per_pair
+from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.references.base import Reference
+from lit_dpo.scoring.score import Scorer
+
+_SIZES = 6  # lengths of batches that are timed
+_SECONDS = 60.0  # after which no size is timed again
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, as far as it is known before its first step; early stopping may end it sooner.
+
+    Args:
+        batches: Rows of the training batches of an epoch, on one process.
+        tokens: Tokens of each.
+        evaluated: Rows of the validation batches.
+        evaluated_tokens: Tokens of each.
+        epochs: How often the training batches are gone through, in part perhaps.
+        steps: Optimizer steps of the run.
+        validations: How often all validation batches are gone through.
+    """
+
+    batches: list[Any]
+    tokens: list[int]
+    evaluated: list[Any]
+    evaluated_tokens: list[int]
+    epochs: float
+    steps: int
+    validations: int
+
+
+def planned(data: PreferenceDataModule, trainer: Trainer) -> Plan:
+    """The plan of a fit whose data are set up.
+
+    Raises:
+        ValueError: There is nothing that ends it.
+    """
+    layout, loader = data.step_layout(), data.train_dataloader()
+    count, accumulate = layout["batches"], layout["accumulate"]
+    sampler: Any = loader.sampler
+    batches = list(sampler)[:count]
+    per_epoch = -(-count // accumulate)
+    most, epochs = trainer.max_steps, trainer.max_epochs
+    if epochs is None:
+        epochs = 1000 if most == -1 else -1  # as Lightning has it
+    if epochs == -1 and most == -1:
+        raise ValueError("Nothing ends this run: set `--trainer.max_epochs`, or `--trainer.max_steps`.")
+    steps = min(number for number in (most, epochs * per_epoch) if number >= 0)
+    held: Any = data.val_dataloader()
+    limit = trainer.limit_val_batches
+    found = list(held.sampler) if held else []
+    found = found[: limit if isinstance(limit, int) else int(len(found) * limit)]
+    every = trainer.val_check_interval
+    within = int(every) if isinstance(every, int) else max(1, int(count * every))
+    if within % accumulate and within < count:  # validations come at the ends of optimizer steps
+        within = max(accumulate, within // accumulate * accumulate)
+    full, rest = divmod(steps, per_epoch)
+    if (apart := trainer.check_val_every_n_epoch) is None:
+        validations = (full * count + rest * accumulate) // within
+    else:
+        validations = full // apart * (count // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
+    validations += trainer.num_sanity_val_steps == float("inf")
+    sizes = data.training.dataset.lengths.sum(1)
+    other = (data.training.validation or data.training.train).lengths.sum(1)
+    return Plan(
+        batches,
+        [int(sizes[plan.rows].sum()) for plan in batches],
+        found,
+        [int(other[plan.rows].sum()) for plan in found],
+        steps / per_epoch,
+        steps,
+        validations if found else 0,
+    )
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """Memory of this process in bytes: on a GPU what is allocated there, else the resident set.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    def now(self) -> int:
+        """What is taken."""
+        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _status("VmRSS")
+
+    @property
+    def peak(self) -> int:
+        """The most since `restart`, or since the process began."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+
+    def restart(self) -> None:
+        """Measure the peak anew."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
+    @property
+    def room(self) -> int | None:
+        """The most that this process may take; `None` where that cannot be told."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[1]
+        with suppress(OSError):
+            found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+            return None if found is None else self.now + 1024 * int(found[1])
+        return None
+
+
+def _status(name: str) -> int:
+    with suppress(OSError):
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found is not None:
+            return 1024 * int(found[1])
+    import resource  # not on Windows
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def size(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class StartReference(Reference):
+    """What a cached reference gives before the first step, scored on the spot; the seconds are counted.
+
+    Args:
+        of: The reference whose values are to be cached; `None` is the policy.
+    """
+
+    of: Reference | None = None
+    seconds: float = field(default=0.0, init=False)
+    tokens: int = field(default=0, init=False)
+
+    def score(self, policy: nn.Module, batch: PairBatch, scorer: Scorer) -> PairLogps:
+        """Log-probs of a batch."""
+        began = _clock(batch.input_ids.device)
+        found = scorer(policy, batch) if self.of is None else self.of.score(policy, batch, scorer)
+        self.seconds += _clock(batch.input_ids.device) - began
+        self.tokens += len(batch.input_ids)
+        return found
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class TooLargeError(Exception):
+    """A batch was left out, because it would take more memory than there is."""
+
+
+class Measuring(Callback):
+    """Times batches of several lengths at learning rate 0, the shortest first, and compares policy and reference.
+
+    Args:
+        plan: What the run will do.
+        accumulate: Batches of an optimizer step here: 1, or 2 where the run accumulates gradients.
+        memory: Measures memory.
+        room: The most bytes to take; batches that would take more are left out.
+
+    Attributes:
+        times: Tokens of a batch -> its seconds, without the optimizer.
+        evaluated: The same of validation.
+        updates: Seconds of each optimizer step.
+        peak: The most bytes that were taken.
+        extrapolated: What the longest batch would take, if it was left out.
+        gap: Largest difference of policy and reference before the first step, in nats; `None` without a reference.
+        losses: Mean loss of the first batch, and what it is where policy and reference are one.
+        drawn: Whether scoring in training mode draws random numbers.
+        rate: Learning rate of the run.
+        parts: Bytes of `weights`, `reference`, `gradients` and `optimizer`.
+    """
+
+    def __init__(self, plan: Plan, accumulate: int, memory: Memory, room: int | None) -> None:
+        self.plan, self.accumulate, self.memory, self.room = plan, accumulate, memory, room
+        order = np.argsort(plan.tokens, kind="stable")
+        places = np.unique(np.linspace(0, len(order) - 1, min(_SIZES, len(order))).round().astype(int))
+        rising = [int(order[place]) for place in places]
+        chosen = [rising[0], *rising, *rising]
+        self.chosen = [plan.batches[number] for number in chosen for _ in range(accumulate)]
+        self.tokens = [plan.tokens[number] for number in chosen for _ in range(accumulate)]
+        self.once = accumulate * (1 + len(rising))  # batches after which every length was seen
+        self.held_out = plan.evaluated[:: -(-len(plan.evaluated) // 4)] if plan.evaluated else []
+        self.held_out_tokens = plan.evaluated_tokens[:: -(-len(plan.evaluated) // 4)] if plan.evaluated else []
+        self.times: dict[int, list[float]] = {}
+        self.evaluated: list[tuple[int, float]] = []
+        self.updates: list[float] = []
+        self.peak, self.extrapolated = memory.peak, 0
+        self.gap: float | None = None
+        self.losses: tuple[float, float] | None = None
+        self.drawn, self.rate, self.norm = False, 0.0, 0.0
+        self.parts: dict[str, int] = {}
+        self._began = self._end = self._updating = self._skipped = 0.0
+        self._peaks: list[tuple[int, int]] = []
+
+    def loaders(self, data: PreferenceDataModule) -> tuple[DataLoader[PairBatch], Any]:
+        """Loaders of the batches to train on, and of those to validate on."""
+        own = data.training.validation or data.training.train
+        validating: Any = DataLoader(own, batch_size=None, sampler=self.held_out) if self.held_out else []
+        return DataLoader(data.training.dataset, batch_size=None, sampler=self.chosen), validating
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the learning rate and start the clock."""
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self.rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
+        self._began = self._end = _clock(pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PairBatch, batch_idx: int) -> None:
+        """Compare policy and reference before the first step.
+
+        Raises:
+            TooLargeError: The batch would take more memory than there is.
+        """
+        if batch_idx == 0:
+            self._compare(trainer, pl_module, batch)
+            self._end = _clock(pl_module.device)
+            self._skipped = getattr(pl_module.reference, "seconds", 0.0)
+        elif self.room is not None and self.accumulate <= batch_idx < self.once:
+            wanted = self._expected(self.tokens[batch_idx])
+            if wanted > self.room:
+                self.extrapolated = self._expected(self.tokens[-1])
+                raise TooLargeError
+        self.memory.restart()
+
+    def _expected(self, tokens: int) -> int:
+        """Bytes that a batch is going to take, by those before it."""
+        known = sorted(set(self._peaks))
+        (few, low), (many, high) = known[0], known[-1]
+        slope = (high - low) / (many - few) if many > few else 0.0
+        return int(high + max(0.0, slope) * max(0, tokens - many))
+
+    @torch.no_grad()
+    def _compare(self, trainer: Trainer, module: Any, batch: PairBatch) -> None:
+        before = torch.get_rng_state()
+        with trainer.precision_plugin.forward_context():
+            policy, reference = module(batch)
+        self.drawn = not torch.equal(before, torch.get_rng_state())
+        real = slice(None) if batch.weights is None else batch.weights != 0
+        if module.reference is not None:
+            gaps = torch.stack([policy.chosen - reference.chosen, policy.rejected - reference.rejected]).abs()
+            self.gap = float(gaps[:, real].max())
+            at_start = per_pair(module.loss, reference, reference)[real].mean()
+            self.losses = float(per_pair(module.loss, policy, reference)[real].mean()), float(at_start)
+        else:
+            value = float(per_pair(module.loss, policy, reference)[real].mean())
+            self.losses = value, value
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Change no weight."""
+        self._updating = _clock(pl_module.device)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PairBatch, batch_idx: int
+    ) -> None:
+        """Note the time and the memory of a batch."""
+        now = _clock(pl_module.device)
+        stepped = (batch_idx + 1) % self.accumulate == 0
+        update = now - self._updating if stepped else 0.0
+        waited = getattr(pl_module.reference, "seconds", 0.0)
+        took = now - self._end - update - (waited - self._skipped)
+        self._end, self._skipped = now, waited
+        self.peak = max(self.peak, self.memory.peak)
+        if stepped and not self.parts:
+            self.parts = _parts(pl_module, trainer)
+        if batch_idx >= self.accumulate:  # the first step makes what the others find made
+            self.times.setdefault(self.tokens[batch_idx], []).append(took)
+            self._peaks.append((self.tokens[batch_idx], self.memory.peak))
+            if stepped:
+                self.updates.append(update)
+        else:
+            self._peaks = [(self.tokens[batch_idx], self.memory.peak)]
+        if batch_idx + 1 >= self.once and now - self._began > _SECONDS:
+            trainer.should_stop = True
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Start the clock."""
+        self._end = _clock(pl_module.device)
+        self.memory.restart()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int, *args: Any
+    ) -> None:
+        """Note the time of a batch."""
+        self.evaluated.append((sum(map(sum, batch.shape)), _clock(pl_module.device) - self._end))
+        self.peak = max(self.peak, self.memory.peak)
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of all training steps of the run, and of its validations."""
+        known = sorted((tokens, float(np.mean(times))) for tokens, times in self.times.items())
+        sizes, times = [float(tokens) for tokens, _ in known], [mean for _, mean in known]
+        epoch = float(np.interp(self.plan.tokens, sizes, times).sum()) if known else 0.0
+        training = self.plan.epochs * epoch + self.plan.steps * float(np.mean(self.updates or [0.0]))
+        speed = sum(s for _, s in self.evaluated) / max(1, sum(n for n, _ in self.evaluated))
+        return training, speed * sum(self.plan.evaluated_tokens) * self.plan.validations
+
+
+def _parts(module: Any, trainer: Trainer) -> dict[str, int]:
+    policy, reference = list(module.policy.parameters()), module.reference
+    states = [
+        value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
+    ]
+    return {
+        "weights": size(policy),
+        "reference": 0 if reference is None else sum(size(list(model.parameters())) for model in reference.models()),
+        "gradients": size([parameter for parameter in policy if parameter.requires_grad]),
+        "optimizer": size([value for value in states if isinstance(value, Tensor)]),
+    }

@@ -1,0 +1,191 @@
+"""`lit-dpo check`, as a person calls it: what it finds, what it promises, and that it leaves nothing behind."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_dpo.cli import main
+from lit_dpo.models import load_model
+from lit_dpo.tokenizers import quickstart_tokenizer
+from lit_dpo.tools.check import check
+from tests import runs
+from tests.test_cli import built, quick  # noqa: F401 - fixtures
+
+pytestmark = [
+    *runs.QUIET,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.usefixtures("quick"),
+]
+
+TINY = str(Path(__file__).parents[1] / "conf" / "tiny.yaml")
+
+MIDDLE = "{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 8, num_attention_heads: 4}"
+
+
+def checked(capsys, *words, config=("--config", "dpo", "--config", TINY)):
+    """The exit status of `check`, and its lines."""
+    status = 0
+    try:
+        main(["check", *config, *map(str, words)])
+    except SystemExit as stop:
+        status = stop.code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return status, said.out.splitlines()
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with a run and a file of somebody's where a fit would write."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    (tmp_path / "runs/dpo/version_0/checkpoints").mkdir(parents=True)
+    for name in ("runs/dpo/version_0/checkpoints/last.ckpt", "runs/dpo/version_0/config.yaml", "predictions.jsonl"):
+        (tmp_path / name).write_text("somebody's own")
+    return tmp_path
+
+
+@pytest.mark.parametrize("more", [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
+def test_a_run_that_is_fine_is_found_so_and_nothing_is_written(more, here, capsys, monkeypatch):
+    monkeypatch.setenv("LIT_DPO_CACHE", str(here / "cache"))
+    before = everything(here)
+    status, lines = checked(capsys, *more)
+    assert everything(here) == before
+    assert status == 0, lines
+    assert {line.split()[0] for line in lines} == {"fine", "estimate"}
+    [start] = [line for line in lines if "policy equals reference" in line]
+    assert start.endswith(f"the loss has its value there, {math.log(2):.4f}")
+    assert any("no random numbers" in line for line in lines)
+
+
+def test_the_weights_stay_as_they_are(here, capsys, monkeypatch):
+    """However large the learning rate is."""
+    found = []
+
+    def kept(module, *args, **options):
+        found.append((module, check(module, *args, **options)))
+
+    monkeypatch.setattr("lit_dpo.cli.whole.check", kept)
+    checked(capsys, "--model.optimizer.lr", "1.0", "--model.lr_scheduler", "null", "--trainer.max_steps", "3")
+    [(module, status)] = found
+    assert status == 0
+    start = load_model(runs.LLAMA, quickstart_tokenizer())
+    for name, weight in start.named_parameters():
+        assert weight.equal(module.policy.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--data.append_eos", "false"], "no EOS is appended"),
+        (["--data.max_length", "34"], "the pairs are as long as `max_length` 34"),
+        (["--model.dtype", "bfloat16"], "bfloat16 weights do not move"),
+        (["--model.model", "{folder}", "--model.optimizer.lr", "1e-4"], "learning rate 0.0001: full fine-tuning above"),
+    ],
+)
+def test_what_is_known_to_go_wrong_is_a_warning_with_a_remedy(more, text, here, capsys):
+    if "{folder}" in more:
+        load_model(runs.LLAMA, quickstart_tokenizer()).save_pretrained(here / "model")
+        quickstart_tokenizer().save_pretrained(here / "model")
+    words = [str(here / "model") if word == "{folder}" else word for word in more]
+    config = ("--config", "dpo", *(() if "{folder}" in more else ("--config", TINY)))
+    small = ("--data.train", "quickstart", "--data.validation_fraction", "0.1", "--trainer.accelerator", "cpu")
+    status, lines = checked(capsys, *small, *words, config=config)
+    assert status == 1, lines
+    [line] = [line for line in lines if line.startswith("warning") and text in line]
+    assert ": " in line.partition(text)[2] or "raise" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        (["--memory", "0.01"], "and there are 0.01 GiB: "),
+        (["--data.train", "{rows}"], "rows.jsonl:1"),
+        (["--trainer.default_root_dir", "predictions.jsonl/runs"], "predictions.jsonl` cannot be written to"),
+        (["--model.model.vocab_size", "10"], "10"),
+    ],
+)
+def test_what_would_fail_is_said_in_a_line(more, text, here, capsys):
+    rows = runs.write(here / "rows.jsonl", [{"prompt": "a", "chosen": "b"}])
+    before = everything(here)
+    status, lines = checked(capsys, *(word.replace("{rows}", rows) for word in more))
+    assert everything(here) == before
+    assert status == 2
+    [line] = [line for line in lines if line.startswith("fails")]
+    assert text in line
+
+
+def test_a_reference_that_is_another_model_is_told_from_a_broken_one(here, capsys):
+    other = "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}"
+    status, lines = checked(capsys, "--model.reference", "FrozenReference", "--model.reference.model", other)
+    assert status == 0
+    assert any("the reference is another model: up to" in line for line in lines)
+
+
+def test_a_batch_that_would_not_fit_is_not_tried(here, capsys, monkeypatch):
+    """On a machine where every batch takes a tenth of a GiB more than the one before."""
+    asked = []
+
+    def status(name):
+        asked.append(name)
+        return 2**30 + (asked.count("VmHWM") * 2**30 // 10 if name == "VmHWM" else 0)
+
+    monkeypatch.setattr("lit_dpo.tools.measured._status", status)
+    small = ("--data.train", runs.pairs_file(here, 40), "--data.batch_size", "2")
+    _, lines = checked(capsys, *small, "--memory", "1.6")
+    peaks = asked.count("VmHWM")
+    [line] = [line for line in lines if line.startswith("fails")]
+    assert re.search(r"memory: [\d.]+ GiB at most .* and there are 1\.60 GiB: ", line)
+    assert "`--data.batch_size 1 --trainer.accumulate_grad_batches 8` saves about" in line
+    assert "policy equals reference" in "".join(lines)
+    asked.clear()
+    checked(capsys, *small, "--memory", "100")
+    assert peaks < asked.count("VmHWM")
+
+
+def test_memory_that_does_not_suffice_leads_to_changes_with_their_effect(here, capsys):
+    """A model of 20 MB: its parts are those that can be counted by hand."""
+    _, lines = checked(capsys, "--model.model", MIDDLE, "--memory", "0.01")
+    [line] = [line for line in lines if line.startswith("fails")]
+    model = load_model(yaml.safe_load(MIDDLE), quickstart_tokenizer())
+    size = sum(4 * parameter.numel() for parameter in model.parameters())
+    saved = dict(re.findall(r"`(--[^`]+)` saves about ([\d.]+) GiB", line))
+    assert float(saved["--model.reference CachedReference"]) == pytest.approx(size / 2**30, abs=0.006)
+    assert float(saved["--model.adapter '{rank: 16}'"]) == pytest.approx(4 * size / 2**30, abs=0.006)
+    assert "--data.batch_size" not in line  # which changes nothing of these
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--trainer.max_steps", "-1", "--trainer.val_check_interval", "3"),
+        ("--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "3"),
+    ],
+)
+def test_a_fit_takes_the_steps_and_validations_that_were_announced(more, here, capsys):
+    rows = runs.pairs_file(here, 40)
+    words = ("--data.train", rows, "--data.batch_size", "4", "--trainer.callbacks", "[]", *more)
+    _, lines = checked(capsys, *words)
+    [line] = [line for line in lines if line.startswith("estimate time")]
+    main(["fit", "--config", "dpo", "--config", TINY, *words, "--trainer.default_root_dir", "out"])
+    with (here / "out/version_0/metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    steps = 1 + max(int(row["step"]) for row in logged if row["train/loss"])
+    validations = sum(bool(row["val/loss"]) for row in logged)
+    assert f" {steps} steps;" in line
+    assert (f"for {validations} validations" in line) == bool(validations)
+
+
+def test_a_mistake_on_the_command_line_gets_one_sentence(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "--config", "dpo", "--config", TINY, "--memory", "0"])
+    assert (stop.value.code, "`--memory` must be above 0 GiB" in capsys.readouterr().err) == (2, True)
