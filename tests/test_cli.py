@@ -665,7 +665,7 @@ def test_mistakes_in_export(trained, tmp_path, capsys):
 
 def test_mistakes_in_the_command(capsys, quick):
     assert "Did you mean fit?" in fails(capsys, ["fitt"])
-    assert "{fit,validate,test,predict,export," in fails(capsys, [])
+    assert "{fit,validate,test,predict,inspect,check,export," in fails(capsys, [])
     assert "model.model" in fails(capsys, ["fit"])
 
 

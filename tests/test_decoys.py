@@ -239,7 +239,7 @@ LATER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("failure", LATER)
+@pytest.mark.parametrize("failure", runs.every(2, LATER))
 def test_a_run_that_fails_later_deletes_nothing_of_others(work, tmp_path, monkeypatch, failure):
     runs.pairs_file(work, 12, "one.jsonl")
     runs.pairs_file(work, 12, "two.jsonl", start=20)

@@ -63,8 +63,8 @@ CASES = {
     "synced reference beside adapters": {"synced": True, "lora": True, "accumulate": 2, "batch_size": 2},
     "validation within an accumulation": {"accumulate": 4, "batch_size": 1, "val_every": 6},
 }
-# Slow: the first three, since the others hold what these hold, and the longest.
-LONG = ("plain", "workers", "accumulation", "synced reference beside adapters")
+# Slow: the first four, since the others hold what these hold, and the longest.
+LONG = ("plain", "workers", "accumulation", "lora with dropout", "synced reference beside adapters")
 EVERY_STEP = ("plain", "synced reference beside adapters")
 
 
@@ -108,7 +108,8 @@ class Crash(Callback):
             raise CrashError
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
 def test_resuming_again_and_again_is_exact(tmp_path, seed):
     """A resumed run that crashes resumes as well; epochs end in half a step, which Lightning's own counters muddle."""
     options = {"file": runs.pairs_file(tmp_path, 19), "accumulate": 2, "batch_size": 2, "epochs": 4}
@@ -213,7 +214,8 @@ def undisturbed(tmp_path_factory):
     return options, interrupted.entries(folder / "log.jsonl"), runs.weights(module.policy)
 
 
-@pytest.mark.parametrize("planned", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("planned", [1, 8])
 def test_kill_9_at_random_moments_loses_nothing(tmp_path, undisturbed, planned):
     options, expected, weights = undisturbed
     folder, draw, kills = tmp_path / "run", random.Random(planned), 0

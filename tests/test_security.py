@@ -142,7 +142,7 @@ HYPER_PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", HYPER_PARAMETERS)
+@pytest.mark.parametrize("name", runs.every(2, HYPER_PARAMETERS))
 @pytest.mark.parametrize("stage", ["fit", "validate", "export"])
 def test_hyperparameters_of_a_checkpoint_never_import_anything(evil, checkpoint, name, stage):
     content = torch.load(checkpoint, weights_only=True)

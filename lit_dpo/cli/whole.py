@@ -61,9 +61,9 @@ class WholeConfigurationCLI(PreferenceCLI):
         """The Trainer of the configuration without anything that writes; its callbacks are kept aside."""
         callbacks = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
         self._callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        return self._trainer()
+        return self._make_trainer()
 
-    def _trainer(self, **options: Any) -> Trainer:
+    def _make_trainer(self, **options: Any) -> Trainer:
         return LightningCLI.instantiate_trainer(self, **{**_NOTHING_WRITTEN, "callbacks": [], **options})
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -73,6 +73,6 @@ class WholeConfigurationCLI(PreferenceCLI):
         else:
             saves = self._get(self.config_init, "trainer.enable_checkpointing") is not False
             memory = self._get(self.config_init, "memory")
-            what = (self.model, self.datamodule, self.trainer, self._trainer, self._callbacks)
+            what = (self.model, self.datamodule, self.trainer, self._make_trainer, self._callbacks)
             if status := check(*what, saves=saves, memory=memory):
                 raise SystemExit(status)

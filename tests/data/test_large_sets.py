@@ -78,6 +78,7 @@ def test_a_change_that_leaves_size_and_time_alone_is_noticed(path):
     assert tk.build().decode(data(path)._sets["train"].pair(7)[0]) == "7+7="
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "forge",
     [

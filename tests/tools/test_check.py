@@ -53,7 +53,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("more", [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
+@pytest.mark.parametrize(
+    "more", runs.every(3, [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
+)
 def test_a_run_that_is_fine_is_found_so_and_nothing_is_written(more, here, capsys, monkeypatch):
     monkeypatch.setenv("LIT_DPO_CACHE", str(here / "cache"))
     before = everything(here)
@@ -171,6 +173,7 @@ def test_memory_that_does_not_suffice_leads_to_changes_with_their_effect(here, c
         ("--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.accumulate_grad_batches", "3"),
     ],
 )
+@pytest.mark.slow
 def test_a_fit_takes_the_steps_and_validations_that_were_announced(more, here, capsys):
     rows = runs.pairs_file(here, 40)
     words = ("--data.train", rows, "--data.batch_size", "4", "--trainer.callbacks", "[]", *more)
