@@ -14,7 +14,7 @@ def findings(history: Sequence[Validation]) -> list[str]:
     """Sentences for what was seen, or none.
 
     - More than half of the chosen completions are less likely than under the reference, and so is their mean.
-    - The accuracy still rose by 0.01 or more at the last validation, to its highest value.
+    - The last accuracy is 0.01 or more above all earlier ones.
     - The accuracy is 0.01 or more below its highest value, which came earlier.
     - Of what the accuracy gained over 1/2, less than half is left when pairs whose chosen completion is longer and
       pairs whose chosen one is shorter count alike. A policy that only prefers length gains nothing then.
@@ -63,9 +63,9 @@ def _moved(measured: Sequence[Validation]) -> str:
             f"Accuracy fell after step {when}, from {best:.3f} to {last:.3f}: train for fewer steps, or export the "
             "best checkpoint."
         )
-    before = values[-2] if len(values) > 1 else None
-    if before and last >= best and last - before[0] >= _STEP:
-        return f"Accuracy still rises, from {before[0]:.3f} at step {before[1]} to {last:.3f}: more steps may help."
+    before, when = max(values[:-1], key=lambda value: value[0], default=(last, 0))
+    if last - before >= _STEP:
+        return f"Accuracy still rises, to {last:.3f} from {before:.3f} at step {when}: more steps may help."
     return ""
 
 

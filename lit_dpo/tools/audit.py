@@ -152,7 +152,7 @@ def _print(suspects: Sequence[Suspect], pairs: dict[str, Pair], rows: int) -> No
     console = page.terminal()
     console.print(f"The {min(_SHOWN, len(suspects))} most suspicious of {rows:,} rows; margins in nats.\n")
     for number, suspect in enumerate(suspects[:_SHOWN], 1):
-        console.print(Text(f"{number}. {suspect.row}", style="bold"))
+        console.print(Text(f"{number}. {page.plain(suspect.row)}", style="bold"))
         console.print(f"   {_facts(suspect)}")
         pair = pairs.get(suspect.row)
         texts = {} if pair is None else {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}

@@ -268,11 +268,11 @@ def show(found: Sequence[Difference], runs: int) -> None:
         for column in table.columns[1:7]:
             column.justify = "right"
         for each in (each for each in found if (each.first, each.second) == pair):
-            table.add_row(each.what, *map(str, _cells(each)), each.verdict)
+            table.add_row(page.plain(each.what), *map(str, _cells(each)), each.verdict)
         console.print(f"first: {pair[0]}\nsecond: {pair[1]}")
         console.print(table)
     for sentence in sentences(found, runs):
-        console.print(sentence)
+        console.print(page.plain(sentence))
 
 
 def _cells(each: Difference) -> list[Any]:

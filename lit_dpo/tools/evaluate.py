@@ -335,7 +335,7 @@ def _show(console: Console, result: Result) -> None:
     for name in _HEAD:
         table.add_column(name, justify="left" if name == "rows" else "right", overflow="fold")
     for estimate in result.estimates:
-        table.add_row(*map(Text, _cells(estimate)))
+        table.add_row(*(Text(page.plain(cell)) for cell in _cells(estimate)))
     console.print(table)
 
 

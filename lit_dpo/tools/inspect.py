@@ -236,8 +236,7 @@ def _print(console: Console, pair: ShownPair) -> None:
         text = Text()
         for shown_as, piece in marked(pieces):
             how = f"{' reverse' if piece.special else ''}{'' if piece.scored else ' dim'}"
-            shown_as = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in shown_as)  # nothing it would obey
-            text.append(shown_as, style=f"{_COLOURS[name]}{how}")
+            text.append(page.obeyed_by_none(shown_as), style=f"{_COLOURS[name]}{how}")
         fork, left = Text("┃", style="bold"), len(text) - _SHOWN
         if left > 0:
             more = Text(f"... ({left} more characters) ...", style="italic")
@@ -302,7 +301,13 @@ def by_source(
 
 
 def _share(of: Tensor) -> str:
-    return f"{float(of.double().mean()):.0%}"
+    """In percent; what is neither none nor all never looks like it.
+
+    >>> _share(torch.arange(300) < 1), _share(torch.arange(300) < 299), _share(torch.arange(300) < 150)
+    ('<1%', '>99%', '50%')
+    """
+    share, among = f"{float(of.double().mean()):.0%}", bool(of.any()) and not bool(of.all())
+    return {"0%": "<1%", "100%": ">99%"}.get(share, share) if among else share
 
 
 def histogram(lengths: Tensor) -> list[tuple[str, list[int]]]:

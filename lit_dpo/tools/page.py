@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -41,6 +42,7 @@ img { max-width: 100%; height: auto; } details { margin: .5rem 0; } summary { cu
 footer { color: var(--soft); font-size: .85rem; margin-top: 2rem; }
 """
 _NUMBER = ' class="number"'
+_NUMERIC = re.compile(r"[-+<>]?\d[\d.,e%/+-]*(( to)? [-+]?[\d.,e-]+)?")  # a number, a share, two lengths, or an interval
 
 
 def page(title: str, parts: Iterable[str], refresh: int = 0) -> str:
@@ -106,7 +108,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"<td{_NUMBER}>{number(value)}</td>"
-    return f"<td>{escape(str(value))}</td>"
+    return f"<td{_NUMBER if _NUMERIC.fullmatch(str(value)) else ''}>{escape(str(value))}</td>"
 
 
 def number(value: float) -> str:
@@ -147,7 +149,16 @@ def plain(text: str) -> str:
     >>> plain("one\ntwo \x1b[31m")
     'one two ?[31m'
     """
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return obeyed_by_none(" ".join(text.split()))
+
+
+def obeyed_by_none(text: str) -> str:
+    r"""Text with its lines and tabs, and without anything else that a terminal would obey.
+
+    >>> obeyed_by_none("one\ntwo \x1b[31m")
+    'one\ntwo ?[31m'
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
 
 
 def refuse_taken(path: str | Path, overwrite: bool = False) -> Path:

@@ -19,6 +19,7 @@ from lit_dpo.tools import page
 from lit_dpo.tools.opened import Opened, open_model, open_start
 
 _COLUMN = 38  # characters; models stand beside each other where each has so many
+_PROMPT = 400  # characters of a prompt on the terminal, its last ones
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,21 @@ _HEAD = ("model", "completions", "tokens each", "without an end", "repeating")
 def _show(console: Console, asked: Sequence[Prompt], said: Sequence[_Said]) -> None:
     beside = console.is_terminal and console.width // len(said) > _COLUMN
     for number, prompt in enumerate(asked):
-        console.print(Text(f"\n{prompt.row}\n{prompt.text}", style="dim"))
+        text, cut = page.obeyed_by_none(prompt.text), len(prompt.text) - _PROMPT
+        text = f"... ({cut} more characters) ...{text[cut:]}" if cut > 0 else text
+        console.print(Text(f"\n{page.plain(prompt.row)}", style="bold"))
+        console.print(Text(text, style="dim"))
         if beside:
             grid = Table(box=None, padding=(0, 2, 0, 0), expand=True)
             for one in said:
                 grid.add_column(Text(one.name), ratio=1)
             for found in zip(*(one.completions[number] for one in said), strict=True):
-                grid.add_row(*(Text(_shown(completion)) for completion in found))
+                grid.add_row(*(Text(page.obeyed_by_none(_shown(completion))) for completion in found))
             console.print(grid)
         else:
             for one in said:
                 for completion in one.completions[number]:
-                    console.print(Text(f"{one.name}: ", style="bold") + Text(_shown(completion)))
+                    console.print(Text(f"{one.name}: ", style="bold") + page.obeyed_by_none(_shown(completion)))
     console.print()
     for row in _rows(said):
         name, completions, tokens, unfinished, repeats = row

@@ -29,6 +29,8 @@ LENGTH["length__shorter_won"] = 0.05
         (history(0.5, 0.5, **{**FELL, "displacement": 0.5}), "Chosen log-probs fell", None),
         (history(0.5, 0.5, rewards__chosen=-0.5, logps__chosen=-80.0), "Chosen log-probs fell", None),
         (history(0.5, 0.6, 0.62), "Accuracy still rises", ["0.600", "step 10", "0.620"]),
+        (history(0.5, 0.6, 0.55, 0.62), "Accuracy still rises", ["0.600", "step 10", "0.620"]),
+        (history(0.54, 0.567, 0.525, 0.567), "Accuracy still rises", None),
         (history(0.5, 0.6, 0.605), "Accuracy still rises", None),
         (history(0.5, 0.7, 0.6, 0.65), "Accuracy still rises", None),
         (history(0.6), "Accuracy", None),
