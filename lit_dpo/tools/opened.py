@@ -86,3 +86,9 @@ def open_start(opened: Opened, dtype: Dtype = "float32") -> Opened | None:
 def on_device(model: nn.Module) -> nn.Module:
     """The model in eval mode, on a GPU if there is one."""
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has, if they are limited."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

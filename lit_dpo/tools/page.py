@@ -39,10 +39,13 @@ pre.tokens.chosen { color: var(--good); } pre.tokens.rejected { color: var(--bad
 .label { color: var(--soft); font-size: .85rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 img { max-width: 100%; height: auto; } details { margin: .5rem 0; } summary { cursor: pointer; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .3rem .35rem; } }
 footer { color: var(--soft); font-size: .85rem; margin-top: 2rem; }
 """
 _NUMBER = ' class="number"'
-_NUMERIC = re.compile(r"[-+<>]?\d[\d.,e%/+-]*(( to)? [-+]?[\d.,e-]+)?")  # a number, a share, two lengths, or an interval
+# A number, a share, two lengths, or an interval.
+_NUMERIC = re.compile(r"[-+<>]?\d[\d.,e%/+-]*(( to)? [-+]?[\d.,e-]+)?")
 
 
 def page(title: str, parts: Iterable[str], refresh: int = 0) -> str:
@@ -93,6 +96,11 @@ def marked(pieces: Iterable[tuple[str, str]], kind: str = "", label: str = "") -
 def details(summary: str, parts: Iterable[str], opened: bool = False) -> str:
     """Parts that are shown once their summary is clicked."""
     return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{''.join(parts)}</details>"
+
+
+def beside(columns: Iterable[Iterable[str]]) -> str:
+    """Columns of parts beside each other, below each other where the page is narrow."""
+    return "\n".join(['<div class="beside">', *(f"<div>{''.join(parts)}</div>" for parts in columns), "</div>"])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -84,9 +84,9 @@ def sample_models(
     said = [_ask(opened, asked, sampler) for opened in _opened(models, base, dtype)]
     _show(page.terminal(), asked, said)
     if jsonl is not None:
-        page.write(jsonl, _lines(asked, said), overwrite)
+        print(f"Wrote {page.write(jsonl, _lines(asked, said), overwrite)}")
     if html is not None:
-        page.write(html, _page(asked, said), overwrite)
+        print(f"Wrote {page.write(html, _page(asked, said), overwrite)}")
 
 
 def _opened(models: Sequence[str], base: bool, dtype: Dtype) -> Iterator[Opened]:
@@ -104,7 +104,9 @@ def _opened(models: Sequence[str], base: bool, dtype: Dtype) -> Iterator[Opened]
 
 def _ask(opened: Opened, asked: Sequence[Prompt], sampler: Sampler) -> _Said:
     """All completions of one model; a terminal shows how far it is."""
-    ids = (prompt_ids(opened.tokenizer, prompt) for prompt in asked)
+    ids = [prompt_ids(opened.tokenizer, prompt) for prompt in asked]
+    for prompt, found in zip(asked, ids, strict=True):
+        sampler.check(opened.model, [found], f"{prompt.row}: ")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(opened.name, total=len(asked))
@@ -117,7 +119,8 @@ def _ask(opened: Opened, asked: Sequence[Prompt], sampler: Sampler) -> _Said:
 
 def _shown(completion: Completion) -> str:
     """A completion's text, and what is wrong with it."""
-    marks = [] if completion.finished else ["no end"]
+    marks = [] if completion.text.strip() else ["no text"]
+    marks += [] if completion.finished else ["no end"]
     marks += ["repeats"] if repetition(completion.ids) >= REPEATING else []
     return completion.text.strip() + (f" [{', '.join(marks)}]" if marks else "")
 
@@ -187,7 +190,8 @@ def _page(asked: Sequence[Prompt], said: Sequence[_Said]) -> str:
     parts = [page.table(_HEAD, _rows(said))]
     for number, prompt in enumerate(asked):
         parts += [page.heading(prompt.row), page.block(prompt.text, "prompt")]
-        parts += [
-            page.block(_shown(completion), label=one.name) for one in said for completion in one.completions[number]
-        ]
+        columns = (
+            [page.block(_shown(completion), label=one.name) for completion in one.completions[number]] for one in said
+        )
+        parts.append(page.beside(columns))
     return page.page("Completions", parts)

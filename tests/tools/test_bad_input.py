@@ -1,6 +1,7 @@
 """Every tool on what a person gives by mistake: one sentence with a remedy, and nothing written, over or beside."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from lit_dpo.cli import main
 from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
 from tests.test_cli import built, quick  # noqa: F401 - fixtures
-from tests.trained import model_folder, refused
+from tests.trained import model_folder
 
 pytestmark = [
     *runs.QUIET,
@@ -67,6 +68,17 @@ def everything(folder):
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
+def answer(words, capsys):
+    """The sentence that a command ends with, an error or what `check` finds to fail, which exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "Traceback" not in out + err
+    [line] = re.findall(r"^(?:lit-dpo: error: |fails +)(.*)$", out + err, re.MULTILINE)
+    return line
+
+
 FIT = ("--config", TINY, "--data.train")
 SAID = ("--max_new_tokens", "2", "--prompts")
 CASES = {
@@ -84,6 +96,9 @@ CASES = {
     ],
     "check": [
         ([*FIT, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
+        ([*FIT, "empty.jsonl"], ""),
+        ([*FIT, "binary.jsonl"], ""),
+        ([*FIT, "pipe.jsonl"], ""),
         ([*FIT, "pairs.jsonl", "--memory", "0"], "must be above 0"),
         ([*FIT, "pairs.jsonl", "--overwrite"], "leave `--overwrite` out"),
         (["--config", "nothing.yaml"], "there is no configuration file"),
@@ -176,8 +191,7 @@ CASES = {
 def test_a_mistake_is_one_sentence_and_nothing_is_written(tool, number, folder, capsys):
     words, expected = CASES[tool][number]
     before = everything(folder)
-    said = refused([tool, *words], capsys)
+    said = answer([tool, *words], capsys)
     print("CASE", tool, words, "->", said)
     assert expected in said
-    assert ": " in said.removeprefix("lit-dpo: error: ")
     assert everything(folder) == before
