@@ -109,7 +109,9 @@ def _predictions(path: Path) -> Path:
     run = find_run(path)
     checkpoint = Run(run.folder).best or Run(run.folder).last
     if checkpoint is None:
-        raise FileNotFoundError(f"`{run.folder}` has no checkpoint yet: wait until it has saved one.")
+        raise FileNotFoundError(
+            f"`{run.folder}` has no checkpoint yet: wait until it has saved one, or start it again if it was stopped."
+        )
     config = config_of(run)
     time = max(file.stat().st_mtime_ns for file in (checkpoint, *checkpoint.glob("*")))  # a folder of shards, too
     name = f"validation-{re.sub(r'[^A-Za-z0-9.=_-]', '_', checkpoint.stem)}-{time}.jsonl"
