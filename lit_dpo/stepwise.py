@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,8 @@ from lit_dpo.module import PreferenceModule
 from lit_dpo.own_code import refuse_signature
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
+
+_PATIENCE = 600  # seconds between the end of the first process's question to a partition and that of another
 
 
 def fit_stepwise(
@@ -114,22 +117,40 @@ def _refuse(module: PreferenceModule, partition: Partition, folder: Path, resume
 def _choose(step: int, root: Path, datamodule: PreferenceDataModule, policies: StartingPolicies) -> bool:
     """Have the data module train on what the partition says, or said before; whether there is such a step."""
     path = root / new_pairs.FILE
-    if not from_first(path.exists()):
+    if from_first(path.exists()):
+        if not datamodule.allow_changes:
+            datamodule.partition.resumed(step, policies.pool(step))
+    else:
         answer = datamodule.partition.next(step, policies.pool(step))
         if answer is None:
             return False
         if isinstance(answer, Tensor):
             datamodule.training.use_rows(answer)
             return True
-        content = from_first(new_pairs.as_lines(answer, step))
-        datamodule.use_pairs(new_pairs.rows_of(content, step))  # what is malformed is refused before it is written
+        datamodule.use_pairs(new_pairs.rows_of(answer, step))  # what is malformed is refused before it is written
         if is_first():
-            new_pairs.write(path, content)
+            new_pairs.write(path, answer, step)
         wait_for_all()
-    if path.exists():  # unless the first process has yet to write what this one holds already
-        new_pairs.digest(path, datamodule.allow_changes)
-        datamodule.use_pairs(path)
+        _wait_for(path)
+    new_pairs.digest(path, datamodule.allow_changes)
+    datamodule.use_pairs(path)
     return True
+
+
+def _wait_for(path: Path) -> None:
+    """Wait for what the first process writes, where the processes are not connected: all train on the same pairs.
+
+    Raises:
+        FileNotFoundError: It does not come.
+    """
+    end = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"The first process has not written `{path}` within {_PATIENCE} seconds: look what stopped it, and give "
+                "all processes the same folder."
+            )
+        time.sleep(0.1)
 
 
 def _hold(module: PreferenceModule, exported: Path) -> None:

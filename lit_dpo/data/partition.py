@@ -193,6 +193,17 @@ class Partition(ABC):
             ValueError: The pool cannot be divided in this way.
         """
 
+    def resumed(self, step: int, pool: Pool) -> None:  # noqa: B027 - most have nothing to compare
+        """Look at a step whose new pairs an earlier run has written, which are going to be trained on as they are.
+
+        Args:
+            step: Number of the step, from 0.
+            pool: As for `next`.
+
+        Raises:
+            ValueError: They were made under other options, so that this run must not go on with them.
+        """
+
 
 class OneShot(Partition):
     """Everything at once: plain training."""
