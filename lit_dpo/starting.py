@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,14 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, self._processes(), _gathered)
+        shown = is_first() and self._scoring.progress_bar_callback is not None
+        sources, allowed = self.data.training.pool_sources, self.data.allow_changes
+        return Pool(sources, folder, score, sample, complete, self._processes(), _gathered, shown, allowed)
+
+    @cached_property
+    def _scoring(self) -> Trainer:
+        """A Trainer that is asked for the device, and whether to show progress."""
+        return self.make_trainer(self.folder / "scoring")
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -140,7 +148,7 @@ class StartingPolicies:
         """See `Pool.complete`."""
         module = self.module
         tokenizer: Any = module.tokenizer
-        device = self.make_trainer(self.folder / "scoring").strategy.root_device
+        device = self._scoring.strategy.root_device
         source = self.of(step)
         if isinstance(source, nn.Module):
             model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
@@ -148,8 +156,8 @@ class StartingPolicies:
             how = (module.dtype_name, module.init_seed, self._loading_of(step))
             model = load_model(source, tokenizer, *how)
         model.to(device)
-        ids = [self._ids(prompt) for prompt in prompts]
-        for prompt, each in zip(ids, sampler(model, tokenizer, ids), strict=True):
+        ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
+        for prompt, each in zip(again, sampler(model, tokenizer, ids), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.

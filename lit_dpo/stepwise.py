@@ -25,6 +25,7 @@ from lit_dpo.own_code import refuse_signature
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
 
+DONE = "DONE"
 _PATIENCE = 600  # seconds between the end of the first process's question to a partition and that of another
 
 
@@ -91,11 +92,11 @@ def fit_stepwise(
             rank_zero_info(f"Step {step} is done")
             continue
         rank_zero_info(f"Step {step}: {len(datamodule.training.rows)} pairs")
-        trainer = make_trainer(root)
+        trainer, start = make_trainer(root), time.perf_counter()
         if not (root / "export").exists():  # else it was stopped between the export and the mark
             trainer.callbacks += [*more, ExportModel(str((root / "export").absolute()))]  # type: ignore[attr-defined]
             trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
-        _note_done(trainer, root, datamodule)
+        _note_done(trainer, root, datamodule, time.perf_counter() - start)
     if not step:
         raise ValueError("The partition has no first step: its `next` must answer more than `None` for step 0.")
     exported = Path(policies.of(step))  # type: ignore[arg-type]  # a folder, as this is no first step
@@ -147,8 +148,8 @@ def _wait_for(path: Path) -> None:
     while not path.exists():
         if time.monotonic() > end:
             raise FileNotFoundError(
-                f"The first process has not written `{path}` within {_PATIENCE} seconds: look what stopped it, and give "
-                "all processes the same folder."
+                f"The first process has not written `{path}` within {_PATIENCE} seconds: look what stopped it, and "
+                "give all processes the same folder."
             )
         time.sleep(0.1)
 
@@ -170,7 +171,7 @@ def _trained_on(root: Path, datamodule: PreferenceDataModule) -> dict[str, Any]:
 
 def _is_done(root: Path, datamodule: PreferenceDataModule) -> bool:
     """Whether a step is done; raises ValueError if it was one of other rows, or the data have changed since."""
-    mark = root / "DONE"
+    mark = root / DONE
     if not mark.exists():
         return False
     done = json.loads(mark.read_text(encoding="utf-8"))
@@ -182,9 +183,10 @@ def _is_done(root: Path, datamodule: PreferenceDataModule) -> bool:
     return True
 
 
-def _note_done(trainer: Trainer, root: Path, datamodule: PreferenceDataModule) -> None:
+def _note_done(trainer: Trainer, root: Path, datamodule: PreferenceDataModule, seconds: float) -> None:
+    """Mark a step as done, with the time since its training was started, or started again."""
     if trainer.is_global_zero:
-        write_json(root / "DONE", {**_trained_on(root, datamodule), "data": datamodule.state_dict()})
+        write_json(root / DONE, {**_trained_on(root, datamodule), "data": datamodule.state_dict(), "seconds": seconds})
     trainer.strategy.barrier("step done")
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lit_dpo.checkpoints.durable import new_file, part_beside, put, write_json
+from lit_dpo.checkpoints.durable import forget_parts_of_the_dead, naming, new_file, part_beside, put, write_json
 from lit_dpo.data.load import Rows
 from lit_dpo.files import read_json
 
@@ -55,7 +55,8 @@ def rows_of(rows: object, step: int) -> Rows:
 def write(path: Path, rows: object, step: int) -> None:
     """Write the file and its digest beside it, whole or not at all, and to the disk before this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with part_beside(path) as part:
+    forget_parts_of_the_dead(path)
+    with naming(path.parent, "what was done of the step is kept"), part_beside(path) as part:
         with new_file(part) as file:
             file.writelines(lines(rows, step))
         write_json(_record(path), {"sha256": _digest(part)})  # the file counts with it alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +35,13 @@ class Pool:
         complete: Gives completions; called with the arguments of `complete`.
         processes: Number of this process, and how many there are that can talk to each other.
         gather: Makes one of what they have found, each under its own numbers.
+        progress: Whether this process draws on a terminal how far it is.
+        allow_changes: Whether the user lets a run go on whose data have changed.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
+        progress: As given.
+        allow_changes: As given.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class Pool:
         complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
+        progress: bool = False,
+        allow_changes: bool = False,
     ) -> None:
-        self.sources = sources
+        self.sources, self.progress, self.allow_changes = sources, progress, allow_changes
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
@@ -71,6 +78,12 @@ class Pool:
             raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
+
+    def at(self, step: int) -> Pool:
+        """This pool, with the folder of an earlier step."""
+        found = copy.copy(self)
+        found._folder = self._folder and self._folder.with_name(f"partition_{step}")
+        return found
 
     def margins(self, step: int | None = None) -> Tensor:
         """Log-prob of chosen minus that of rejected under the policy that starts the step, in nats.

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
+from weakref import finalize
 
 
 class Lines(Mapping[int, Any]):
@@ -33,8 +34,10 @@ class Lines(Mapping[int, Any]):
         self._count = 0
         self._files: list[tuple[Path, BinaryIO]] = []
         self._ends: dict[Path, int] = {}  # of the last whole line
+        finalize(self, _close, self._files)  # they are read as long as somebody asks for values
         self._file = self.path.open("ab", buffering=0)
         self.refresh()
+        self._own = [path for path, _ in self._files].index(self.path)
         if self.path.stat().st_size > self._ends[self.path]:
             os.truncate(self.path, self._ends[self.path])
 
@@ -68,13 +71,10 @@ class Lines(Mapping[int, Any]):
             OSError: It cannot be written; the lines before it are kept.
         """
         line = json.dumps([number, value], ensure_ascii=False).encode() + b"\n"
-        try:
-            written = 0
-            while written < len(line):
-                written += self._file.write(line[written:])
-        except OSError as error:
-            raise self._full(error) from error
-        self._note(number, [path for path, _ in self._files].index(self.path), len(line))
+        written = 0
+        while written < len(line):
+            written += self._file.write(line[written:])
+        self._note(number, self._own, len(line))
 
     def __getitem__(self, number: int) -> Any:
         if number not in self:
@@ -93,28 +93,26 @@ class Lines(Mapping[int, Any]):
     def __len__(self) -> int:
         return self._count
 
-    def sync(self) -> None:
-        """Have all lines on the disk.
+    def close(self) -> None:
+        """Have all lines on the disk, and write no more; they can still be read.
 
         Raises:
             OSError: They cannot be written.
         """
+        if self._file.closed:
+            return
         try:
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise self._full(error) from error
-
-    def close(self) -> None:
-        """Leave the files to others."""
-        for file in (self._file, *(file for _, file in self._files)):
-            file.close()
-
-    def _full(self, error: OSError) -> OSError:
-        reason = error.strerror or type(error).__name__
-        return OSError(f"`{self.path}` cannot be written ({reason}): mend that and go on; what is in it is kept.")
+        finally:
+            self._file.close()
 
 
 _FILES = 1 << 16  # more than there are processes
+
+
+def _close(files: list[tuple[Path, BinaryIO]]) -> None:
+    for _, file in files:
+        file.close()
 
 
 def _number(line: bytes) -> int | None:

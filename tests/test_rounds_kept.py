@@ -1,0 +1,200 @@
+"""What a round keeps: whatever stops it, nothing is lost, and nothing else is taken for it."""
+
+import json
+import resource
+import shutil
+import tracemalloc
+from contextlib import contextmanager
+
+import pytest
+
+from lit_dpo import BestVsWorst, OnPolicy, Pool, Verifier
+from lit_dpo.sampling import Completion
+from tests import runs
+from tests.test_rounds import Noting, lines, train
+
+pytestmark = runs.QUIET
+
+
+class Saying(Pool):
+    """A pool whose policy says the length of a prompt in three ways, and remembers what it was asked."""
+
+    def __init__(self, folder, **options):
+        self.asked = []
+
+        def complete(prompts, sampler):
+            for prompt in prompts:
+                self.asked.append(prompt)
+                yield [Completion((1, 2), f"{prompt}{n}", True) for n in range(sampler.samples)]
+
+        super().__init__(["a"], folder, complete=complete, **options)
+
+
+class Counting(Noting):
+    """Judges as the last sign says, and notes each prompt."""
+
+    def score(self, prompts, completions):
+        super().score(prompts, completions)
+        return [float(text[-1]) for text in completions]
+
+
+def round_of(folder, judge, count=40, **options):
+    """A round of many prompts; call its `next` with a pool, and there is no model in it."""
+    folder.mkdir(exist_ok=True)
+    file = runs.write(folder / "asked.jsonl", [{"prompt": f"number {n}="} for n in range(count)])
+    return OnPolicy(file, judge, BestVsWorst(), **{"samples": 8, **options})
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def limit(size):
+    """No file may grow beyond so many bytes, which a process is told as it is told of a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+class Filling(Counting):
+    """Fills the disk when it is closed."""
+
+    def close(self):
+        limit(100)
+
+
+@contextmanager
+def full(size=None):
+    """The disk has room again at the end."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if size is not None:
+            limit(size)
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_loses_nothing_and_the_round_goes_on(tmp_path):
+    """Full while sampling, then while judging, then when the record is written."""
+    whole = [*round_of(tmp_path / "whole", Counting(tmp_path / "notes")).next(0, Saying(tmp_path / "whole" / "step"))]
+    folder, notes = tmp_path / "run", tmp_path / "noted"
+    pool, step = Saying(folder / "step"), folder / "step"
+    message = r"step` cannot be written to \(File too large\): make room and go on; what was sampled and judged is kept"
+
+    def fails(judge, size=None):
+        rounds = round_of(folder, judge)
+        with pytest.raises(OSError, match=message) as error, full(size):
+            rounds.next(0, pool)
+        assert "\n" not in str(error.value)
+
+    fails(Counting(notes), 10_000)
+    assert 5 < (step / "completions.0.jsonl").read_text().count("\n") < 35
+    assert not notes.exists()
+    fails(Counting(notes), 1500)  # the other completions are cut short too, and there is no room for one more
+    with pytest.raises(ValueError, match="The judge gave 7 scores for 8"):
+        round_of(folder, Counting(notes, fails_at="number 0=")).next(0, pool)
+    assert len(lines(step / "completions.0.jsonl")) == 40
+    fails(Counting(notes), 1500)
+    assert 5 < len(notes.read_text().split("\n")) < 35
+    fails(Filling(notes))
+    assert not (step / "round.json").exists()
+    assert [*round_of(folder, Counting(notes)).next(0, pool)] == whole
+    assert len(pool.asked) == 40 + 2  # a prompt whose line was torn is sampled again, and no other
+    assert sorted({*notes.read_text().splitlines()}) == sorted(f"number {n}=" for n in range(40))
+    assert json.loads((step / "round.json").read_text())["pairs"] == 40
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_with_the_prompts(tmp_path):
+    """Completions, scores and pairs of a round eight times as large take no more, but for a few bytes a prompt."""
+    peaks = []
+    for count in (250, 2000):
+        partition = round_of(tmp_path / str(count), Verifier(lambda prompt, text: float(text[-1])), count)
+        pool = Saying(tmp_path / str(count) / "step")
+        pool.asked = Nothing()
+        tracemalloc.start()
+        rows = partition.next(0, pool)
+        assert sum(row["chosen"].endswith("7") for row in rows) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 1750 < 200  # bytes a prompt; its completions alone are 500 as text
+
+
+class Nothing:
+    """A list that stays empty."""
+
+    def append(self, value):
+        pass
+
+
+# -- another run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A round of a run that was left alone, with what is measured beside the pairs."""
+    folder = tmp_path_factory.mktemp("kept")
+    fixed = runs.write(folder / "fixed.jsonl", [{"prompt": prompt} for prompt in ("31=", "4=", "15=")])
+    pairs = [{"prompt": f"{n}=", "chosen": "1", "rejected": text} for n, text in enumerate(("7", "71", "2"))]
+    options = {"rounds": 1, "greedy_prompts": fixed, "trusted": runs.write(folder / "trusted.jsonl", pairs)}
+    train(folder / "run", Noting(folder / "notes"), **options)
+    return folder
+
+
+class Other(Noting):
+    def identity(self):
+        return {"judge": "Other"}
+
+
+def copied(one, folder):
+    shutil.copytree(one / "run", folder / "run")
+    return folder / "run", folder / "notes"
+
+
+@pytest.mark.parametrize(
+    ("judge", "changed", "name"),
+    [
+        (Noting, {"samples": 5}, "samples"),
+        (Noting, {"prompts_per_round": 4}, "prompts"),
+        (Noting, {"picker": BestVsWorst()}, "picker, threshold, most, gap, floor"),
+        (Other, {}, "judge"),
+    ],
+    ids=["samples", "prompts", "picker", "judge"],
+)
+def test_a_round_whose_pairs_are_written_is_compared_too(one, tmp_path, capsys, judge, changed, name):
+    folder, notes = copied(one, tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    message = rf"was begun with another {name}: undo that, start in a new folder, or train on its pairs as they are"
+    with pytest.raises(ValueError, match=message):
+        train(folder, judge(notes), resume=True, **{"rounds": 1, **changed})
+    assert "Changed since the round was begun" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not notes.exists()
+
+
+def test_a_run_of_fewer_rounds_does_not_go_on_with_more(one, tmp_path):
+    folder, notes = copied(one, tmp_path)
+    (folder / "partition_0").rename(folder / "partition_1")
+    with pytest.raises(ValueError, match=r"`rounds` is 1, and .*partition_1` holds a further round"):
+        OnPolicy("x", Noting(notes)).resumed(1, Saying(folder / "partition_1"))
+
+
+def test_a_judge_that_was_corrected_goes_on_where_that_is_allowed(tmp_path, capsys):
+    """Another judge is refused, and judges the rest with `--allow-changes`; other changes are refused still."""
+    notes, folder = tmp_path / "notes", tmp_path / "run"
+    with pytest.raises(ValueError, match="The judge gave"):
+        round_of(folder, Counting(notes, fails_at="number 3="), 6).next(0, Saying(folder / "step"))
+
+    class Corrected(Counting):
+        def identity(self):
+            return {"judge": "Corrected"}
+
+    again = Corrected(notes)
+    with pytest.raises(ValueError, match=r"another judge: undo that, .* or keep what was judged with --allow-changes"):
+        round_of(folder, again, 6).next(0, Saying(folder / "step"))
+    allowed = Saying(folder / "step", allow_changes=True)
+    with pytest.raises(ValueError, match=r"another prompts, judge: undo that, or start in a new folder\."):
+        round_of(folder, again, 5).next(0, allowed)
+    assert len(round_of(folder, again, 6).next(0, allowed)) == 6
+    assert notes.read_text().splitlines() == [f"number {n}=" for n in range(6)]
+    assert "Counting" not in capsys.readouterr().err
