@@ -1,17 +1,22 @@
 """What a round keeps: whatever stops it, nothing is lost, and nothing else is taken for it."""
 
 import json
+import math
+import re
 import resource
 import shutil
 import tracemalloc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
+import torch
 
 from lit_dpo import BestVsWorst, OnPolicy, Pool, Verifier
+from lit_dpo.cli import main
+from lit_dpo.models import load_model
 from lit_dpo.sampling import Completion
 from tests import runs
-from tests.test_rounds import Noting, lines, train
+from tests.test_rounds import DESCRIPTION, Noting, lines, signs, train
 
 pytestmark = runs.QUIET
 
@@ -34,8 +39,8 @@ class Counting(Noting):
     """Judges as the last sign says, and notes each prompt."""
 
     def score(self, prompts, completions):
-        super().score(prompts, completions)
-        return [float(text[-1]) for text in completions]
+        said = super().score(prompts, completions)
+        return [float(text[-1]) for text in completions][: len(said)]
 
 
 def round_of(folder, judge, count=40, **options):
@@ -105,6 +110,7 @@ def test_a_full_disk_loses_nothing_and_the_round_goes_on(tmp_path):
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_prompts(tmp_path):
     """Completions, scores and pairs of a round eight times as large take no more, but for a few bytes a prompt."""
     peaks = []
@@ -156,7 +162,7 @@ def copied(one, folder):
     [
         (Noting, {"samples": 5}, "samples"),
         (Noting, {"prompts_per_round": 4}, "prompts"),
-        (Noting, {"picker": BestVsWorst()}, "picker, threshold, most, gap, floor"),
+        (Noting, {"picker": BestVsWorst()}, "picker, threshold, most, gap"),
         (Other, {}, "judge"),
     ],
     ids=["samples", "prompts", "picker", "judge"],
@@ -198,3 +204,49 @@ def test_a_judge_that_was_corrected_goes_on_where_that_is_allowed(tmp_path, caps
     assert len(round_of(folder, again, 6).next(0, allowed)) == 6
     assert notes.read_text().splitlines() == [f"number {n}=" for n in range(6)]
     assert "Counting" not in capsys.readouterr().err
+
+
+# -- what is measured beside the pairs --------------------------------------------------------------------------------
+
+
+def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
+    """The oracle: greedy decoding of one prompt at a time by transformers, and the judge's rule, counted by hand."""
+    record = json.loads((one / "run" / "partition_0" / "round.json").read_text())
+    assert record["agreement"]["pairs"] == 3
+    assert record["agreement"]["share"] == pytest.approx(2.5 / 3)  # of the third pair both completions hold no 7
+    assert record["agreement"]["error"] == pytest.approx(1.959964 * math.sqrt(1 / 12 / 3))
+    models = {
+        "greedy": load_model(DESCRIPTION, signs()),
+        "greedy_after": load_model(str(one / "run/partition_0/export")),
+    }
+    for name, model in models.items():
+        right = []
+        for prompt in ("31=", "4=", "15="):
+            ids = signs()(prompt, return_tensors="pt").input_ids
+            with torch.no_grad():
+                out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=20, pad_token_id=0)
+            right.append("7" not in signs().decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        assert record[name]["score"] == pytest.approx(sum(right) / 3)
+        assert record[name]["prompts"] == 3
+    assert "measuring" in record["seconds"]
+    assert {path.name for path in one.glob("run/*")} >= {"partition_0"}
+    assert not (one / "run" / "partition_1").exists()
+    folder, notes = copied(one, tmp_path)
+    train(folder, Noting(notes), resume=True, rounds=1, greedy_prompts=str(one / "fixed.jsonl"))
+    assert not notes.exists()  # what is measured is not measured again
+    main(["rounds", str(folder)])
+    shown = capsys.readouterr().out
+    assert f"{record['greedy_after']['score']:.3f}" in re.search(r"after the round.*", shown)[0]
+    assert re.search(r"seconds of training +\d", shown)
+
+
+def test_a_judge_that_got_worse_is_said(tmp_path):
+    """In the second round it holds the opposite."""
+    trusted = [{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in range(20)]
+    file = runs.write(tmp_path / "trusted.jsonl", trusted)
+    for step, sign in ((0, -1), (1, 1)):
+        judge = Verifier(lambda prompt, text, sign=sign: sign * float(text[-1]))
+        partition = round_of(tmp_path / "run", judge, 4, rounds=2, trusted=file)
+        worse = pytest.warns(UserWarning, match="Round 1: the judge agrees with 0% .* 100% .*: it got worse")
+        with worse if step else nullcontext():
+            partition.next(step, Saying(tmp_path / "run" / f"partition_{step}"))

@@ -19,7 +19,7 @@ from lit_dpo.tools.runs import FinishedRun, find_run, metrics
 
 _NAMES = {
     "prompts": "prompts",
-    "mixed": "prompts with completions of different scores",
+    "mixed": "prompts whose scores differ",
     "pairs": "pairs",
     "completions": "completions",
     "finished": "completions with an end",
