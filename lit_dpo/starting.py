@@ -114,20 +114,14 @@ class StartingPolicies:
     def _score(self, step: int) -> Tensor:
         rank_zero_info(f"Scoring {len(self.data.training.pool)} training pairs with the model that starts step {step}")
         module, trainer = self.module, self.make_trainer(self.folder / "scoring")
-        loss, reference, model, loading = module.loss, module.reference, module.model, module.loading
-        module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+        model, loading = module.model, module.loading
         module.restart_from(self.of(step))
         module.loading = self._loading_of(step)
         try:
-            batches: Any = trainer.predict(module, datamodule=_Pool(self.data))
+            return training_margins(module, self.data, trainer)[self.data.training.pool]
         finally:
-            module.loss, module.reference = loss, reference
             module.restart_from(model)
             module.loading = loading
-        margins = torch.zeros(len(self.data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
-        for batch in batches:
-            margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
-        return trainer.strategy.reduce(margins, reduce_op="sum").cpu()[self.data.training.pool]
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -192,6 +186,24 @@ class _Pool(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PairBatch]:
         self.data.trainer = self.trainer
         return self.data.pool_dataloader()
+
+
+def training_margins(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer) -> Tensor:
+    """Log-prob of chosen minus that of rejected under the policy alone, in nats, the same on all processes.
+
+    Returns:
+        Shape `(training rows,)`, float64; 0 for rows that are held out.
+    """
+    loss, reference = module.loss, module.reference
+    module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+    try:
+        batches: Any = trainer.predict(module, datamodule=_Pool(data))
+    finally:
+        module.loss, module.reference = loss, reference
+    margins = torch.zeros(len(data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
+    for batch in batches:
+        margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
+    return trainer.strategy.reduce(margins, reduce_op="sum").cpu()
 
 
 def folder_of(folder: Path, step: int) -> Path:

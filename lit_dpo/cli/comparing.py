@@ -53,9 +53,7 @@ def compare_runs(
     if seeds < 1:
         raise ValueError(f"`seeds` must be at least 1, got {seeds}.")
     if output is not None:
-        if Path(output).suffix != ".html":
-            raise ValueError(f"`output` must end in .html, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=[".html"])
     if train:
         settings = {config: [_trained(config, Path(folder), seed) for seed in range(seeds)] for config in _named(train)}
     else:

@@ -73,9 +73,7 @@ def audit_run(
     if rows < 1:
         raise ValueError(f"`rows` must be at least 1, got {rows}.")
     if output is not None:
-        if Path(output).suffix not in (".html", ".jsonl"):
-            raise ValueError(f"`output` must end in .html or .jsonl, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=(".html", ".jsonl"))
     found = find_run(run)
     everything = recorded(found) if predictions is None else predicted(Path(predictions))
     suspects = sorted(everything, key=lambda suspect: suspect.area)[:rows]

@@ -8,17 +8,16 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_dpo.data import PreferenceDataModule
-from lit_dpo.losses import SimPOLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
+from lit_dpo.starting import training_margins
 from lit_dpo.tools import page
 from lit_dpo.tools.before import set_up, special_ids, without_news
 
@@ -123,7 +122,10 @@ def inspect(
     rows = data.training_rows()
     lengths = training.dataset.lengths[rows]  # (rows, 3)
     sources = [training.dataset.sources[row] for row in rows.tolist()]
-    margins = start_margins(module, data, trainer, rows) if score else None
+    margins = None
+    if score:
+        with without_news():
+            margins = training_margins(module, data, trainer)[rows]
     head, table = by_source(sources, lengths, data.max_length, margins)
     console = page.terminal()
     for line in said:
@@ -248,29 +250,6 @@ def _print(console: Console, pair: ShownPair) -> None:
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-class _Training(LightningDataModule):
-    """The training pairs, for a Trainer that scores them."""
-
-    def __init__(self, data: PreferenceDataModule) -> None:
-        super().__init__()
-        self.data = data
-
-    def predict_dataloader(self) -> DataLoader[PairBatch]:
-        self.data.trainer = self.trainer
-        return self.data.pool_dataloader()
-
-
-def start_margins(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer, rows: Tensor) -> Tensor:
-    """Chosen minus rejected log-prob of training rows under the model that training starts from, in nats, (rows,)."""
-    module.loss, module.reference = SimPOLoss(), None  # the policy alone is asked
-    with without_news():
-        batches: Any = trainer.predict(module, datamodule=_Training(data))
-    margins = torch.zeros(len(data.training.train), dtype=torch.float64)
-    for batch in batches:
-        margins[batch["row_id"]] = (batch["logp_chosen"] - batch["logp_rejected"]).double()
-    return margins[rows]
 
 
 def by_source(

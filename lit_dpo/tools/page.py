@@ -150,13 +150,21 @@ def plain(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
-def refuse_taken(path: str | Path, overwrite: bool = False) -> Path:
+def refuse_taken(path: str | Path, overwrite: bool = False, *, endings: Sequence[str] = ()) -> Path:
     """The path of a file to write, found out before anything is computed.
 
+    Args:
+        path: Its name.
+        overwrite: Whether a regular file of that name may be replaced.
+        endings: What the name must end in; any will do if there are none.
+
     Raises:
+        ValueError: The name ends in something else.
         FileExistsError: Something is there; with `overwrite`, something that is no regular file.
     """
     target = Path(path)
+    if endings and target.suffix not in endings:
+        raise ValueError(f"`output` must end in {' or '.join(endings)}, got `{target}`.")
     plain = target.is_file() and not target.is_symlink()
     if os.path.lexists(target) and not (plain and overwrite):
         remedy = "name another file, or add `--overwrite`" if plain else "name a file"

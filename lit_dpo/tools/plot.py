@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -73,9 +72,7 @@ def plot_runs(
     if watch < 0:
         raise ValueError(f"`watch` must be 0 or more seconds, got {watch}.")
     if output is not None:
-        if Path(output).suffix not in (".html", ".png"):
-            raise ValueError(f"`output` must end in .html or .png, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=(".html", ".png"))
         _matplotlib()
     while True:
         # Told apart by as much of their paths as the user gave.
