@@ -212,9 +212,9 @@ def test_a_judge_that_was_corrected_goes_on_where_that_is_allowed(tmp_path, caps
 def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
     """The oracle: greedy decoding of one prompt at a time by transformers, and the judge's rule, counted by hand."""
     record = json.loads((one / "run" / "partition_0" / "round.json").read_text())
-    assert record["agreement"]["pairs"] == 3
-    assert record["agreement"]["share"] == pytest.approx(2.5 / 3)  # of the third pair both completions hold no 7
-    assert record["agreement"]["error"] == pytest.approx(1.959964 * math.sqrt(1 / 12 / 3))
+    assert record["trusted"]["pairs"] == 3
+    assert record["trusted"]["share"] == pytest.approx(2.5 / 3)  # of the third pair both completions hold no 7
+    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(1 / 12 / 3))
     models = {
         "greedy": load_model(DESCRIPTION, signs()),
         "greedy_after": load_model(str(one / "run/partition_0/export")),

@@ -127,9 +127,9 @@ class Rounds(Partition):
         if self.greedy_prompts is not None:
             found["greedy"] = measured.greedy(self, step, pool, self.greedy_prompts)
         if self.trusted is not None:
-            now = found["agreement"] = measured.agreement(self, pool, self.trusted)
+            now = found["trusted"] = measured.agreement(self, pool, self.trusted)
             before = (
-                read_json(path).get("agreement")
+                read_json(path).get("trusted")
                 if step and (path := pool.at(step - 1).folder / RECORD).exists()
                 else None
             )

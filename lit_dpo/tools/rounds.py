@@ -26,9 +26,11 @@ _NAMES = {
     "empty": "empty completions",
     "duplicates": "duplicate completions",
     "no_opinion": "completions without an opinion",
+    "agreement": "learned judge agrees with gold",
+    "agreement_of": "gold labels that this is of",
 }
-_SHARES = {"mixed", "finished"}
-_MEASURED = {"greedy", "greedy_after", "agreement", "round", "seconds", "without_pair"}
+_SHARES = {"mixed", "finished", "agreement"}
+_MEASURED = {"greedy", "greedy_after", "trusted", "round", "seconds", "without_pair"}
 _WIDEST = 34  # columns of a terminal for what a line is about
 _COLUMN = 12  # the same for a round
 
@@ -132,8 +134,8 @@ def lines_of(records: list[dict[str, Any]]) -> Lines:
         for reason, count in record.get("without_pair", {}).items():
             note(number, f"no pair: {reason}", page.number(count))
     for number, record in enumerate(records):
-        if "agreement" in record:
-            note(number, "judge agrees with trusted pairs", _with_error(record["agreement"], "share"))
+        if "trusted" in record:
+            note(number, "judge agrees with trusted pairs", _with_error(record["trusted"], "share"))
     for number, record in enumerate(records):
         for name, key in {"greedy, judged, at the start": "greedy", "the same after the round": "greedy_after"}.items():
             after = record.get(key) or (key == "greedy_after" and _next(records, number).get("greedy"))
@@ -151,8 +153,8 @@ def lines_of(records: list[dict[str, Any]]) -> Lines:
 def sentences(records: list[dict[str, Any]]) -> Iterator[str]:
     """What a person should not overlook."""
     for before, now in pairwise(records):
-        if "agreement" in before and "agreement" in now and got_worse(before["agreement"], now["agreement"]):
-            shares = [f"{one['agreement']['share']:.0%}" for one in (before, now)]
+        if "trusted" in before and "trusted" in now and got_worse(before["trusted"], now["trusted"]):
+            shares = [f"{one['trusted']['share']:.0%}" for one in (before, now)]
             yield (
                 f"The judge got worse in round {now['round']}: it agrees with {shares[1]} of the trusted pairs, and "
                 f"did with {shares[0]} before."

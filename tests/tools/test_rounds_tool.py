@@ -21,9 +21,9 @@ def run(tmp_path, monkeypatch):
         record = {
             "round": number, "prompts": 1000, "completions": 8000, "finished": 0.975, "empty": 3, "duplicates": 2100,
             "no_opinion": 0, "mixed": 0.7, "pairs": 700, "without_pair": {"all\x1b[31m <b>wrong</b>": 300 - number},
-            "agreement": {"pairs": 100, "share": share, "error": 0.05, "no_opinion": 0},
+            "trusted": {"pairs": 100, "share": share, "error": 0.05, "no_opinion": 0},
             "greedy": {"prompts": 500, "score": score, "error": 0.04, "finished": 1.0, "no_opinion": 0},
-            "seconds": {"sampling": 2.25, "judging": 1.0, "measuring": 0.5}, "kept": 17,
+            "seconds": {"sampling": 2.25, "judging": 1.0, "measuring": 0.5}, "kept": 17, "agreement": 0.75,
         }  # fmt: skip
         if number == 2:
             record["greedy_after"] = {**record["greedy"], "score": 0.61}
@@ -42,7 +42,7 @@ def test_the_terminal_shows_what_each_round_did(run, capsys, monkeypatch, column
     assert "\x1b" not in text
     values = {
         "prompts": "1,000", "prompts whose scores differ": "70.0%", "duplicate completions": "2,100",
-        "completions with an end": "97.5%", "kept": "17", "seconds of training": "12.5", "seconds of sampling": "2.2",
+        "completions with an end": "97.5%", "kept": "17", "learned judge agrees with gold": "75.0%", "seconds of training": "12.5", "seconds of sampling": "2.2",
     }  # fmt: skip
     for name, value in values.items():
         assert re.search(rf"^{name[:30]}.*( +{re.escape(value)}){{3}}", text.replace("\n of", " of"), re.MULTILINE), (
