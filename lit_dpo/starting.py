@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -94,6 +95,17 @@ class StartingPolicies:
             model = load_model(source, module.tokenizer, *how)
         model.to(self._scoring.strategy.root_device)
         return model, module.tokenizer
+
+    def connect(self) -> None:
+        """Connect processes that torchrun or a cluster has started all at once, so that they share the first step too.
+
+        Those that Lightning starts itself find what the first process has written by then.
+        """
+        strategy = self._scoring.strategy
+        cluster = getattr(strategy, "cluster_environment", None)
+        started = cluster is not None and cluster.creates_processes_externally
+        if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
+            strategy.setup_environment()
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""

@@ -74,6 +74,7 @@ def fit_stepwise(
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)
+    policies.connect()
     if datamodule.partition.first_reference:
         _keep_first_reference(module, datamodule.partition, policies)
     more = []

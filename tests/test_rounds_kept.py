@@ -11,12 +11,12 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from lit_dpo import BestVsWorst, OnPolicy, Pool, Verifier
+from lit_dpo import BestVsWorst, CachedReference, LoRA, OnPolicy, Pool, Verifier
 from lit_dpo.cli import main
 from lit_dpo.models import load_model
-from lit_dpo.sampling import Completion
+from lit_dpo.sampling import Completion, Sampler
 from tests import runs
-from tests.test_rounds import DESCRIPTION, Noting, lines, signs, train
+from tests.test_rounds import DESCRIPTION, PROMPTS, Noting, lines, signs, train
 
 pytestmark = runs.QUIET
 
@@ -250,3 +250,41 @@ def test_a_judge_that_got_worse_is_said(tmp_path):
         worse = pytest.warns(UserWarning, match="Round 1: the judge agrees with 0% .* 100% .*: it got worse")
         with worse if step else nullcontext():
             partition.next(step, Saying(tmp_path / "run" / f"partition_{step}"))
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["checkpointing", "cached reference", "lora"])
+def test_rounds_train_as_usual_whatever_the_model_is(name, tmp_path):
+    """Recomputed activations and a cached reference change nothing; adapters are sampled from as they are merged."""
+    how = {
+        "checkpointing": {"gradient_checkpointing": True},
+        "cached reference": {"reference": CachedReference(str(tmp_path / "cache"))},
+        "lora": {"adapter": LoRA(rank=4, dropout=0.1)},
+    }
+    roots = train(tmp_path / "run", Noting(tmp_path / "notes"), model=how[name])
+    if name != "lora":
+        for root, other in zip(roots, train(tmp_path / "plain", Noting(tmp_path / "notes")), strict=True):
+            assert (root / "pairs.jsonl").read_bytes() == (other / "pairs.jsonl").read_bytes()
+            found, expected = (load_model(str(folder / "export")).state_dict() for folder in (root, other))
+            for key, value in expected.items():
+                torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+        return
+    after = load_model(str(roots[0] / "export"))
+    assert not runs.same(runs.weights(after), runs.weights(load_model(DESCRIPTION, signs())))
+    for number, found in lines(roots[1] / "completions.0.jsonl"):
+        prompt = signs()(PROMPTS[(5 + number) % 7]).input_ids
+        [expected] = Sampler(6, max_new_tokens=20, seed=0, round=1, rows=1)(after, signs(), [prompt])
+        assert [tuple(one["ids"]) for one in found] == [one.ids for one in expected]
+
+
+@pytest.mark.slow
+def test_a_sharded_model_makes_the_rounds_of_a_whole_one(tmp_path):
+    """Two processes with FSDP2, whose round is that of one process; the next one is what its export says."""
+    runs.launch(["tests.test_rounds", str(tmp_path / "run"), str(tmp_path / "notes"), "fsdp2"])
+    one = train(tmp_path / "one", Noting(tmp_path / "noted"), rounds=1)[0]
+    root = tmp_path / "run" / "partition_0"
+    assert (root / "pairs.jsonl").read_bytes() == (one / "pairs.jsonl").read_bytes()
+    assert lines(tmp_path / "run" / "partition_1" / "pairs.jsonl")

@@ -42,7 +42,8 @@ def test_the_terminal_shows_what_each_round_did(run, capsys, monkeypatch, column
     assert "\x1b" not in text
     values = {
         "prompts": "1,000", "prompts whose scores differ": "70.0%", "duplicate completions": "2,100",
-        "completions with an end": "97.5%", "kept": "17", "learned judge agrees with gold": "75.0%", "seconds of training": "12.5", "seconds of sampling": "2.2",
+        "completions with an end": "97.5%", "kept": "17", "learned judge agrees with gold": "75.0%",
+        "seconds of training": "12.5", "seconds of sampling": "2.2",
     }  # fmt: skip
     for name, value in values.items():
         assert re.search(rf"^{name[:30]}.*( +{re.escape(value)}){{3}}", text.replace("\n of", " of"), re.MULTILINE), (
