@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from lit_dpo.data.dataset import DIGEST
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.prompts import Prompt as Asked
 from lit_dpo.data.prompts import prompt_ids
+from lit_dpo.data.texts import pool_pairs
 from lit_dpo.losses import SimPOLoss
 from lit_dpo.models import ModelSource, load_model
 from lit_dpo.module import PreferenceModule
@@ -33,6 +36,9 @@ from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class StartingPolicies:
@@ -70,7 +76,36 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, self._processes(), _gathered)
+        shown = is_first() and self._scoring.progress_bar_callback is not None
+        more = (self._processes(), _gathered, partial(pool_pairs, self.data), self.load, shown, self.data.allow_changes)
+        return Pool(self.data.training.pool_sources, folder, score, sample, complete, *more)
+
+    @cached_property
+    def _scoring(self) -> Trainer:
+        """A Trainer that is asked for the device, and whether to show progress."""
+        return self.make_trainer(self.folder / "scoring")
+
+    def load(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """See `Pool.model`."""
+        module, source = self.module, self.of(step)
+        if isinstance(source, nn.Module):
+            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
+        else:
+            how = (module.dtype_name, module.init_seed, self._loading_of(step))
+            model = load_model(source, module.tokenizer, *how)
+        model.to(self._scoring.strategy.root_device)
+        return model, module.tokenizer
+
+    def connect(self) -> None:
+        """Connect processes that torchrun or a cluster has started all at once, so that they share the first step too.
+
+        Those that Lightning starts itself find what the first process has written by then.
+        """
+        strategy = self._scoring.strategy
+        cluster = getattr(strategy, "cluster_environment", None)
+        started = cluster is not None and cluster.creates_processes_externally
+        if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
+            strategy.setup_environment()
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -132,18 +167,10 @@ class StartingPolicies:
 
     def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
-        module = self.module
-        tokenizer: Any = module.tokenizer
-        device = self.make_trainer(self.folder / "scoring").strategy.root_device
-        source = self.of(step)
-        if isinstance(source, nn.Module):
-            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
-        else:
-            how = (module.dtype_name, module.init_seed, self._loading_of(step))
-            model = load_model(source, tokenizer, *how)
-        model.to(device)
-        ids = [self._ids(prompt) for prompt in prompts]
-        for prompt, each in zip(ids, sampler(model, tokenizer, ids), strict=True):
+        tokenizer: Any
+        model, tokenizer = self.load(step)
+        ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
+        for prompt, each in zip(again, sampler(model, tokenizer, ids), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.

@@ -60,6 +60,7 @@ TOOLS = {
     "export": Tool("lit_dpo.export", "export_run", "write a checkpoint's policy as a folder that transformers loads"),
     "plot": Tool("lit_dpo.tools.plot", "plot_runs", "draw what runs have logged", ("runs",), ("runs",)),
     "compare": Tool("lit_dpo.cli.comparing", "compare_runs", "tell whether runs differ", ("runs", "train")),
+    "rounds": Tool("lit_dpo.tools.rounds", "show_rounds", "show what each round of a run's own pairs did"),
     "audit": Tool("lit_dpo.tools.audit", "audit_run", "list training rows whose label is probably wrong"),
     "sample": Tool(
         "lit_dpo.tools.sample",
