@@ -57,6 +57,7 @@ __all__ = [
     "SFTLoss",
     "SPPOLoss",
     "Scorer",
+    "SelfPlay",
     "SimPOLoss",
     "SyncedReference",
     "Verifier",
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
         Picker,
         RewardModel,
         RightVsWrong,
+        SelfPlay,
         Verifier,
     )
     from lit_dpo.schedules import WarmupDecay

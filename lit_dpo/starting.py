@@ -22,6 +22,8 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.data.dataset import DIGEST
+from lit_dpo.data.encode import PairEncoder
+from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.prompts import Prompt as Asked
 from lit_dpo.data.prompts import prompt_ids
@@ -70,7 +72,13 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, self._processes(), _gathered)
+        sources, processes = self.data.training.pool_sources, self._processes()
+        return Pool(sources, folder, score, sample, complete, processes, _gathered, self._encoder)
+
+    def _encoder(self) -> PairEncoder:
+        data = self.data
+        options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
+        return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -136,7 +144,7 @@ class StartingPolicies:
         found = _gathered({n: [one.text for one in each] for n, each in zip(own, completions, strict=True)})
         return [found[number] for number in range(len(prompts))]
 
-    def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    def complete(self, step: int, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
         module = self.module
         tokenizer: Any = module.tokenizer
@@ -148,8 +156,9 @@ class StartingPolicies:
             how = (module.dtype_name, module.init_seed, self._loading_of(step))
             model = load_model(source, tokenizer, *how)
         model.to(device)
-        ids = [self._ids(prompt) for prompt in prompts]
-        for prompt, each in zip(ids, sampler(model, tokenizer, ids), strict=True):
+        ids = [[*prompt.ids] if isinstance(prompt, Opening) else self._ids(prompt) for prompt in prompts]
+        names = [prompt.name for prompt in prompts if isinstance(prompt, Opening)] or None
+        for prompt, each in zip(ids, sampler(model, tokenizer, ids, names), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.

@@ -90,8 +90,9 @@ def file(folder, name, content):
 def test_no_config_is_forgotten():
     assert METHODS == [
         "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo", "fdpo",
-        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
-        "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
+        "hinge", "intermediate", "ipo", "irpo", "iterative_length", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo",
+        "online", "online_reward_model", "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sapo", "sdpo", "sft",
+        "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays
@@ -105,6 +106,9 @@ STARTS |= {"apo_down": 1.0, "apo_zero": 1.0, "hinge": 1.0, "exo": 2.76123, "ipo"
 STARTS["odpo"] = math.log(3)  # of a gap of 2
 
 
+# Pairs of the policy's own, which have their own tests.
+ROUNDS = ("iterative_length", "online", "online_reward_model", "sapo")
+
 # The others are these with another loss, which has its own tests; CI runs them all.
 QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstart", "sft")
 
@@ -115,7 +119,7 @@ QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstar
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in METHODS
-        if name not in ("sdpo", "online")
+        if name not in ("sdpo", *ROUNDS)
     ],
 )
 def test_every_config_trains(method, tmp_path):
@@ -179,7 +183,7 @@ def test_the_configs_differ_where_the_methods_do():
         "sdpo": ("/data/train", "/data/partition"),
         "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
     }
-    for method in set(METHODS) - {"dpo", "quickstart", "online"}:
+    for method in set(METHODS) - {"dpo", "quickstart", *ROUNDS}:
         paths = configs["dpo"].keys() | configs[method].keys()
         different = {path for path in paths if configs["dpo"].get(path) != configs[method].get(path)}
         known = ("/model/loss", "/trainer/default_root_dir", *allowed.get(method, ()))

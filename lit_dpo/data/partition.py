@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_dpo.data.opening import Opening
+
 if TYPE_CHECKING:
+    from lit_dpo.data.encode import PairEncoder
     from lit_dpo.sampling import Completion, Sampler
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -34,6 +37,7 @@ class Pool:
         complete: Gives completions; called with the arguments of `complete`.
         processes: Number of this process, and how many there are that can talk to each other.
         gather: Makes one of what they have found, each under its own numbers.
+        encoder: Makes what encodes rows as they are trained on.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
@@ -45,11 +49,12 @@ class Pool:
         folder: Path | None = None,
         score: Callable[[int | None], Tensor] | None = None,
         generate: Callable[..., list[list[str]]] | None = None,
-        complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
+        complete: Callable[[Sequence[Prompt | Opening], Sampler], Iterator[list[Completion]]] | None = None,
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
+        encoder: Callable[[], PairEncoder] | None = None,
     ) -> None:
-        self.sources = sources
+        self.sources, self._encoder = sources, encoder
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
@@ -134,11 +139,23 @@ class Pool:
             raise ValueError("At `temperature` 0 all samples are equal: ask for one, or set it above 0.")
         return self._generate(prompts, samples, temperature, max_new_tokens, seed, batch_size)
 
-    def complete(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    @property
+    def encoder(self) -> PairEncoder:
+        """What encodes rows as they are trained on.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._encoder is None:
+            raise ValueError("This pool encodes no rows: run the partition through `fit_stepwise`.")
+        return self._encoder()
+
+    def complete(self, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """Completions of prompts with their token ids, one prompt after the other, by this process alone.
 
         Args:
-            prompts: Texts, or lists of chat messages, which the chat template renders.
+            prompts: Texts, or lists of chat messages, which the chat template renders; or openings alone, which are
+                gone on with as they are.
             sampler: How to sample.
 
         Returns:
