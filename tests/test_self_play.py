@@ -122,10 +122,10 @@ def rounds(folder, rows, write=lambda opening: ("7", True), tokenizer=None, step
 
 
 def test_places_are_drawn_alike_and_depend_on_row_round_and_seed_alone(tmp_path):
-    rows = [{"prompt": f"{n}=", "completion": "0123456789"} for n in range(400)]
+    rows = [{"prompt": f"{n}=", "completion": "0123456789"} for n in range(150)]
     cuts = {}
     for name, some, step, seed in (
-        ("first", rows, 0, 0), ("again", rows[100:] + rows[:100], 0, 0), ("round", rows, 1, 0), ("seed", rows, 0, 1),
+        ("first", rows, 0, 0), ("again", rows[50:] + rows[:50], 0, 0), ("round", rows, 1, 0), ("seed", rows, 0, 1),
     ):  # fmt: skip
         _, asked = rounds(tmp_path / name, some, step=step, seed=seed, segment_tokens=4)
         cuts[name] = {signs().decode(one.ids).split("=")[0]: len(one.said) for one in asked}
@@ -134,8 +134,8 @@ def test_places_are_drawn_alike_and_depend_on_row_round_and_seed_alone(tmp_path)
     for name in ("first", "round", "seed"):
         counts = Counter(cuts[name].values())
         assert counts.keys() == {*range(6)}
-        assert sum((count - 400 / 6) ** 2 / (400 / 6) for count in counts.values()) < 20.5  # 1 in 1000
-        assert sum(cuts[name][n] == cuts["first"][n] for n in cuts["first"]) < 100 or name == "first"
+        assert sum((count - 25) ** 2 / 25 for count in counts.values()) < 20.5  # 1 in 1000
+        assert sum(cuts[name][n] == cuts["first"][n] for n in cuts["first"]) < 45 or name == "first"
 
 
 CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Sing \N{MUSICAL SYMBOL G CLEF}!"}]
@@ -315,11 +315,10 @@ def shipped(folder, name, *more):
     return [*words, *map(str, more)]
 
 
-def test_sapo_runs_end_to_end_and_goes_on(here):
+def test_sapo_runs_end_to_end(here):
     runs.write(here / "answers.jsonl", answers())
     options = {"prompts_per_round": 4, "segment_tokens": SEGMENT, "buffer": 6, "rounds": 2}
-    words = shipped(here, "sapo", *(f"--data.partition.{name}={value}" for name, value in options.items()))
-    main(words)
+    main(shipped(here, "sapo", *(f"--data.partition.{name}={value}" for name, value in options.items())))
     run = here / "runs" / "sapo" / "version_0"
     files = [lines(run / f"partition_{n}" / "pairs.jsonl") for n in (0, 1)]
     records = [json.loads((run / f"partition_{n}" / "round.json").read_text()) for n in (0, 1)]
@@ -328,9 +327,6 @@ def test_sapo_runs_end_to_end_and_goes_on(here):
     assert all(row["chosen"] == {r["prompt"]: r["completion"] for r in answers()}[row["prompt"]] for row in files[1])
     assert (run / "partition_1" / "export" / "config.json").exists()
     assert not (run / "partition_2").exists()
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("pairs.jsonl")}
-    main([*words, "--ckpt_path", "last"])
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("pairs.jsonl")} == before
 
 
 @pytest.mark.parametrize("name", runs.every(2, ["iterative_length", "online_reward_model"]))
