@@ -329,7 +329,8 @@ def test_sapo_runs_end_to_end(here):
     assert not (run / "partition_2").exists()
 
 
-@pytest.mark.parametrize("name", runs.every(2, ["iterative_length", "online_reward_model"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["iterative_length", "online_reward_model"])
 def test_a_reward_model_judges_a_shipped_configuration(name, here):
     """The chosen completion of every pair is one that the reward model scores higher; the oracle scores each alone."""
     torch.manual_seed(1)
