@@ -1,4 +1,4 @@
-"""Rounds judged by programs' tests: the example that runs them, what a program may not do there, and the configuration."""
+"""Rounds judged by tests of programs: the example that runs them, what a program may not do, the configuration."""
 
 import importlib.util
 import json
@@ -74,17 +74,26 @@ def test_the_program_is_what_the_completion_says(judge):
     fenced = f"Here it is:\n```python\n{whole}```\nDone."
     library = "    import math, re, random, functools, collections\n    return a + b"
     right = [whole, fenced, library, "    print('x' * 100)\n    return a + b"]
-    wrong = ["    return float(a + b)", "    return None", "    return a +", "", "    raise KeyError", "    return {a + b}"]
+    wrong = [
+        "    return float(a + b)",
+        "    return None",
+        "    return a +",
+        "",
+        "    raise KeyError",
+        "    return {a + b}",
+    ]
     assert judged(judge, *right, *wrong) == [True] * 4 + [False] * 6
 
 
+EACH_FILE = "    import os\n    for n in range(32):\n        try: {}\n        except OSError: pass"
 # Programs that try to be judged right, or to do harm; `{decoy}` is a file of the user's.
 ATTACKS = {
     "leave early": "    import sys; sys.exit(0)",
     "leave at once": "    import os; os._exit(0)",
-    "say the verdict": "    import os\n    for n in range(32):\n        try: os.write(n, b'true\\n')\n        except OSError: pass",
+    "say the verdict": EACH_FILE.format("os.write(n, b'true\\n')"),
     "equal to all": "    return type('E', (), {{'__eq__': lambda *_: True, '__repr__': lambda _: '3'}})()",
-    "read the answers": f"    import json\n    return [json.loads(l) for l in open({str(TASKS)!r})][0]['tests']['expected']",
+    "read the answers": f"    import json; t = json.loads(open({str(TASKS)!r}).readline())['tests']\n"
+    "    return t['expected'][t['calls'].index([a, b])]",
     "read the judge": "    import os; open(f'/proc/{{os.getppid()}}/mem').close(); return a + b",
     "read another file": "    open({decoy!r}).close(); return a + b",
     "write over a file": "    open({decoy!r}, 'w').write('x'); return a + b",
@@ -110,7 +119,7 @@ ATTACKS = {
 
 @pytest.mark.usefixtures("confined")
 def test_attacks_fail_and_the_judge_goes_on(judge, tmp_path):
-    """Each would be right if it could do what it tries, or forges a verdict; the real judge answers a line a program."""
+    """Each would be right if it could do what it tries, or forges a verdict; the judge answers a line a program."""
     decoy = tmp_path / "decoy"
     decoy.write_text("mine")
     before, folders = decoy.stat(), set(os.listdir(tmp_path.parent))
@@ -129,10 +138,10 @@ def test_what_takes_long_or_floods_is_stopped(judge):
     attacks = {
         "loop": "    while True: pass",
         "sleep": "    import time; time.sleep(60)",
-        "loop that goes on": "    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
+        "loop that goes on": "    while True:\n        try: any(iter(int, 1))\n        except BaseException: pass",
         "fork bomb": "    import os\n    while True:\n        try: os.fork()\n        except OSError: pass",
         "print": "    for n in range(1 << 14): print('x' * (1 << 16))",
-        "answer": "    import os\n    for n in range(3, 9):\n        try:\n            for _ in range(1 << 14): os.write(n, b'x' * (1 << 16))\n        except OSError: pass",
+        "answer": EACH_FILE.format("[os.write(n, b'x' * (1 << 16)) for _ in range(1 << 14)]"),
     }
     start = time.monotonic()
     found = judged(judge, *(f"{code}\n    return a + b" for code in attacks.values()))

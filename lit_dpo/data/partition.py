@@ -39,6 +39,7 @@ class Pool:
         gather: Makes one of what they have found, each under its own numbers.
         pairs: Gives the pairs as texts.
         model: Loads the model that starts a step.
+        logps: Gives log-probs; called with the arguments of `logps`.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
@@ -55,9 +56,10 @@ class Pool:
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
         pairs: Callable[[], list[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+        logps: Callable[..., Iterator[list[float]]] | None = None,
     ) -> None:
         self.sources = sources
-        self._pairs, self._model = pairs, model
+        self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
@@ -183,6 +185,26 @@ class Pool:
             raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
         return self._complete(prompts, sampler)
 
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """Log-probs of completions, one prompt after the other, by this process alone; no prompt changes another's.
+
+        Args:
+            prompts: As of `complete`.
+            completions: For each prompt its completions as token ids, at least one; none of them empty.
+            step: The model that starts this step scores: this one or an earlier one.
+
+        Returns:
+            An iterator over the sums over tokens, in nats, of each prompt's completions.
+
+        Raises:
+            ValueError: There is no such model.
+        """
+        if self._logps is None:
+            raise ValueError("Log-probs need the model that starts a step: run the partition through `fit_stepwise`.")
+        return self._logps(prompts, completions, step)
+
     def share(self, count: int) -> range:
         """Of so many numbers from 0 those that are this process's; all until the processes are connected."""
         rank, processes = self._processes
@@ -202,10 +224,12 @@ class Partition(ABC):
     Attributes:
         other_reference: Whether a model of its own may be the reference in every step instead.
         first_reference: Whether the model that starts the first step is the reference of all of them.
+        restarts: Whether each step trains that model anew; samples are those of what the step before has made.
     """
 
     other_reference: ClassVar[bool] = False
     first_reference: ClassVar[bool] = False
+    restarts: bool = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:

@@ -1,11 +1,13 @@
 """Rounds: preference pairs of the policy's own completions, sampled, judged and paired before each step."""
 
+from lit_dpo.rounds.active import Active
 from lit_dpo.rounds.command import Command
 from lit_dpo.rounds.judges import Judge, JudgeError, RewardModel, Verifier
 from lit_dpo.rounds.on_policy import OnPolicy
 from lit_dpo.rounds.pickers import AllPairs, BestVsWorst, Candidate, ChosenVsSample, Picker, RightVsWrong
 
 __all__ = [
+    "Active",
     "AllPairs",
     "BestVsWorst",
     "Candidate",

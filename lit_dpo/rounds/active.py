@@ -6,25 +6,26 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_dpo.checkpoints.claim import is_first
-from lit_dpo.checkpoints.durable import replace_file
+from lit_dpo.checkpoints.durable import replace_file, write_json
 from lit_dpo.data.partition import Pool, Prompt
+from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info
-from lit_dpo.rounds.base import Rounds, check, rank
-from lit_dpo.rounds.journal import Lines
+from lit_dpo.rounds.base import Rounds, _rank, check
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.rows import Row, digest_of, prompts_of, row_of, said_of
 from lit_dpo.sampling import Sampler
 
 ASKED = "asked.jsonl"
+_QUESTIONS = "questions.json"
 
 
 class Active(Rounds):
-    """Rounds that ask a costly judge about few pairs, chosen by the policy, within a budget (active preference learning).
+    """Rounds that ask a costly judge about few pairs, chosen by the policy (active preference learning).
 
     A round is a step. The policy that starts it completes prompts. Those are ranked by its predictive entropy, which is
     minus the mean log-prob of a prompt's samples (over whole completions, whatever their length); the top share of them
@@ -36,8 +37,9 @@ class Active(Rounds):
     where the policy is the first model and all gaps are 0, the entropy decides. The reference is the first model.
 
     A question is a pair: the judge scores both completions, and equal scores or no opinion give no pair, but count. The
-    answers stand in `scores.RANK.jsonl` and, when a round has asked all, in `asked.jsonl`; a question whose answer is
-    there is never asked again, so that after a kill the one under way is, and no other.
+    questions of a round are written to `questions.json` before the first is asked, each answer to `scores.RANK.jsonl`
+    when it comes, and all of them to `asked.jsonl`. A question whose answer is there is never asked again; after a kill
+    the one under way is, and no other.
 
     Source: Muldrew et al., Active preference learning for large language models, https://arxiv.org/abs/2402.08114.
     There: 32 samples for the entropy, beta 0.1.
@@ -106,7 +108,6 @@ class Active(Rounds):
 
     def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
         """Samples, both rankings, answers of the judge, and the pairs of all answers so far."""
-        _refuse_strangers(pool)
         earlier = [line for before in range(step) for line in _lines(pool.folder_of(before) / ASKED)]
         known = {json.dumps(one["prompt"]) for one in earlier}
         prompts = [
@@ -115,11 +116,12 @@ class Active(Rounds):
         own = {name: getattr(self, name) for name in ("budget", "rounds", "entropy", "gap", "share", "restarts")}
         digests = {"prompts": digest_of(prompts), "earlier": digest_of(earlier)}
         self.begin(step, pool, partition="Active", **digests, **own, **self.judge.identity())
+        _refuse_strangers(pool)
         found = self.sample(step, pool, prompts)
         texts, counts = said_of(found)
         able = [number for number, said in enumerate(texts) if len(said) > 1]
         left = self.budget * (step + 1) // self.rounds - len(earlier)
-        ranked = self._ranked(step, pool, prompts, found, texts, able, left)[:left]
+        ranked = self._questions(pool, lambda: self._ranked(step, pool, prompts, found, texts, able, left)[:left])
         rank_zero_info(f"Round {step}: asking about {len(ranked)} of {len(prompts)} prompts")
         pairs = [texts[number][:2] for number in ranked]
         asked_of = [prompts[number] for number in ranked]
@@ -143,6 +145,17 @@ class Active(Rounds):
 
     # -- rankings -----------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _questions(pool: Pool, rank: Callable[[], list[int]]) -> list[int]:
+        """The numbers of the prompts asked about, as they were written down before the first question."""
+        path = pool.folder / _QUESTIONS
+        if any(pool.gathered({_rank(): path.exists()}).values()):  # asked of all before one of them writes it
+            return list(read_json(path)["prompts"])
+        ranked = rank()
+        if is_first():
+            write_json(path, {"prompts": ranked})
+        return ranked
+
     def _ranked(
         self,
         step: int,
@@ -153,38 +166,32 @@ class Active(Rounds):
         able: Sequence[int],
         left: int,
     ) -> list[int]:
-        """The numbers of prompts that may be asked about, the most wanted first."""
+        """The numbers of the prompts that may be asked about, the most wanted first."""
         order = sorted(able, key=lambda number: digest_of(self.sampler.seed, step, prompts[number]))
         if self.entropy:
             samples = {number: [one["ids"] for one in found[number]] for number in able}
-            logps = self._logps(pool, "logps", prompts, samples, step)
+            logps = self._logps(pool, prompts, samples, step)
             order.sort(key=lambda number: statistics.fmean(logps[number]))
         if self.gap and step:
             if self.entropy:
                 share = 0.5 if self.share is None else self.share
                 order = order[: max(left, math.ceil(share * len(order)))]
             ids = {number: [_ids_of(text, found[number]) for text in texts[number][:2]] for number in order}
-            now = self._logps(pool, "pair_logps", prompts, ids, step)
-            first = self._logps(pool, "first_logps", prompts, ids, 0)
+            now = self._logps(pool, prompts, ids, step)
+            first = self._logps(pool, prompts, ids, 0)
             rewards = {n: [a - b for a, b in zip(now[n], first[n], strict=True)] for n in order}
             order.sort(key=lambda number: -abs(rewards[number][0] - rewards[number][1]))
         return order
 
     def _logps(
-        self, pool: Pool, name: str, prompts: Sequence[Prompt], ids: Mapping[int, list[list[int]]], step: int
+        self, pool: Pool, prompts: Sequence[Prompt], ids: Mapping[int, list[list[int]]], step: int
     ) -> dict[int, list[float]]:
-        """Log-probs of completions by the number of their prompt, kept in `NAME.RANK.jsonl`."""
-        journal, numbers = Lines(pool.folder, name, rank()), [*ids]
+        """Log-probs of completions under the model that starts a step, by the number of their prompt."""
+        numbers = [*ids]
         with self.seconds("ranking"):
-            try:
-                own = [numbers[place] for place in pool.share(len(numbers)) if numbers[place] not in journal.known]
-                if own:
-                    values = pool.logps([prompts[number] for number in own], [ids[number] for number in own], step)
-                    for number, value in zip(own, values, strict=True):
-                        journal.append(number, value)
-            finally:
-                journal.close()
-            return pool.gathered(journal.known)
+            own = [numbers[place] for place in pool.share(len(numbers))]
+            found = pool.logps([prompts[number] for number in own], [ids[number] for number in own], step)
+            return pool.gathered(dict(zip(own, found, strict=True)))
 
 
 def _ids_of(text: str, found: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -213,7 +220,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _refuse_strangers(pool: Pool) -> None:
     """Refuse several processes that know nothing of each other, since each would ask the judge."""
-    if rank() > 0 and len(pool.share(2)) == 2:
+    if _rank() > 0 and len(pool.share(2)) == 2:
         raise ValueError(
             "`Active` asks the judge once, and processes that torchrun or Slurm start would each ask it in their first "
             "round: start one process, and let `trainer.devices` start the others."

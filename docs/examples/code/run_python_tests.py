@@ -3,12 +3,13 @@
     lit-dpo fit --config code --allow-command
 
 It reads `{"prompt": ..., "completion": ...}` a line and writes `true` if all tests of the prompt's task pass, else
-`false`. Its argument is a file of JSON lines with a `prompt` and `tests`: the name of a `function`, the arguments of the
-`calls`, and what is `expected` of each, in JSON.
+`false`. Its argument is a file of JSON lines with a `prompt` and `tests`: the name of a `function`, the arguments of
+its `calls`, and what is `expected` of each, in JSON.
 
 Each completion gets a process of its own (`python -I`), an empty working folder, no environment, and limits of CPU
-time, wall time, memory and answer. That process is given the calls and sends back values; which ones are right is known
-to this process alone, so that a completion passes by giving the right values, and by nothing else that it prints or does.
+time, wall time, memory and answer. That process is given the calls and sends back values; which ones are right is
+known to this process alone, so that a completion passes by giving the right values, and by nothing else that it prints
+or does.
 
 On Linux with x86-64 or 64-bit ARM the process may use a few system calls (seccomp): it starts no process, opens no
 network connection, sends no signal and writes no file. Where the kernel has Landlock it also reads nothing but Python's
@@ -30,6 +31,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from contextlib import suppress
 
 CPU, WALL = 2, 4.0  # seconds
 MEMORY = 256 << 20  # bytes of address space
@@ -95,10 +97,8 @@ def run(code: str, function: str, calls: list) -> object:
     except (ValueError, RecursionError, BrokenPipeError):
         return None
     finally:
-        try:
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass
         process.wait()
         process.stdout.close()
         shutil.rmtree(folder, ignore_errors=True)
@@ -135,10 +135,8 @@ def confine() -> None:
     """Limits, then the two ways of Linux to give up rights; what the system lacks is left out."""
     limits = {"CPU": CPU, "AS": MEMORY, "FSIZE": 0, "CORE": 0, "NPROC": 0, "NOFILE": 32}
     for name, value in limits.items():
-        try:
+        with suppress(AttributeError, ValueError, OSError):
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-        except (AttributeError, ValueError, OSError):
-            pass
     if platform.system() == "Linux" and platform.machine() in CALLS:
         system = ctypes.CDLL(None)
         system.prctl(38, *map(ctypes.c_ulong, (1, 0, 0, 0)))  # PR_SET_NO_NEW_PRIVS
