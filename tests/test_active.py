@@ -47,7 +47,7 @@ class Oracle(Judge):
 def train(folder, judge, resume=False, **options):
     """Two rounds of up to nine prompts with six samples each, five questions in all; the folders of the rounds."""
     module = runs.module(DESCRIPTION, tokenizer=signs(), lr=1e-2, optimizer=torch.optim.AdamW)
-    options = {"budget": 5, "rounds": 2, "samples": 6, "max_new_tokens": 12, **options}
+    options = {"budget": 5, "rounds": 2, "samples": 6, "max_new_tokens": 20, **options}
     file = runs.write(folder.parent / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     other = [{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in (1, 2)]
     partition = Active(file, judge, **options)
@@ -75,7 +75,7 @@ def wanted(round_, model, first, prompts, share=0.7, entropy=True, gap=True):
     """The questions of a round in order, as (prompt, two completions), by the rule of the paper."""
     ranked = []
     for prompt in prompts:
-        [found] = Sampler(6, max_new_tokens=12, seed=0, round=round_, rows=1)(
+        [found] = Sampler(6, max_new_tokens=20, seed=0, round=round_, rows=1)(
             model, signs(), [signs()(prompt).input_ids]
         )
         pair = {}

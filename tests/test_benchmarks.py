@@ -287,3 +287,21 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
     assert len(record["greedy"]) == 2
     [report] = tmp_path.glob("rounds_*.md")
     assert "SFT on the chosen" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_active(benchmarks, tmp_path, monkeypatch):
+    """Two ways of asking with a small budget, which both spend; the oracle counts digits in their places."""
+    import active
+
+    assert [active.oracle("312=", said) for said in ("123", "132", "12", "1234")] == [3, 1, 1, 2]
+    words = ["--seeds", "1", "--rounds", "2", "--budget", "9", "--rows", "600", "--prompts", "20", "--unseen", "20"]
+    words += ["--samples", "4", "--epochs", "1", "--ways", "random", "entropy + gap", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["active.py", *words])
+    active.main()
+    records = lines(tmp_path / "active.jsonl")
+    assert [record["rounds"][1]["asked_so_far"] for record in records] == [9, 9]
+    assert len({record["greedy"][0] for record in records}) == 1
+    [report] = tmp_path.glob("active_*.md")
+    assert "entropy + gap" in report.read_text()

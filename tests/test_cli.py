@@ -89,8 +89,8 @@ def file(folder, name, content):
 
 def test_no_config_is_forgotten():
     assert METHODS == [
-        "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo", "fdpo",
-        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
+        "active", "adpo", "apo_down", "apo_zero", "bco_pair", "code", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop",
+        "exo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
         "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
@@ -115,7 +115,7 @@ QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstar
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in METHODS
-        if name not in ("sdpo", "online")
+        if name not in ("sdpo", "online", "active", "code")
     ],
 )
 def test_every_config_trains(method, tmp_path):
@@ -179,7 +179,7 @@ def test_the_configs_differ_where_the_methods_do():
         "sdpo": ("/data/train", "/data/partition"),
         "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
     }
-    for method in set(METHODS) - {"dpo", "quickstart", "online"}:
+    for method in set(METHODS) - {"dpo", "quickstart", "online", "active", "code"}:
         paths = configs["dpo"].keys() | configs[method].keys()
         different = {path for path in paths if configs["dpo"].get(path) != configs[method].get(path)}
         known = ("/model/loss", "/trainer/default_root_dir", *allowed.get(method, ()))
