@@ -90,8 +90,8 @@ def file(folder, name, content):
 def test_no_config_is_forgotten():
     assert METHODS == [
         "active", "adpo", "apo_down", "apo_zero", "bco_pair", "code", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop",
-        "exo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
-        "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
+        "exo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo",
+        "online", "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays
