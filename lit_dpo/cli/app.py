@@ -269,7 +269,8 @@ class PreferenceCLI(CheckpointsSetNoOptions):
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
-    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy", "active")),
+    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
+    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "active")),
     *(
         f"lit_dpo.{name}"
         for name in ("data.partition", "adapters.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
