@@ -3,9 +3,10 @@
     python benchmarks/active.py --out benchmarks/results
 
 The small Llama of `rounds.py`, which sorts digits and half of whose lessons were careless, is trained in rounds with a
-budget of questions. A question is a pair of completions of one prompt; the oracle prefers the one in which more digits
-stand where they belong. All ways of choosing have the same first model, prompts, budget and steps, and `random` is the
-control. Measured is the share of unseen prompts that greedy decoding answers right after each round.
+budget of questions. A question is a pair of completions of one prompt; the oracle says of each whether it is right, and
+two that are right or wrong alike teach nothing. All ways of choosing have the same first model, prompts, budget and
+steps, and `random` is the control. Measured is the share of unseen prompts that greedy decoding answers right after
+each round.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import Record, append_lines, append_section, facts, markdown_table, report_path
-from rounds import LOSSES, answer, ask, greedy, make_trainer, optimizer, spread, start, supervised
+from rounds import LOSSES, ask, greedy, is_right, make_trainer, optimizer, spread, start, supervised
 
 from lit_dpo import Active, PreferenceDataModule, PreferenceModule, Verifier
 from lit_dpo.stepwise import fit_stepwise
@@ -32,17 +33,11 @@ WAYS = {
 }
 
 
-def oracle(prompt: str, completion: str) -> float:
-    """How many digits stand where they belong, less those that are missing or too many."""
-    right = answer(prompt)
-    return sum(a == b for a, b in zip(right, completion, strict=False)) - abs(len(right) - len(completion))
-
-
 def train(way: str, model: str, folder: Path, prompts: Path, seed: int, given: argparse.Namespace) -> list[Record]:
     """Train through the rounds; the record of each."""
     partition = Active(
         str(prompts),
-        Verifier(oracle),
+        Verifier(is_right),
         budget=given.budget,
         rounds=given.rounds,
         prompts_per_round=given.prompts,
@@ -79,10 +74,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--budget", type=int, default=300, help="questions of all rounds")
+    parser.add_argument("--budget", type=int, default=900, help="questions of all rounds")
     parser.add_argument("--prompts", type=int, default=600, help="prompts that a round chooses from")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rows", type=int, default=6000, help="supervised rows")
     parser.add_argument("--sft_epochs", type=int, default=6)
     parser.add_argument("--unseen", type=int, default=1000, help="prompts to measure with")

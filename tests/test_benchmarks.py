@@ -292,10 +292,9 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
 def test_active(benchmarks, tmp_path, monkeypatch):
-    """Two ways of asking with a small budget, which both spend; the oracle counts digits in their places."""
+    """Two ways of asking with a small budget, which both spend."""
     import active
 
-    assert [active.oracle("312=", said) for said in ("123", "132", "12", "1234")] == [3, 1, 1, 2]
     words = ["--seeds", "1", "--rounds", "2", "--budget", "9", "--rows", "600", "--prompts", "20", "--unseen", "20"]
     words += ["--samples", "4", "--epochs", "1", "--ways", "random", "entropy + gap", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["active.py", *words])
