@@ -334,3 +334,20 @@ def test_length(benchmarks, tmp_path, monkeypatch):
     assert [one.keys() for one in record["found"]] == [{"length", "right", "begins right"}] * 2
     [report] = tmp_path.glob("length_*.md")
     assert "DPO 0.1" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_active(benchmarks, tmp_path, monkeypatch):
+    """Two ways of asking with a small budget, which both spend."""
+    import active
+
+    words = ["--seeds", "1", "--rounds", "2", "--budget", "9", "--rows", "600", "--prompts", "20", "--unseen", "20"]
+    words += ["--samples", "4", "--epochs", "1", "--ways", "random", "entropy + gap", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["active.py", *words])
+    active.main()
+    records = lines(tmp_path / "active.jsonl")
+    assert [record["rounds"][1]["asked_so_far"] for record in records] == [9, 9]
+    assert len({record["greedy"][0] for record in records}) == 1
+    [report] = tmp_path.glob("active_*.md")
+    assert "entropy + gap" in report.read_text()
