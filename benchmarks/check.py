@@ -68,6 +68,7 @@ def worker(kind: str, words: list[str]) -> Record:
     if os.environ.get("CLOCK") == "cpu":
         time.perf_counter = time.process_time
 
+    from lit_dpo.callbacks import last_checkpoint
     from lit_dpo.cli import app
     from lit_dpo.references.cached import CachedReference
 
@@ -84,11 +85,17 @@ def worker(kind: str, words: list[str]) -> Record:
             marks.setdefault("began", time.perf_counter())
             marks["train"] = time.perf_counter()
 
+        def on_validation_start(self, *args: Any) -> None:
+            marks["validation"] = time.perf_counter()
+
+        def on_validation_end(self, *args: Any) -> None:
+            seconds["validation"] = seconds.get("validation", 0.0) + time.perf_counter() - marks["validation"]
+
         def on_fit_end(self, trainer: Trainer, *args: Any) -> None:
             marks["ended"] = time.perf_counter()
             marks["steps"] = trainer.global_step
 
-    def timed(owner: type, name: str) -> None:
+    def timed(owner: Any, name: str) -> None:
         function: Callable[..., Any] = getattr(owner, name)
 
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -111,6 +118,7 @@ def worker(kind: str, words: list[str]) -> Record:
         app.PreferenceCLI.instantiate_trainer = with_clock  # type: ignore[method-assign]
         timed(CachedReference, "prepare")
         timed(Trainer, "save_checkpoint")
+        timed(last_checkpoint, "keep_as")
     try:
         app.main([kind, *words])
     except SystemExit as stop:
@@ -169,7 +177,8 @@ def measure(name: str, options: argparse.Namespace) -> Record:
             if rows is None:
                 write_rows(folder / "rows.jsonl", options.rows, options.seed)
             words += [*_OWN, "--data.train", rows or "rows.jsonl", "--data.validation_fraction", "0.05"]
-            words += ["--data.max_length", "512", "--trainer.limit_train_batches", str(options.batches)]
+            words += ["--trainer.callbacks", "[{class_path: BestCheckpoint}]"]  # nothing that ends a run sooner
+            words += ["--data.max_length", "512"]
         words += options.more
         looked, text = process("check", words, folder, options.threads, options.clock)
         fit, _ = process("fit", words, folder, options.threads, options.clock)
@@ -195,23 +204,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), choices=list(CONFIGURATIONS))
     parser.add_argument("--data", type=Path, help="a file of pairs; without it they are made up")
-    parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--batches", type=int, default=80, help="training batches of an epoch at most")
+    parser.add_argument("--rows", type=int, default=340)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor seconds of both")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are made up")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of check and fit")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    about = facts("cpu", options.threads, options.seed, options.data and str(options.data))
     records = []
     for name in options.only:
         records.append(measure(name, options))
         print(*line(records[-1]), sep=" | ", flush=True)
+        if options.out is not None:
+            append_lines(options.out / "check.jsonl", [{**about, **records[-1]}])
     table = markdown_table(HEADER, list(map(line, records)))
     print(table)
     if options.out is not None:
-        about = facts("cpu", options.threads, options.seed, options.data and str(options.data))
-        append_lines(options.out / "check.jsonl", [{**about, **record} for record in records])
         off = [r["configuration"] for r in records for key in ("time_s", "peak_bytes")
                if abs(r["check"][key] / r["fit"][key] - 1) > LIMIT]  # fmt: skip
         verdict = f"Outside {LIMIT:.0%}: {', '.join(off) or 'none'}."

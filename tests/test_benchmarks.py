@@ -292,7 +292,7 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_check(tmp_path):
     """A short one: a fit takes the steps that `check` has announced, and both are told."""
-    command = [sys.executable, str(FOLDER / "check.py"), "--only", "cached", "--rows", "60", "--batches", "6"]
+    command = [sys.executable, str(FOLDER / "check.py"), "--only", "cached", "--rows", "60"]
     tiny = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
     command += ["--out", str(tmp_path), "--more", "--model.model", tiny, "--data.max_length", "64"]
     done = subprocess.run(command, capture_output=True, text=True)

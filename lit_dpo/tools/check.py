@@ -110,6 +110,7 @@ def _findings(
         root = nearest(Path(trainer.default_root_dir))
         place = root if saves and "://" not in trainer.default_root_dir and writable(root) else None
         measuring = Measuring(plan, min(2, trainer.accumulate_grad_batches), used, room, place)
+        measuring.interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         _measure(module, data, make_trainer, measuring)
     except OutOfMemoryError:
         yield Finding("fails", f"memory: a batch does not fit into {_gib(room or 0)}: halve `--data.batch_size`")
@@ -122,7 +123,7 @@ def _findings(
     yield from _disk(Path(trainer.default_root_dir), measuring, callbacks, saves)
     peak = max(measuring.peak, measuring.extrapolated)
     yield _memory(module, data, trainer, plan, measuring.parts, room, base, peak)
-    yield from _time(module.reference, measuring)
+    yield from _time(measuring)
 
 
 def _measure(
@@ -135,7 +136,7 @@ def _measure(
     alone: dict[str, Any] = {"strategy": "auto", "devices": 1, "num_nodes": 1}
     whole: dict[str, Any] = {"max_epochs": 1, "max_steps": -1, "max_time": None, "fast_dev_run": False}
     whole |= {"limit_train_batches": 1.0, "limit_val_batches": 1.0, "num_sanity_val_steps": 0, "min_epochs": None}
-    whole |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "min_steps": None}
+    whole |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "min_steps": None, "log_every_n_steps": 1}
     with without_news(), suppress(TooLargeError):
         trainer = make_trainer(**alone, **whole, accumulate_grad_batches=measuring.accumulate, callbacks=[measuring])
         trainer.fit(module, datamodule=data)
@@ -303,7 +304,7 @@ def _lighter(
     return sorted(found, key=lambda change: -change[1])
 
 
-def _time(reference: object, found: Measuring) -> Iterator[Finding]:
+def _time(found: Measuring) -> Iterator[Finding]:
     if not found.updates:
         return
     training, validating, saving = found.seconds()
@@ -315,10 +316,8 @@ def _time(reference: object, found: Measuring) -> Iterator[Finding]:
         text += f", {_long(validating)} for {plan.validations} validations"
     if plan.last + plan.best:
         text += f", {_long(saving)} for {'up to ' * bool(plan.best)}{plan.last + plan.best} checkpoints"
-    if isinstance(reference, StartReference) and reference.tokens:
-        tokens = sum(plan.tokens) + sum(plan.evaluated_tokens)
-        text += f"; before it up to {_long(reference.seconds / reference.tokens * tokens)} for the reference's pass "
-        text += "over the rows"
+    if found.reference_pass:
+        text += f"; before it up to {_long(found.reference_pass)} for the reference's pass over the rows"
     yield Finding("estimate", text)
 
 

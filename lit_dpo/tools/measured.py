@@ -137,10 +137,12 @@ class Measuring(Callback):
         folder: Where checkpoints may be tried, in a folder of their own that is removed; `None` tries none.
 
     Attributes:
+        interval: Steps between two that the fit logs; the first one is logged in any case.
         times: Tokens of a batch -> its seconds, without the optimizer.
         evaluated: The same of validation.
         updates: Seconds of each optimizer step.
         first: Seconds that the first step took more than a later one of the same batches.
+        reference_pass: Seconds that the pass of a cached reference takes, if nothing is cached yet.
         saves: Seconds of the first, second and third checkpoint; the third takes what all later ones do.
         peak: The most bytes that were taken.
         extrapolated: What the longest batch would take, if it was left out.
@@ -153,19 +155,17 @@ class Measuring(Callback):
 
     def __init__(self, plan: Plan, accumulate: int, memory: Memory, room: int | None, folder: Path | None) -> None:
         self.plan, self.accumulate, self.memory, self.room, self.folder = plan, accumulate, memory, room, folder
-        order = np.argsort(plan.tokens, kind="stable")
-        places = np.unique(np.linspace(0, len(order) - 1, min(_SIZES, len(order))).round().astype(int))
-        rising = [int(order[place]) for place in places]
+        self.interval = 1
+        rising = _spread(plan.tokens, _SIZES)
         chosen = [rising[0], *rising * _PASSES]
         self.chosen = [plan.batches[number] for number in chosen for _ in range(accumulate)]
         self.tokens = [plan.tokens[number] for number in chosen for _ in range(accumulate)]
         self.once = accumulate * (1 + len(rising))  # batches after which every length was seen
-        self.held_out = plan.evaluated[:: -(-len(plan.evaluated) // 4)] if plan.evaluated else []
-        self.held_out_tokens = plan.evaluated_tokens[:: -(-len(plan.evaluated) // 4)] if plan.evaluated else []
+        self.held_out = [plan.evaluated[number] for number in _spread(plan.evaluated_tokens, _SIZES)]
         self.times: dict[int, list[float]] = {}
         self.evaluated: list[tuple[int, float]] = []
         self.updates: list[float] = []
-        self.first, self.saves = 0.0, [0.0] * 3
+        self.first, self.reference_pass, self.saves = 0.0, 0.0, [0.0] * 3
         self.peak, self.extrapolated = memory.peak, 0
         self.gap: float | None = None
         self.losses: tuple[float, float] | None = None
@@ -187,11 +187,7 @@ class Measuring(Callback):
         self._began = self._end = _clock(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Compare policy and reference before the first step.
-
-        Raises:
-            TooLargeError: The batch would take more memory than there is.
-        """
+        """Compare policy and reference before the first step; raises `TooLargeError` where memory would not do."""
         if batch_idx == 0:
             self._compare(trainer, pl_module, batch)
             self._end = _clock(pl_module.device)
@@ -245,6 +241,7 @@ class Measuring(Callback):
         self.peak = max(self.peak, self.memory.peak)
         if stepped and not self.parts:
             self.parts = _parts(pl_module, trainer)
+            trainer.log_every_n_steps = self.interval  # type: ignore[attr-defined]  # from here on as in the fit
         if batch_idx >= self.accumulate:  # the first step makes what the others find made
             self.times.setdefault(self.tokens[batch_idx], []).append(took)
             self._peaks.append((self.tokens[batch_idx], self.memory.peak))
@@ -257,20 +254,45 @@ class Measuring(Callback):
         if batch_idx + 1 >= self.once and now - self._began > (_ENOUGH if twice else _SECONDS):
             trainer.should_stop = True
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Start the clock."""
-        self._end = _clock(pl_module.device)
+        self._end = _clock(pl_module.device) - getattr(pl_module.reference, "seconds", 0.0)
         self.memory.restart()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int, *args: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PairBatch, batch_idx: int, *args: Any
     ) -> None:
         """Note the time of a batch."""
-        self.evaluated.append((sum(map(sum, batch.shape)), _clock(pl_module.device) - self._end))
+        now = _clock(pl_module.device) - getattr(pl_module.reference, "seconds", 0.0)
+        self.evaluated.append((sum(map(sum, batch.shape)), now - self._end))
         self.peak = max(self.peak, self.memory.peak)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Time checkpoints, the first three being unlike: one alone, one after another, one after two others."""
+        """Time the reference's pass, and checkpoints."""
+        self._time_pass(trainer, pl_module)
+        self._time_saves(trainer, pl_module)
+
+    @torch.no_grad()
+    def _time_pass(self, trainer: Any, module: Any) -> None:
+        """Score some of the batches of the pass, the longest among them."""
+        reference, whole = module.reference, 0
+        if not isinstance(reference, StartReference):
+            return
+        reference.seconds, reference.tokens = 0.0, 0
+        self.memory.restart()
+        for dataset, rows, loader in trainer.datamodule.reference_sets("fit"):
+            plans, lengths = list(loader(rows).sampler), dataset.lengths.sum(1)
+            tokens = [int(lengths[plan.rows].sum()) for plan in plans]
+            whole += sum(tokens)
+            some: Any = [plans[number] for number in _spread(tokens, _SIZES)]
+            for batch in DataLoader(dataset, batch_size=None, sampler=some):
+                with trainer.precision_plugin.forward_context():
+                    reference.score(module.policy, trainer.strategy.batch_to_device(batch), module.scorer)
+        self.peak = max(self.peak, self.memory.peak)
+        self.reference_pass = reference.seconds / reference.tokens * whole
+
+    def _time_saves(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first three being unlike: one alone, one after another, one after two others."""
         size_of = self.parts.get("weights", 0) + self.parts.get("optimizer", 0)
         folder = self.folder
         if not folder or not size_of or shutil.disk_usage(folder).free < 4 * min(size_of, _WHOLE):
@@ -298,6 +320,13 @@ class Measuring(Callback):
         last = sum([once, twice][: self.plan.last]) + later * max(0, self.plan.last - 2)
         validating = speed * sum(self.plan.evaluated_tokens) * self.plan.validations
         return training, validating, last + once * self.plan.best
+
+
+def _spread(tokens: Sequence[int], most: int) -> list[int]:
+    """Numbers of batches from the shortest to the longest, evenly among all in the order of their tokens."""
+    order = np.argsort(tokens, kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))
+    return [int(order[place]) for place in places]
 
 
 def _save_a_part(trainer: Trainer, path: Path) -> None:

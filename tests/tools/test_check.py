@@ -50,6 +50,7 @@ def here(tmp_path, monkeypatch):
     """An empty folder with a run and a file of somebody's where a fit would write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr("lit_dpo.tools.measured._PASSES", 1)  # times are of no matter here
     (tmp_path / "runs/dpo/version_0/checkpoints").mkdir(parents=True)
     (tmp_path / "runs/dpo/.lit-dpo-check-0").mkdir()
     files = ["version_0/checkpoints/last.ckpt", "version_0/config.yaml", "last.ckpt", ".lit-dpo-check-0/last.ckpt"]
