@@ -29,13 +29,24 @@ import a_stepwise
 import a_targets
 import b_displacement
 import b_stopping
+import c_layers
+import c_stepwise
+import d_audit
+import d_expo
+import d_filtered
+import d_length
+import d_minor
+import d_pilot
+import d_rounds
 import figure
+import losses
 from bases import REAL, Place, base
 from claim import Experiment, Results, measure
 from commands import write
 from common import facts, markdown_table
 
-MODULES = (a_targets, a_stepwise, b_displacement, b_stopping)
+MODULES = (a_targets, a_stepwise, b_displacement, b_stopping, c_stepwise, c_layers)
+MODULES += (d_rounds, d_filtered, d_expo, d_minor, d_length, d_pilot, d_audit, losses)
 MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
