@@ -72,4 +72,8 @@ def experiments(scale: str) -> list[Experiment]:
     note += f"{held_out} held-out pairs."
     sentence = "Intermediate DPO is better than DPO for some layer, number of layers or weight"
     claim = Claim("C2", "Intermediate DPO, arXiv 2408.02923", sentence, judge, "c_layers")
-    return [Experiment("c_layers", arms(scale), run, (claim,), {"c_layers": draw}, note=note)]
+    return [
+        Experiment(
+            "c_layers", arms(scale), run, (claim,), {"c_layers": draw}, seeds=1 if scale == "smoke" else 3, note=note
+        )
+    ]

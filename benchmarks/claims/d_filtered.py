@@ -65,7 +65,9 @@ def judge(results: Results) -> tuple[Verdict, str]:
 def draw(results: Results, figure: Figure) -> None:
     """True quality by arm."""
     values = {"start": results.values("DPO on all", "start")} | {arm: results.values(arm, "quality") for arm in ARMS}
-    dots(figure.subplots(), values, "good parts of sampled replies", f"{POOR:.0%} of the pairs have a poor chosen reply")
+    dots(
+        figure.subplots(), values, "good parts of sampled replies", f"{POOR:.0%} of the pairs have a poor chosen reply"
+    )
 
 
 def experiments(scale: str) -> list[Experiment]:
@@ -77,4 +79,8 @@ def experiments(scale: str) -> list[Experiment]:
     note += f"updates in every arm; the judge knows the truth; sampled replies to {held_out} held-out prompts."
     sentence = "Leaving out pairs whose chosen answer is worse than the policy's own makes a better policy"
     claim = Claim("D filtered", "filtered DPO, arXiv 2404.13846", sentence, judge, "d_filtered")
-    return [Experiment("d_filtered", ARMS, run, (claim,), {"d_filtered": draw}, note=note)]
+    return [
+        Experiment(
+            "d_filtered", ARMS, run, (claim,), {"d_filtered": draw}, seeds=1 if scale == "smoke" else 3, note=note
+        )
+    ]

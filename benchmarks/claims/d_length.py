@@ -99,4 +99,6 @@ def experiments(scale: str) -> list[Experiment]:
     note += f" {held_out} held-out pairs, half of which have the shorter reply chosen."
     sentence = "Length-normalised DPO or R-DPO leans less on length than DPO, at no cost in length-controlled accuracy"
     claim = Claim("D length", "Tulu 3 (arXiv 2411.15124); R-DPO, arXiv 2403.19159", sentence, judge, "d_length")
-    return [Experiment("d_length", ARMS, run, (claim,), {"d_length": draw}, note=note)]
+    return [
+        Experiment("d_length", ARMS, run, (claim,), {"d_length": draw}, seeds=1 if scale == "smoke" else 3, note=note)
+    ]

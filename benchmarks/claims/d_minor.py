@@ -71,4 +71,6 @@ def experiments(scale: str) -> list[Experiment]:
     note = f"{count} `fix` pairs, {epochs} epochs, learning rate 5e-4, beta {BETA}; {held_out} held-out pairs."
     sentence = "MinorDPO stops pushing the rejected completion down once it is less likely than under the reference"
     claim = Claim("D minor", "MinorDPO, arXiv 2408.09834", sentence, judge, "d_minor")
-    return [Experiment("d_minor", ARMS, run, (claim,), {"d_minor": draw}, note=note)]
+    return [
+        Experiment("d_minor", ARMS, run, (claim,), {"d_minor": draw}, seeds=1 if scale == "smoke" else 3, note=note)
+    ]

@@ -97,4 +97,6 @@ def experiments(scale: str) -> list[Experiment]:
     sentence = "DPO on a tenth of the rows forecasts which other rows' chosen log-prob will fall"
     claim = Claim("D pilot", "this package", sentence, judge, "d_pilot")
     arms = {"DPO": {"loss": "DPO"}}
-    return [Experiment("d_pilot", arms, run, (claim,), {"d_pilot": draw}, note=note)]
+    return [
+        Experiment("d_pilot", arms, run, (claim,), {"d_pilot": draw}, seeds=1 if scale == "smoke" else 3, note=note)
+    ]

@@ -148,4 +148,15 @@ def experiments(scale: str) -> list[Experiment]:
         Claim("D rounds", "online DPO; arXiv 2410.18585", fixed_claim, against_fixed, "d_rounds"),
         Claim("D sampling", "online DPO", sampling, against_sampling, "d_rounds"),
     )
-    return [Experiment("d_rounds", {"sort3": {}}, run, claims, {"d_rounds": draw}, bases=(), note=note)]
+    return [
+        Experiment(
+            "d_rounds",
+            {"sort3": {}},
+            run,
+            claims,
+            {"d_rounds": draw},
+            bases=(),
+            seeds=1 if scale == "smoke" else 3,
+            note=note,
+        )
+    ]
