@@ -78,12 +78,10 @@ class Base:
     Args:
         folder: The export, which transformers loads.
         nats: Held-out loss in nats a token, mean over rows; `math.exp` of it is the perplexity.
-        first_nats: The same before training.
     """
 
     folder: Path
     nats: float
-    first_nats: float
 
     @property
     def perplexity(self) -> float:
@@ -120,7 +118,7 @@ def base(place: Place, name: str, seed: int) -> Base:
         if not (folder / "base.json").exists():
             _train(place, name, seed, sizes, folder)
     said = json.loads((folder / "base.json").read_text())
-    return Base(folder / "model", said["nats"], said["first_nats"])
+    return Base(folder / "model", said["nats"])
 
 
 def _train(place: Place, name: str, seed: int, sizes: Sizes, folder: Path) -> None:
@@ -141,7 +139,7 @@ def _train(place: Place, name: str, seed: int, sizes: Sizes, folder: Path) -> No
     if not (folder / "model").exists():
         lit_dpo(["export", str(run), str(folder / "model")], folder / "log.txt")
     nats = [line["val/loss"] for line in logged(run) if "val/loss" in line]
-    write(folder / "base.json", json.dumps({"nats": min(nats[1:]), "first_nats": nats[0]}))
+    write(folder / "base.json", json.dumps({"nats": min(nats)}))
 
 
 def _config(place: Place, sizes: Sizes, seed: int, folder: Path, train: Path, held_out: Path) -> Config:
@@ -166,6 +164,6 @@ def _config(place: Place, sizes: Sizes, seed: int, folder: Path, train: Path, he
         },
         "trainer": {
             **device, "devices": 1, "max_epochs": sizes.epochs, "accumulate_grad_batches": 1, "val_check_interval": 0.5,
-            "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": -1,
+            "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
         },
     }  # fmt: skip

@@ -7,7 +7,8 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,34 @@ def lit_dpo(words: Sequence[str], log: Path) -> None:
     Raises:
         RuntimeError: It failed.
     """
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ lit-dpo {' '.join(words)}\n")
-        file.flush()
-        try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-                main(words)
-        except SystemExit as ended:
-            if ended.code not in (0, None):
-                file.flush()
-                last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-                raise RuntimeError(f"lit-dpo {words[0]} ended with {ended.code}, see {log}: {last}") from ended
+    try:
+        with _printing_to(log):
+            print(f"$ lit-dpo {' '.join(words)}", flush=True)
+            main(words)
+    except SystemExit as ended:
+        if ended.code not in (0, None):
+            last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+            raise RuntimeError(f"lit-dpo {words[0]} ended with {ended.code}, see {log}: {last}") from ended
+
+
+@contextlib.contextmanager
+def _printing_to(log: Path) -> Iterator[None]:
+    """Have all that this process prints go to the end of a file, whoever prints it."""
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        with log.open("a", encoding="utf-8") as file:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
 
 
 def settings(

@@ -43,7 +43,7 @@ import losses
 from bases import REAL, Place, base
 from claim import Experiment, Results, measure
 from commands import write
-from common import facts, markdown_table
+from common import facts
 
 MODULES = (a_targets, a_stepwise, b_displacement, b_stopping, c_stepwise, c_layers)
 MODULES += (d_rounds, d_filtered, d_expo, d_minor, d_length, d_pilot, d_audit, losses)
@@ -127,7 +127,7 @@ def show(known: dict[str, Experiment], out: Path, draw: bool = True) -> None:
     for name, experiment in known.items():
         path = out / "results" / f"{name}.json"
         if not path.exists():
-            rows += [[c.name, c.sentence, c.paper, "not run", "", "", ""] for c in experiment.claims]
+            rows += [[c.name, c.paper, c.sentence, "", "", f"`{name}`", "not run"] for c in experiment.claims]
             continue
         whole = json.loads(path.read_text(encoding="utf-8"))
         results = Results({a: {int(s): one for s, one in of.items()} for a, of in whole["records"].items()})
@@ -138,13 +138,13 @@ def show(known: dict[str, Experiment], out: Path, draw: bool = True) -> None:
         for claim in experiment.claims:
             verdict, measured = claim.judge(results)
             shown = [f"[{claim.figure}](figures/{claim.figure}.png)", f"`{name}`", f"**{verdict}**"]
-            rows.append([claim.name, claim.sentence, claim.paper, measured, *shown])
+            rows.append([claim.name, claim.paper, claim.sentence, measured, *shown])
         notes.append(_note(name, experiment, whole))
-    header = ["claim", "what is claimed", "paper", "measured", "figure", "name", "verdict"]
-    table = markdown_table(header, rows)
+    header = ["claim", "paper", "what is claimed", "measured", "figure", "`run.py`", "verdict"]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
     _write_table(out / "README.md", "\n\n".join([MARKS[0], table, *notes, MARKS[1]]))
     for row in rows:
-        print(f"{row[0]}: {row[6].strip('*') or 'not run'}. {row[3]}")
+        print(f"{row[0]}: {row[6].strip('*')}. {row[3]}")
 
 
 def _note(name: str, experiment: Experiment, whole: dict[str, Any]) -> str:
