@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from lit_dpo.data.dataset import DIGEST
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.prompts import Prompt as Asked
 from lit_dpo.data.prompts import prompt_ids
+from lit_dpo.data.texts import pool_pairs
 from lit_dpo.losses import SimPOLoss
 from lit_dpo.models import ModelSource, load_model
 from lit_dpo.module import PreferenceModule
@@ -33,6 +34,9 @@ from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class StartingPolicies:
@@ -70,7 +74,19 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, self._processes(), _gathered)
+        more = (self._processes(), _gathered, partial(pool_pairs, self.data), self.load)
+        return Pool(self.data.training.pool_sources, folder, score, sample, complete, *more)
+
+    def load(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """See `Pool.model`."""
+        module, source = self.module, self.of(step)
+        if isinstance(source, nn.Module):
+            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
+        else:
+            how = (module.dtype_name, module.init_seed, self._loading_of(step))
+            model = load_model(source, module.tokenizer, *how)
+        model.to(self.make_trainer(self.folder / "scoring").strategy.root_device)
+        return model, module.tokenizer
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -138,16 +154,8 @@ class StartingPolicies:
 
     def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
-        module = self.module
-        tokenizer: Any = module.tokenizer
-        device = self.make_trainer(self.folder / "scoring").strategy.root_device
-        source = self.of(step)
-        if isinstance(source, nn.Module):
-            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
-        else:
-            how = (module.dtype_name, module.init_seed, self._loading_of(step))
-            model = load_model(source, tokenizer, *how)
-        model.to(device)
+        tokenizer: Any
+        model, tokenizer = self.load(step)
         ids = [self._ids(prompt) for prompt in prompts]
         for prompt, each in zip(ids, sampler(model, tokenizer, ids), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)

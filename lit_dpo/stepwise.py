@@ -70,6 +70,8 @@ def fit_stepwise(
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)
+    if datamodule.partition.first_reference:
+        _keep_first_reference(module, datamodule.partition, policies)
     more = []
     if first_reference:
         if isinstance(policies.first, nn.Module):
@@ -109,6 +111,25 @@ def _refuse(module: PreferenceModule, partition: Partition, folder: Path, resume
         )
     if not resume and is_first() and any(folder.glob("partition_*")):  # the others may come when the first has begun
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
+
+
+def _keep_first_reference(module: PreferenceModule, partition: Partition, policies: StartingPolicies) -> None:
+    """Have the reference stay at the model that starts the first step, unless it names one, or there is none."""
+    reference = getattr(module.reference, "of", None) or module.reference
+    name = type(partition).__name__
+    if reference is None or (isinstance(reference, FrozenReference) and reference.model is not None):
+        return
+    if not isinstance(reference, FrozenReference):
+        raise ValueError(
+            f"`{name}` keeps the first model as the reference of all steps, which `{type(reference).__name__}` does "
+            "not: set `reference` to `FrozenReference`."
+        )
+    if isinstance(policies.first, nn.Module):
+        raise ValueError(
+            f"`{name}` keeps the first model as the reference of all steps, and a `model` given as an object has been "
+            "training: save it with `save_pretrained` and give the folder."
+        )
+    reference.keep(policies.first, module.init_seed, policies.loading)
 
 
 def _choose(step: int, root: Path, datamodule: PreferenceDataModule, policies: StartingPolicies) -> bool:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
 METHODS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+ROUNDS = ("d2po", "fdpo", "online")  # trained by the tests of rounds
 
 
 def command(name, folder, config="dpo", *more):
@@ -89,9 +90,9 @@ def file(folder, name, content):
 
 def test_no_config_is_forgotten():
     assert METHODS == [
-        "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo", "fdpo",
-        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
-        "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
+        "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "d2po", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo",
+        "f_dpo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo",
+        "online", "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays
@@ -99,7 +100,7 @@ def test_no_config_is_forgotten():
 
 # Of every pair where the policy is the reference: what a run starts at. The others depend on the pairs.
 LOG_2 = math.log(2)
-STARTS = dict.fromkeys(["dpo", "dpo_norm", "dpo_shift", "dpop", "fdpo", "intermediate", "lddpo", "minor_dpo"], LOG_2)
+STARTS = dict.fromkeys(["dpo", "dpo_norm", "dpo_shift", "dpop", "f_dpo", "intermediate", "lddpo", "minor_dpo"], LOG_2)
 STARTS |= {"adpo": 4 * LOG_2, "bco_pair": 2 * LOG_2, "nca_pair": 2 * LOG_2, "robust_dpo": LOG_2}
 STARTS |= {"apo_down": 1.0, "apo_zero": 1.0, "hinge": 1.0, "exo": 2.76123, "ipo": 25.0, "sppo": 2 * 500.0**2}
 STARTS["odpo"] = math.log(3)  # of a gap of 2
@@ -115,7 +116,7 @@ QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstar
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in METHODS
-        if name not in ("sdpo", "online")
+        if name not in ("sdpo", *ROUNDS)
     ],
 )
 def test_every_config_trains(method, tmp_path):
@@ -179,7 +180,7 @@ def test_the_configs_differ_where_the_methods_do():
         "sdpo": ("/data/train", "/data/partition"),
         "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
     }
-    for method in set(METHODS) - {"dpo", "quickstart", "online"}:
+    for method in set(METHODS) - {"dpo", "quickstart", *ROUNDS}:
         paths = configs["dpo"].keys() | configs[method].keys()
         different = {path for path in paths if configs["dpo"].get(path) != configs[method].get(path)}
         known = ("/model/loss", "/trainer/default_root_dir", *allowed.get(method, ()))

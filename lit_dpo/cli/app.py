@@ -270,6 +270,7 @@ class PreferenceCLI(CheckpointsSetNoOptions):
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
     *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
+    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator")),
     *(
         f"lit_dpo.{name}"
         for name in ("data.partition", "adapters.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")

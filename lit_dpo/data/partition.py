@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lit_dpo.data.pair import Pair
     from lit_dpo.sampling import Completion, Sampler
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -34,6 +37,8 @@ class Pool:
         complete: Gives completions; called with the arguments of `complete`.
         processes: Number of this process, and how many there are that can talk to each other.
         gather: Makes one of what they have found, each under its own numbers.
+        pairs: Gives the pairs as texts.
+        model: Loads the model that starts a step.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
@@ -48,8 +53,11 @@ class Pool:
         complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
+        pairs: Callable[[], list[Pair]] | None = None,
+        model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
     ) -> None:
         self.sources = sources
+        self._pairs, self._model = pairs, model
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
@@ -71,6 +79,30 @@ class Pool:
             raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
+
+    def folder_of(self, step: int) -> Path:
+        """The folder of an earlier step, which holds what it has left."""
+        return self.folder.with_name(f"partition_{step}")
+
+    def pairs(self) -> list[Pair]:
+        """The pairs as texts, by row number; the data are read again for it.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self._pairs is None:
+            raise ValueError("This pool has no texts: run the partition through `fit_stepwise`.")
+        return self._pairs()
+
+    def model(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model that starts a step, this one or an earlier one, and its tokenizer; a copy that may be changed.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._model is None:
+            raise ValueError("Models need `fit_stepwise`: run the partition through it.")
+        return self._model(step)
 
     def margins(self, step: int | None = None) -> Tensor:
         """Log-prob of chosen minus that of rejected under the policy that starts the step, in nats.
@@ -169,9 +201,11 @@ class Partition(ABC):
 
     Attributes:
         other_reference: Whether a model of its own may be the reference in every step instead.
+        first_reference: Whether the model that starts the first step is the reference of all of them.
     """
 
     other_reference: ClassVar[bool] = False
+    first_reference: ClassVar[bool] = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:
