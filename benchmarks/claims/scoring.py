@@ -93,10 +93,10 @@ def compared(results: Results, arms: Mapping[str, str]) -> list[Difference]:
     runs = {
         name: [
             {
-                f"{seed}:{place}": {"margin": sign[won], "logp_chosen": float(logp)}
+                f"{place}": {"margin": sign[won], "logp_chosen": float(logp)}
                 for place, (won, logp) in enumerate(zip(one["wins"], one["logps"].split(), strict=True))
             }
-            for seed, one in enumerate(results[arm])
+            for one in results[arm]
         ]
         for name, arm in arms.items()
     }
