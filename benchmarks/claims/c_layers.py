@@ -8,7 +8,7 @@ from claim import Claim, Experiment, Mean, Results, Run, Verdict
 from commands import Config, Record, fit, named, settings, write_rows
 from dots import dots
 from matplotlib.figure import Figure
-from scoring import accuracy, compared, export, kept, quality, replies, scores
+from scoring import accuracy, compared, export, kept, scores
 
 SIZES = {"cpu": (192, 2, 300), "smoke": (16, 1, 16), "gpu": (8000, 1, 1000)}
 """Pairs to train on, epochs, and held-out pairs."""
@@ -30,7 +30,7 @@ def arms(scale: str) -> dict[str, Config]:
 
 
 def run(one: Run) -> Record:
-    """Train one arm; accuracy and true quality on held-out prompts."""
+    """Train one arm; accuracy on held-out pairs."""
     count, epochs, held_out = SIZES[one.place.scale]
     train = write_rows(one.shared, "mixed", support.pairs("mixed", count, one.seed))
     test = write_rows(one.shared, "mixed-test", support.pairs("mixed", held_out, one.seed, held_out=True))
@@ -38,7 +38,7 @@ def run(one: Run) -> Record:
     options = {"epochs": epochs, "seed": one.seed, "scale": scale, "rate": 5e-4}
     policy = export(fit(one.folder / "run", settings(start, one.arm, train, **options)))
     rows = scores(policy, start, test, scale)
-    return {"accuracy": accuracy(rows), "quality": quality(replies(policy, test)), **kept(rows)}
+    return {"accuracy": accuracy(rows), **kept(rows)}
 
 
 def judge(results: Results) -> tuple[Verdict, str]:
@@ -56,11 +56,9 @@ def judge(results: Results) -> tuple[Verdict, str]:
 
 def draw(results: Results, figure: Figure) -> None:
     """What each arm has more than DPO."""
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, name, x in ((left, "accuracy", "accuracy"), (right, "quality", "good parts of replies")):
-        gains = {arm: results.differences("DPO", arm, name) for arm in results.records if arm != "DPO"}
-        dots(axes, gains, f"{x}, more than DPO", line=0.0)
-    figure.suptitle("C2: Intermediate DPO against DPO, same seeds", fontsize=12)
+    gains = {arm: results.differences("DPO", arm, "accuracy") for arm in results.records if arm != "DPO"}
+    title = "C2: Intermediate DPO against DPO, same seeds"
+    dots(figure.subplots(), gains, "held-out accuracy, more than DPO", title, 0.0)
 
 
 def experiments(scale: str) -> list[Experiment]:

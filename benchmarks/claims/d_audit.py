@@ -11,7 +11,7 @@ from dots import dots
 from matplotlib.figure import Figure
 from scoring import accuracy, export, quality, replies, scores
 
-SIZES = {"cpu": (256, 4, 300), "smoke": (20, 2, 16), "gpu": (8000, 3, 1000)}
+SIZES = {"cpu": (256, 3, 300), "smoke": (20, 2, 16), "gpu": (8000, 3, 1000)}
 """Pairs to train on, epochs, and held-out pairs."""
 FLIPPED = 0.2
 DPO = named("DPOLoss", beta=0.1)
