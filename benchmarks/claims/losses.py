@@ -17,7 +17,7 @@ SIZES = {"cpu": (128, 2, 200), "smoke": (16, 1, 16), "gpu": (8000, 1, 1000)}
 BETAS: dict[str, tuple[Config, tuple[float, float]]] = {
     "DPO": (named("DPOLoss"), (0.05, 0.2)),
     "normalised DPO": (named("DPOLoss", length_normalize=True), (1.0, 5.0)),
-    "IPO": (named("IPOLoss"), (0.1, 0.5)),
+    "IPO": (named("IPOLoss"), (0.5, 2.0)),
     "robust DPO": (named("RobustDPOLoss"), (0.05, 0.2)),
     "hinge": (named("HingeLoss"), (0.05, 0.2)),
     "DPOP": (named("DPOPLoss", penalty=5.0), (0.05, 0.2)),
