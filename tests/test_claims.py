@@ -1,5 +1,6 @@
 """The experiments of benchmarks/claims: known truth, verdicts by rule, results that survive a kill, GPU settings."""
 
+import gzip
 import json
 import random
 import signal
@@ -26,6 +27,27 @@ def claims(monkeypatch):
 def command(name, work, out, *more):
     words = [*([name] if name else ["--all"]), "--work", str(work), "--out", str(out), "--smoke", "--processes", "2"]
     return [sys.executable, str(RUN), *words, *more]
+
+
+def made_up(folder):
+    """Sums as the real sets stand in their folder."""
+    from bases import REAL
+
+    for name in REAL:
+        (folder / name).mkdir(parents=True)
+        for split, count in (("train", 120), ("validation", 30)):
+            rows = [(n * 7 % 50, n // 3, split) for n in range(count)]
+            lines = [
+                {
+                    "prompt": f"What is {a} and {b} ({split})?",
+                    "chosen": f" {a}+{b}. #### {a + b}",
+                    "rejected": f" #### {a}",
+                }
+                for a, b, split in rows
+            ]
+            with gzip.open(folder / name / f"{split}.jsonl.gz", "wt") as file:
+                file.writelines(f"{json.dumps({'id': n, **line})}\n" for n, line in enumerate(lines))
+    return folder
 
 
 def measured(out, name):
@@ -214,13 +236,15 @@ def test_a_killed_command_goes_on_to_the_same_results(tmp_path):
 
 @pytest.mark.slow
 def test_everything_runs_small(tmp_path):
-    """All that needs no real sets, in less than three minutes; the table has a line a claim."""
+    """On made-up sets in the place of the real ones; the table has a line a claim, each with its figure."""
     import run
 
-    done = subprocess.run(command(None, tmp_path / "work", tmp_path / "out"), capture_output=True, text=True)
+    given = ["--data", str(made_up(tmp_path / "data"))]
+    done = subprocess.run(command(None, tmp_path / "work", tmp_path / "out", *given), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "out" / "README.md").read_text()
     for experiment in run.experiments("smoke").values():
         for claim in experiment.claims:
-            assert f"| {claim.name} " in text
-            assert (tmp_path / "out" / "figures" / f"{claim.figure}.png").exists() == (experiment.bases == ("support",))
+            assert f"| {claim.name} |" in text
+            assert (tmp_path / "out" / "figures" / f"{claim.figure}.png").exists()
+    assert "not run" not in text
