@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -36,17 +35,11 @@ def made_up(folder):
     for name in REAL:
         (folder / name).mkdir(parents=True)
         for split, count in (("train", 120), ("validation", 30)):
-            rows = [(n * 7 % 50, n // 3, split) for n in range(count)]
-            lines = [
-                {
-                    "prompt": f"What is {a} and {b} ({split})?",
-                    "chosen": f" {a}+{b}. #### {a + b}",
-                    "rejected": f" #### {a}",
-                }
-                for a, b, split in rows
-            ]
             with gzip.open(folder / name / f"{split}.jsonl.gz", "wt") as file:
-                file.writelines(f"{json.dumps({'id': n, **line})}\n" for n, line in enumerate(lines))
+                for n in range(count):
+                    a, b = n * 7 % 50, n // 3
+                    row = {"id": n, "prompt": f"Add {a} to {b} ({split}):", "chosen": f" {a}+{b} #### {a + b}"}
+                    file.write(json.dumps({**row, "rejected": f" #### {a}"}) + "\n")
     return folder
 
 
@@ -218,16 +211,20 @@ def test_the_gpu_settings_are_valid(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_results(tmp_path):
-    """Killed outright three times at random moments, workers and all; nothing that was done is done again."""
+    """Killed outright three times, soon after another checkpoint was written; nothing that was done is done again."""
     whole = subprocess.run(command("a_stepwise", tmp_path / "a", tmp_path / "b"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    draw = random.Random(0)
-    for _ in range(3):
+    draw = random.Random()
+    for checkpoints in (1, 3, 5):
         process = subprocess.Popen(command("a_stepwise", tmp_path / "c", tmp_path / "d"), stdout=subprocess.DEVNULL)
-        time.sleep(draw.uniform(8, 20))
-        process.send_signal(signal.SIGKILL)
+        while process.poll() is None and len([*(tmp_path / "c").rglob("last.ckpt")]) < checkpoints:
+            time.sleep(0.1)
+        time.sleep(draw.uniform(0, 2))
+        process.kill()
         process.wait()
+        time.sleep(1)  # the workers end by themselves
         done = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("DONE")}
+    assert done
     last = subprocess.run(command("a_stepwise", tmp_path / "c", tmp_path / "d"), capture_output=True, text=True)
     assert last.returncode == 0, last.stdout + last.stderr
     assert measured(tmp_path / "d", "a_stepwise") == measured(tmp_path / "b", "a_stepwise")
