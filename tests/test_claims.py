@@ -1,8 +1,8 @@
 """The experiments of benchmarks/claims: known truth, verdicts by rule, results that survive a kill, GPU settings."""
 
+import gzip
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -26,6 +26,21 @@ def claims(monkeypatch):
 def command(name, work, out, *more):
     words = [*([name] if name else ["--all"]), "--work", str(work), "--out", str(out), "--smoke", "--processes", "2"]
     return [sys.executable, str(RUN), *words, *more]
+
+
+def made_up(folder):
+    """Sums as the real sets stand in their folder."""
+    from bases import REAL
+
+    for name in REAL:
+        (folder / name).mkdir(parents=True)
+        for split, count in (("train", 120), ("validation", 30)):
+            with gzip.open(folder / name / f"{split}.jsonl.gz", "wt") as file:
+                for n in range(count):
+                    a, b = n * 7 % 50, n // 3
+                    row = {"id": n, "prompt": f"Add {a} to {b} ({split}):", "chosen": f" {a}+{b} #### {a + b}"}
+                    file.write(json.dumps({**row, "rejected": f" #### {a}"}) + "\n")
+    return folder
 
 
 def measured(out, name):
@@ -196,16 +211,20 @@ def test_the_gpu_settings_are_valid(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_results(tmp_path):
-    """Killed outright three times at random moments, workers and all; nothing that was done is done again."""
+    """Killed outright three times, soon after another checkpoint was written; nothing that was done is done again."""
     whole = subprocess.run(command("a_stepwise", tmp_path / "a", tmp_path / "b"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    draw = random.Random(0)
-    for _ in range(3):
+    draw = random.Random()
+    for checkpoints in (1, 3, 5):
         process = subprocess.Popen(command("a_stepwise", tmp_path / "c", tmp_path / "d"), stdout=subprocess.DEVNULL)
-        time.sleep(draw.uniform(8, 20))
-        process.send_signal(signal.SIGKILL)
+        while process.poll() is None and len([*(tmp_path / "c").rglob("last.ckpt")]) < checkpoints:
+            time.sleep(0.1)
+        time.sleep(draw.uniform(0, 2))
+        process.kill()
         process.wait()
+        time.sleep(1)  # the workers end by themselves
         done = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("DONE")}
+    assert done
     last = subprocess.run(command("a_stepwise", tmp_path / "c", tmp_path / "d"), capture_output=True, text=True)
     assert last.returncode == 0, last.stdout + last.stderr
     assert measured(tmp_path / "d", "a_stepwise") == measured(tmp_path / "b", "a_stepwise")
@@ -214,15 +233,15 @@ def test_a_killed_command_goes_on_to_the_same_results(tmp_path):
 
 @pytest.mark.slow
 def test_everything_runs_small(tmp_path):
-    """All that needs no real sets, in less than three minutes; the table has a line a claim."""
+    """On made-up sets in the place of the real ones; the table has a line a claim, each with its figure."""
     import run
 
-    done = subprocess.run(command(None, tmp_path / "work", tmp_path / "out"), capture_output=True, text=True)
+    given = ["--data", str(made_up(tmp_path / "data"))]
+    done = subprocess.run(command(None, tmp_path / "work", tmp_path / "out", *given), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "out" / "README.md").read_text()
     for experiment in run.experiments("smoke").values():
         for claim in experiment.claims:
-            assert f"| {claim.name} " in text
-            assert (tmp_path / "out" / "figures" / f"{claim.figure}.png").exists() == (
-                set(experiment.bases) <= {"support"}
-            )
+            assert f"| {claim.name} |" in text
+            assert (tmp_path / "out" / "figures" / f"{claim.figure}.png").exists()
+    assert "not run" not in text
