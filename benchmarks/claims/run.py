@@ -153,9 +153,8 @@ def _note(name: str, experiment: Experiment, whole: dict[str, Any]) -> str:
     fits = "; ".join(
         f"{base} {', '.join(f'{value:.2f}' for value in values)}" for base, values in whole["perplexity"].items()
     )
-    said = (
-        f"**{name}**: {experiment.note} Held-out perplexity of the supervised models: {fits}. Seeds {about['seed']}, "
-    )
+    fits = f" Held-out perplexity of the supervised models: {fits}." if fits else ""
+    said = f"**{name}**: {experiment.note}{fits} Seeds {about['seed']}, "
     said += f"scale `{about['scale']}`; {about['hardware']}, one thread a run, Python {about['python']}, {versions}."
     return f"{said}\n\n```text\n{about['command']}\n```"
 
