@@ -37,7 +37,7 @@ def draw(results: Results, figure: Figure) -> None:
     """The change, by arm."""
     values = {ARMS[arm]: _rises(results, arm) for arm in ARMS}
     title = "B2: the first step's model against the supervised one"
-    dots(figure.subplots(), values, "change of the mean margin on the second step's pairs, nats", title, 0.0)
+    dots(figure.subplots(), values, "change of the mean margin on D_2, nats", title, 0.0)
 
 
 CLAIM = Claim(
