@@ -62,7 +62,7 @@ def open_model(given: str, dtype: Dtype = "float32") -> Opened:
         tokenizer = load_tokenizer(given)
         return Opened(given, on_device(load_model(given, tokenizer, dtype)), tokenizer)
     path = Path(given)
-    if path.is_dir() and Run.named(path) is not None and not any(path.rglob("*.ckpt")):
+    if path.is_dir() and path.suffix != ".ckpt" and not any(path.rglob("*.ckpt")):
         raise FileNotFoundError(
             f"`{given}` holds neither a model (`config.json` and weights) nor a run with a checkpoint: give the folder "
             "of one of them, or wait for the run's first checkpoint; a run that was stopped before has to start again."
