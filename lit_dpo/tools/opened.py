@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_dpo.checkpoints.run import Run
 from lit_dpo.export import meant_checkpoint
 from lit_dpo.models import Dtype, load_model
 from lit_dpo.pretrained import loading_of
