@@ -60,6 +60,7 @@ __all__ = [
     "SFTLoss",
     "SPPOLoss",
     "Scorer",
+    "SelfPlay",
     "SimPOLoss",
     "SyncedReference",
     "Verifier",
@@ -133,6 +134,7 @@ if TYPE_CHECKING:
         Picker,
         RewardModel,
         RightVsWrong,
+        SelfPlay,
         Verifier,
     )
     from lit_dpo.schedules import WarmupDecay

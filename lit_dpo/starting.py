@@ -24,6 +24,8 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.data.dataset import DIGEST
+from lit_dpo.data.encode import PairEncoder
+from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.prompts import Prompt as Asked
 from lit_dpo.data.prompts import prompt_ids
@@ -77,8 +79,9 @@ class StartingPolicies:
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
         shown = is_first() and self._scoring.progress_bar_callback is not None
-        more = (self._processes(), _gathered, partial(pool_pairs, self.data), self.load, shown, self.data.allow_changes)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, *more)
+        more = (self._processes(), _gathered, self._encoder, partial(pool_pairs, self.data), self.load)
+        known = (self.data.training.pool_sources, folder, score, sample, complete)
+        return Pool(*known, *more, shown, self.data.allow_changes)
 
     @cached_property
     def _scoring(self) -> Trainer:
@@ -106,6 +109,11 @@ class StartingPolicies:
         started = cluster is not None and cluster.creates_processes_externally
         if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
             strategy.setup_environment()
+
+    def _encoder(self) -> PairEncoder:
+        data = self.data
+        options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
+        return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -165,12 +173,14 @@ class StartingPolicies:
         found = _gathered({n: [one.text for one in each] for n, each in zip(own, completions, strict=True)})
         return [found[number] for number in range(len(prompts))]
 
-    def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    def complete(self, step: int, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
         tokenizer: Any
         model, tokenizer = self.load(step)
         ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
-        for prompt, each in zip(again, sampler(model, tokenizer, ids), strict=True):
+        opened = len(prompts) > 0 and isinstance(prompts[0], Opening)
+        names = (prompt.name for prompt in prompts if isinstance(prompt, Opening)) if opened else None
+        for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.
@@ -180,8 +190,10 @@ class StartingPolicies:
     def _processes() -> tuple[int, int]:
         return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt | Opening) -> list[int]:
         tokenizer: Any = self.module.tokenizer
+        if isinstance(prompt, Opening):
+            return [*prompt.ids]
         if isinstance(prompt, str):
             found = prompt_ids(tokenizer, Asked(prompt, "a prompt to sample from"))
         else:

@@ -298,3 +298,39 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
     assert len(record["greedy"]) == 2
     [report] = tmp_path.glob("rounds_*.md")
     assert "SFT on the chosen" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_self_play(benchmarks, tmp_path, monkeypatch):
+    """Two rounds of a few rows against SFT: the counts add up, and the record is written."""
+    import self_play
+
+    methods = ["SFT", "self-play, segments of 3, DPO 0.1"]
+    words = ["--seeds", "1", "--rows", "300", "--prompts", "30", "--steps", "2", "--unseen", "20", "--sft_epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["self_play.py", *words, "--methods", *methods, "--out", str(tmp_path)])
+    self_play.main()
+    plain, record = lines(tmp_path / "self_play.jsonl")
+    assert (plain["rounds"], plain["distance"]) == ([], [])
+    for told in record["rounds"]:
+        assert told["pairs"] + sum(told["without_pair"].values()) == told["prompts"] == 30
+    assert len(record["distance"]) == 2
+    [report] = tmp_path.glob("self_play_*.md")
+    assert methods[1] in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_length(benchmarks, tmp_path, monkeypatch):
+    """The judge is as the task says, and the record is written."""
+    import length
+
+    assert length.judge("50172=", "0125799") == pytest.approx(1.7)
+    assert length.judge("50172=", "0127") == pytest.approx(0.4)
+    words = ["--seeds", "1", "--rounds", "1", "--rows", "300", "--prompts", "20", "--unseen", "20", "--sft_epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["length.py", *words, "--losses", "DPO 0.1", "--out", str(tmp_path)])
+    length.main()
+    [record] = lines(tmp_path / "length.jsonl")
+    assert [one.keys() for one in record["found"]] == [{"length", "right", "begins right"}] * 2
+    [report] = tmp_path.glob("length_*.md")
+    assert "DPO 0.1" in report.read_text()

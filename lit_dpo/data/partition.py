@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_dpo.data.opening import Opening
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lit_dpo.data.encode import PairEncoder
     from lit_dpo.data.pair import Pair
     from lit_dpo.sampling import Completion, Sampler
 
@@ -38,6 +41,7 @@ class Pool:
         complete: Gives completions; called with the arguments of `complete`.
         processes: Number of this process, and how many there are that can talk to each other.
         gather: Makes one of what they have found, each under its own numbers.
+        encoder: Makes what encodes rows as they are trained on.
         pairs: Gives the pairs as texts.
         model: Loads the model that starts a step.
         progress: Whether this process draws on a terminal how far it is.
@@ -55,15 +59,17 @@ class Pool:
         folder: Path | None = None,
         score: Callable[[int | None], Tensor] | None = None,
         generate: Callable[..., list[list[str]]] | None = None,
-        complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
+        complete: Callable[[Sequence[Prompt | Opening], Sampler], Iterator[list[Completion]]] | None = None,
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
+        encoder: Callable[[], PairEncoder] | None = None,
         pairs: Callable[[], list[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
         progress: bool = False,
         allow_changes: bool = False,
     ) -> None:
         self.sources, self.progress, self.allow_changes = sources, progress, allow_changes
+        self._encoder = encoder
         self._pairs, self._model = pairs, model
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
@@ -179,11 +185,23 @@ class Pool:
             raise ValueError("At `temperature` 0 all samples are equal: ask for one, or set it above 0.")
         return self._generate(prompts, samples, temperature, max_new_tokens, seed, batch_size)
 
-    def complete(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    @property
+    def encoder(self) -> PairEncoder:
+        """What encodes rows as they are trained on.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._encoder is None:
+            raise ValueError("This pool encodes no rows: run the partition through `fit_stepwise`.")
+        return self._encoder()
+
+    def complete(self, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """Completions of prompts with their token ids, one prompt after the other, by this process alone.
 
         Args:
-            prompts: Texts, or lists of chat messages, which the chat template renders.
+            prompts: Texts, or lists of chat messages, which the chat template renders; or openings alone, which are
+                gone on with as they are.
             sampler: How to sample.
 
         Returns:

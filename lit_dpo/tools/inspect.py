@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -113,9 +114,9 @@ def inspect(
     with without_news():
         set_up(module, data, trainer)
     training = data.training
-    said = [f"train: {training.train.report}", *training.said]
+    said = [f"train: {_account(training.train.report)}", *training.said]
     if training.validation is not None:
-        said.append(f"validation: {training.validation.report}")
+        said.append(f"validation: {_account(training.validation.report)}")
     if data.stepwise:
         said.append("train: the pairs of all steps together, since the partition divides them only as training goes on")
     found = list(first_pairs(module.tokenizer, data, pairs))
@@ -129,20 +130,20 @@ def inspect(
     head, table = by_source(sources, lengths, data.max_length, margins)
     console = page.terminal()
     for line in said:
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=not console.is_terminal)
     console.print()
     console.print(_table(head, table, "By source", _COLOURS))
     console.print(f"\n{_ABOUT_SOURCES}{_ABOUT_SCORES if score else ''}\n")
-    console.print(_histogram(lengths))
+    console.print(_table(["tokens", *SIDES], _bars(lengths), "Lengths", _COLOURS))
     if found:
         console.print(f"\n{_MARKS}")
     for pair in found:
         _print(console, pair)
     if html is not None:
-        parts = [page.paragraph(line) for text in said for line in text.splitlines()]
+        parts = [page.block("\n".join(said))]
         parts += [page.heading("By source"), page.table(head, table)]
         parts += [page.paragraph(_ABOUT_SOURCES + (_ABOUT_SCORES if score else "")), page.heading("Lengths")]
-        parts += [page.table(("tokens", *SIDES), [[name, *counts] for name, counts in histogram(lengths)])]
+        parts += [page.table(("tokens", *SIDES), _bars(lengths))]
         parts += [page.heading("Pairs"), page.paragraph(_MARKS)]
         for pair in found:
             blocks = [
@@ -151,7 +152,12 @@ def inspect(
             ]
             parts.append(page.details(pair.title, blocks, opened=True))
         page.write(html, page.page("What is trained", parts), overwrite)
-        console.print(f"\nWritten: {html}", soft_wrap=True)
+        console.print(f"\nWrote {html}", soft_wrap=True)
+
+
+def _account(report: str) -> str:
+    """What a load says of its rows, without the first pair, as pairs are shown here anyway."""
+    return re.split(r"\n[^\n]*, as it is trained on;", report)[0]
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -238,8 +244,7 @@ def _print(console: Console, pair: ShownPair) -> None:
         text = Text()
         for shown_as, piece in marked(pieces):
             how = f"{' reverse' if piece.special else ''}{'' if piece.scored else ' dim'}"
-            shown_as = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in shown_as)  # nothing it would obey
-            text.append(shown_as, style=f"{_COLOURS[name]}{how}")
+            text.append(page.obeyed_by_none(shown_as), style=f"{_COLOURS[name]}{how}")
         fork, left = Text("┃", style="bold"), len(text) - _SHOWN
         if left > 0:
             more = Text(f"... ({left} more characters) ...", style="italic")
@@ -281,7 +286,13 @@ def by_source(
 
 
 def _share(of: Tensor) -> str:
-    return f"{float(of.double().mean()):.0%}"
+    """In percent; what is neither none nor all never looks like it.
+
+    >>> _share(torch.arange(300) < 1), _share(torch.arange(300) < 299), _share(torch.arange(300) < 150)
+    ('<1%', '>99%', '50%')
+    """
+    share, among = f"{float(of.double().mean()):.0%}", bool(of.any()) and not bool(of.all())
+    return {"0%": "<1%", "100%": ">99%"}.get(share, share) if among else share
 
 
 def histogram(lengths: Tensor) -> list[tuple[str, list[int]]]:
@@ -299,11 +310,11 @@ def histogram(lengths: Tensor) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _histogram(lengths: Tensor) -> Table:
+def _bars(lengths: Tensor) -> list[list[str]]:
+    """The rows of a histogram, with bars of text."""
     found = histogram(lengths)
     most = max(count for _, counts in found for count in counts)
-    rows = [[name, *(f"{'█' * round(_BAR * n / most)} {n}" for n in counts)] for name, counts in found]
-    return _table(["tokens", *SIDES], rows, "Lengths", _COLOURS)
+    return [[name, *(f"{'█' * round(_BAR * n / most)} {n}".strip() for n in counts)] for name, counts in found]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], title: str, styles: Any = {}) -> Table:  # noqa: B006
