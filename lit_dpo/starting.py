@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -108,6 +108,7 @@ class StartingPolicies:
         cluster = getattr(strategy, "cluster_environment", None)
         started = cluster is not None and cluster.creates_processes_externally
         if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
+            strategy.connect(LightningModule())  # some strategies tell it their mesh, which is no matter here
             strategy.setup_environment()
 
     def _encoder(self) -> PairEncoder:
