@@ -38,6 +38,7 @@ from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
+from lit_dpo.scoring.score import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,10 +79,21 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        shown = is_first() and self._scoring.progress_bar_callback is not None
-        more = (self._processes(), _gathered, self._encoder, partial(pool_pairs, self.data), self.load)
-        known = (self.data.training.pool_sources, folder, score, sample, complete)
-        return Pool(*known, *more, shown, self.data.allow_changes)
+        return Pool(
+            self.data.training.pool_sources,
+            folder,
+            score,
+            sample,
+            complete,
+            processes=self._processes(),
+            gather=_gathered,
+            encoder=self._encoder,
+            pairs=partial(pool_pairs, self.data),
+            model=self.load,
+            logps=self.logps,
+            progress=is_first() and self._scoring.progress_bar_callback is not None,
+            allow_changes=self.data.allow_changes,
+        )
 
     @cached_property
     def _scoring(self) -> Trainer:
@@ -186,6 +198,18 @@ class StartingPolicies:
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.
             yield [replace(one, text=text.removeprefix(before)) for one, text in zip(each, whole, strict=True)]
+
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """See `Pool.logps`."""
+        model, _ = self.load(step)
+        for prompt, said in zip(map(self._ids, prompts), completions, strict=True):
+            pairs = [(prompt, said[place], said[min(place + 1, len(said) - 1)]) for place in range(0, len(said), 2)]
+            with torch.no_grad():
+                found = Scorer()(model, PairBatch.from_lists(pairs).to(model.device))
+            sides = torch.stack([found.chosen, found.rejected], dim=1)  # (pairs, 2)
+            yield sides.flatten()[: len(said)].tolist()
 
     @staticmethod
     def _processes() -> tuple[int, int]:
