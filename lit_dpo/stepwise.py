@@ -70,7 +70,7 @@ def fit_stepwise(
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)
-    if datamodule.partition.first_reference:
+    if datamodule.partition.same_reference:
         _keep_first_reference(module, datamodule.partition, policies)
     more = []
     if first_reference:

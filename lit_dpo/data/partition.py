@@ -201,11 +201,11 @@ class Partition(ABC):
 
     Attributes:
         other_reference: Whether a model of its own may be the reference in every step instead.
-        first_reference: Whether the model that starts the first step is the reference of all of them.
+        same_reference: Whether the model that starts the first step is the reference of all of them.
     """
 
     other_reference: ClassVar[bool] = False
-    first_reference: ClassVar[bool] = False
+    same_reference: ClassVar[bool] = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:

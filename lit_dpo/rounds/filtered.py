@@ -45,7 +45,7 @@ class Filtered(Rounds):
         ValueError: An option is out of its range.
     """
 
-    first_reference: ClassVar[bool] = True
+    same_reference: ClassVar[bool] = True
 
     def __init__(
         self,
