@@ -26,7 +26,7 @@ from lit_dpo.models import load_model
 from lit_dpo.sampling import Sampler
 from lit_dpo.stepwise import fit_stepwise
 from tests import runs
-from tests.test_rounds import DESCRIPTION, here, is_right, lines, signs  # noqa: F401 - a fixture
+from tests.test_rounds import DESCRIPTION, Talking, here, is_right, lines, signs  # noqa: F401 - a fixture
 
 pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 pytestmark += [pytest.mark.filterwarnings("ignore:The discriminator of round")]  # a few labels teach it little
@@ -339,19 +339,46 @@ def program(method, folder, fails_at=None):
     return d2po(folder, judge) if method == "d2po" else filtered(judge)
 
 
+class Told(Talking):
+    """A pool whose policy says two things to every prompt, and whose model nobody needs."""
+
+    def model(self, step):
+        return None, None
+
+
+class Measured(Discriminator):
+    """Learns nothing, and is found to agree so much, round after round."""
+
+    def __init__(self, *agreements):
+        super().__init__()
+        self.agreements = list(agreements)
+
+    def fit(self, pairs, start):
+        return self.agreements.pop(0), len(pairs)
+
+    def save(self, folder, measured):
+        pass
+
+    def score(self, prompts, completions):
+        return [float(len(text)) for text in completions]
+
+
 def test_labels_that_teach_nothing_are_told_of(tmp_path):
-    """Labels by the parity of a sum over the text, which a few pairs do not teach; all alike, none at all."""
+    """All gold labels alike, a single one; a discriminator no better than chance, and one that gets worse."""
+
+    def rounds(name, gold, *agreements, count=1, **options):
+        partition = d2po(tmp_path, Verifier(gold), discriminator=Measured(*agreements), **options)
+        for step in range(count):
+            partition.next(step, Told(tmp_path / name / f"partition_{step}", ("1", "22")))
+
     with pytest.raises(ValueError, match=r"Round 0 has 0 pairs with a gold label, of 4 .*gap too small: 4;"):
-        run(tmp_path / "alike", d2po(tmp_path, Verifier(lambda prompt, text: 1.0)))
+        rounds("alike", lambda prompt, text: 1.0)
     with pytest.raises(ValueError, match=r"has 1 pairs with a gold label, of 1 .*: raise `gold_per_round`"):
-        run(tmp_path / "one", d2po(tmp_path, Verifier(fewer_sevens), gold_per_round=1))
-
-    class Wrong(Discriminator):
-        def fit(self, pairs, start):
-            return 0.25, super().fit(pairs, start)[1]
-
-    with pytest.warns(UserWarning, match=r"agrees with 25% of \d+ held-out gold labels, no better than chance"):
-        run(tmp_path / "chance", d2po(tmp_path, Verifier(fewer_sevens), discriminator=Wrong(folds=2), rounds=1))
+        rounds("one", fewer_sevens, gold_per_round=1)
+    with pytest.warns(UserWarning, match=r"round 0 agrees with 50% of 4 held-out gold labels, no better than chance"):
+        rounds("chance", fewer_sevens, 0.5)
+    with pytest.warns(UserWarning, match="round 1 agrees with 60% of 8 held-out gold labels, 75% in the round before"):
+        rounds("worse", fewer_sevens, 0.75, 0.6, count=2)
 
 
 def test_other_options_are_refused_and_a_missing_file_is_told_of(whole, tmp_path):
