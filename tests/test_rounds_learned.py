@@ -379,6 +379,12 @@ def test_labels_that_teach_nothing_are_told_of(tmp_path):
         rounds("chance", fewer_sevens, 0.5)
     with pytest.warns(UserWarning, match="round 1 agrees with 60% of 8 held-out gold labels, 75% in the round before"):
         rounds("worse", fewer_sevens, 0.75, 0.6, count=2)
+    decoy = tmp_path / "decoy" / "partition_0" / "discriminator" / "mine.txt"
+    decoy.parent.mkdir(parents=True)
+    decoy.write_text("mine")
+    with pytest.raises(FileExistsError, match="holds something that is no discriminator of this round: move it away"):
+        rounds("decoy", fewer_sevens, 0.75)
+    assert decoy.read_text() == "mine"
 
 
 def test_other_options_are_refused_and_a_missing_file_is_told_of(whole, tmp_path):
