@@ -10,6 +10,7 @@ __all__ = [
     "ADPOLoss",
     "APODownLoss",
     "APOZeroLoss",
+    "Active",
     "AdapterReference",
     "AllPairs",
     "BCOPairLoss",
@@ -60,6 +61,7 @@ __all__ = [
     "SFTLoss",
     "SPPOLoss",
     "Scorer",
+    "SelfPlay",
     "SimPOLoss",
     "SyncedReference",
     "Verifier",
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from lit_dpo.references.mixed import MixedReference
     from lit_dpo.references.synced import SyncedReference
     from lit_dpo.rounds import (
+        Active,
         AllPairs,
         BestVsWorst,
         ChosenVsSample,
@@ -133,6 +136,7 @@ if TYPE_CHECKING:
         Picker,
         RewardModel,
         RightVsWrong,
+        SelfPlay,
         Verifier,
     )
     from lit_dpo.schedules import WarmupDecay

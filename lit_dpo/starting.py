@@ -24,6 +24,8 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.data.dataset import DIGEST
+from lit_dpo.data.encode import PairEncoder
+from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.prompts import Prompt as Asked
 from lit_dpo.data.prompts import prompt_ids
@@ -36,6 +38,7 @@ from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
+from lit_dpo.scoring.score import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,9 +79,21 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        shown = is_first() and self._scoring.progress_bar_callback is not None
-        more = (self._processes(), _gathered, partial(pool_pairs, self.data), self.load, shown, self.data.allow_changes)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, *more)
+        return Pool(
+            self.data.training.pool_sources,
+            folder,
+            score,
+            sample,
+            complete,
+            processes=self._processes(),
+            gather=_gathered,
+            encoder=self._encoder,
+            pairs=partial(pool_pairs, self.data),
+            model=self.load,
+            logps=self.logps,
+            progress=is_first() and self._scoring.progress_bar_callback is not None,
+            allow_changes=self.data.allow_changes,
+        )
 
     @cached_property
     def _scoring(self) -> Trainer:
@@ -106,6 +121,11 @@ class StartingPolicies:
         started = cluster is not None and cluster.creates_processes_externally
         if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
             strategy.setup_environment()
+
+    def _encoder(self) -> PairEncoder:
+        data = self.data
+        options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
+        return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -165,23 +185,39 @@ class StartingPolicies:
         found = _gathered({n: [one.text for one in each] for n, each in zip(own, completions, strict=True)})
         return [found[number] for number in range(len(prompts))]
 
-    def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    def complete(self, step: int, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
         tokenizer: Any
         model, tokenizer = self.load(step)
         ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
-        for prompt, each in zip(again, sampler(model, tokenizer, ids), strict=True):
+        opened = len(prompts) > 0 and isinstance(prompts[0], Opening)
+        names = (prompt.name for prompt in prompts if isinstance(prompt, Opening)) if opened else None
+        for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.
             yield [replace(one, text=text.removeprefix(before)) for one, text in zip(each, whole, strict=True)]
 
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """See `Pool.logps`."""
+        model, _ = self.load(step)
+        for prompt, said in zip(map(self._ids, prompts), completions, strict=True):
+            pairs = [(prompt, said[place], said[min(place + 1, len(said) - 1)]) for place in range(0, len(said), 2)]
+            with torch.no_grad():
+                found = Scorer()(model, PairBatch.from_lists(pairs).to(model.device))
+            sides = torch.stack([found.chosen, found.rejected], dim=1)  # (pairs, 2)
+            yield sides.flatten()[: len(said)].tolist()
+
     @staticmethod
     def _processes() -> tuple[int, int]:
         return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt | Opening) -> list[int]:
         tokenizer: Any = self.module.tokenizer
+        if isinstance(prompt, Opening):
+            return [*prompt.ids]
         if isinstance(prompt, str):
             found = prompt_ids(tokenizer, Asked(prompt, "a prompt to sample from"))
         else:

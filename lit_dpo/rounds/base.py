@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import naming, write_json
+from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Partition, Pool, Prompt
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -34,6 +35,9 @@ class Rounds(Partition):
     down what they get, a line a prompt, and ask for none of it again, `seconds` notes the time of a stage. The record
     of a round goes into `round.json`.
 
+    Attributes:
+        remedy: What to do about too few pairs.
+
     Args:
         rounds: Steps, at least 1.
         sampler: How completions are drawn; its `round` is set to the step.
@@ -48,6 +52,7 @@ class Rounds(Partition):
     """
 
     other_reference: ClassVar[bool] = True
+    remedy: ClassVar[str] = "take easier or harder prompts, more samples or more `max_new_tokens`"
 
     def __init__(
         self,
@@ -94,7 +99,7 @@ class Rounds(Partition):
             raise ValueError(
                 f"Round {step} gives {len(rows)} pairs of {record['prompts']} prompts, fewer than `min_pairs`, which "
                 f"is {self.min_pairs} (prompts without a pair: {reasons or 'none'}; completions with an end: "
-                f"{record['finished']:.0%}): take easier or harder prompts, more samples or more `max_new_tokens`."
+                f"{record['finished']:.0%}): {self.remedy}."
             )
         rank_zero_info(f"Round {step}: {len(rows)} pairs of {record['prompts']} prompts")
         return rows
@@ -192,7 +197,7 @@ class Rounds(Partition):
         self,
         step: int,
         pool: Pool,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt | Opening],
         sampler: Sampler | None = None,
         name: str = "completions",
     ) -> Sequence[list[dict[str, Any]]]:

@@ -45,7 +45,7 @@ class Filtered(Rounds):
         ValueError: An option is out of its range.
     """
 
-    same_reference: ClassVar[bool] = True
+    first_reference: ClassVar[bool] = True
 
     def __init__(
         self,
