@@ -201,7 +201,7 @@ def raise_missing(value: str) -> NoReturn:
     if path.is_dir():
         known = path / "config.yaml"
         within = [str(known)] if known.is_file() else []
-        _refuse(f"`{value}` is a folder and no configuration file", within)
+        _refuse(f"`{value}` is a folder and no configuration file: name a file", within)
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [str(path.with_name(name)) for name in did_you_mean(path.name, beside)]
     if not path.suffix and path.name == value:

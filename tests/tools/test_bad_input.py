@@ -104,7 +104,7 @@ CASES = {
         ([*FIT, "pairs.jsonl", "--model.tokenizer", "killed"], "Give a folder saved by `save_pretrained`"),
         (
             ["--config", "killed/version_0"],
-            "no configuration file. Did you mean killed/version_0/config.yaml?",
+            "configuration file: name a file. Did you mean killed/version_0/config.yaml?",
         ),
     ],
     "check": [
