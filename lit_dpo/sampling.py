@@ -152,7 +152,7 @@ class Sampler:
     ) -> list[Completion]:
         with _generating(model, tokenizer) as (generate, ends, device):
             longest = max(len(ids) for ids, _, _ in keyed)
-            self._check(model, [ids for ids, _, _ in keyed], longest)
+            self.check(model, [ids for ids, _, _ in keyed])
             inputs = torch.tensor([[ends[0] if ends else 0] * (longest - len(ids)) + [*ids] for ids, _, _ in keyed])
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _, _ in keyed])
             processors = LogitsProcessorList()
@@ -179,15 +179,26 @@ class Sampler:
             found.append(Completion(ids, text, size is not None))
         return found
 
-    def _check(self, model: nn.Module, prompts: Sequence[Sequence[int]], longest: int) -> None:
+    def check(self, model: nn.Module, prompts: Sequence[Sequence[int]], where: str = "") -> None:
+        """Refuse prompts that the model cannot complete.
+
+        Args:
+            model: As it is called with.
+            prompts: Token ids.
+            where: What an error begins with, such as the row.
+
+        Raises:
+            ValueError: A prompt is empty, or too long for the model's positions.
+        """
         if not all(prompts):
-            raise ValueError("A prompt needs at least one token: remove the empty one.")
+            raise ValueError(f"{where}A prompt needs at least one token: remove the empty one.")
+        longest = max(map(len, prompts))
         config: Any = decoder_parts(model).model.config
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
         if most and longest + self.max_new_tokens > most:
             raise ValueError(
-                f"A prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the {most} positions of the "
-                "model: lower `max_new_tokens`, or shorten the prompt."
+                f"{where}A prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the {most} positions "
+                "of the model: lower `max_new_tokens`, or shorten the prompt."
             )
 
 

@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -76,8 +78,15 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        more = (self._processes(), _gathered, self._encoder, partial(pool_pairs, self.data), self.load)
+        shown = is_first() and self._scoring.progress_bar_callback is not None
+        found = (self._encoder, partial(pool_pairs, self.data), self.load)
+        more = (self._processes(), _gathered, *found, shown, self.data.allow_changes)
         return Pool(self.data.training.pool_sources, folder, score, sample, complete, *more)
+
+    @cached_property
+    def _scoring(self) -> Trainer:
+        """A Trainer that is asked for the device, and whether to show progress."""
+        return self.make_trainer(self.folder / "scoring")
 
     def load(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """See `Pool.model`."""
@@ -87,13 +96,24 @@ class StartingPolicies:
         else:
             how = (module.dtype_name, module.init_seed, self._loading_of(step))
             model = load_model(source, module.tokenizer, *how)
-        model.to(self.make_trainer(self.folder / "scoring").strategy.root_device)
+        model.to(self._scoring.strategy.root_device)
         return model, module.tokenizer
 
     def _encoder(self) -> PairEncoder:
         data = self.data
         options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
         return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
+
+    def connect(self) -> None:
+        """Connect processes that torchrun or a cluster has started all at once, so that they share the first step too.
+
+        Those that Lightning starts itself find what the first process has written by then.
+        """
+        strategy = self._scoring.strategy
+        cluster = getattr(strategy, "cluster_environment", None)
+        started = cluster is not None and cluster.creates_processes_externally
+        if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
+            strategy.setup_environment()
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -129,20 +149,14 @@ class StartingPolicies:
     def _score(self, step: int) -> Tensor:
         rank_zero_info(f"Scoring {len(self.data.training.pool)} training pairs with the model that starts step {step}")
         module, trainer = self.module, self.make_trainer(self.folder / "scoring")
-        loss, reference, model, loading = module.loss, module.reference, module.model, module.loading
-        module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+        model, loading = module.model, module.loading
         module.restart_from(self.of(step))
         module.loading = self._loading_of(step)
         try:
-            batches: Any = trainer.predict(module, datamodule=_Pool(self.data))
+            return training_margins(module, self.data, trainer)[self.data.training.pool]
         finally:
-            module.loss, module.reference = loss, reference
             module.restart_from(model)
             module.loading = loading
-        margins = torch.zeros(len(self.data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
-        for batch in batches:
-            margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
-        return trainer.strategy.reduce(margins, reduce_op="sum").cpu()[self.data.training.pool]
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -163,9 +177,11 @@ class StartingPolicies:
         """See `Pool.complete`."""
         tokenizer: Any
         model, tokenizer = self.load(step)
-        ids = [[*prompt.ids] if isinstance(prompt, Opening) else self._ids(prompt) for prompt in prompts]
-        names = [prompt.name for prompt in prompts if isinstance(prompt, Opening)] or None
-        for prompt, each in zip(ids, sampler(model, tokenizer, ids, names), strict=True):
+        ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
+        names = (
+            (p.name for p in prompts if isinstance(p, Opening)) if isinstance(next(iter(prompts)), Opening) else None
+        )
+        for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.
@@ -175,7 +191,9 @@ class StartingPolicies:
     def _processes() -> tuple[int, int]:
         return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt | Opening) -> list[int]:
+        if isinstance(prompt, Opening):
+            return [*prompt.ids]
         tokenizer: Any = self.module.tokenizer
         if isinstance(prompt, str):
             found = prompt_ids(tokenizer, Asked(prompt, "a prompt to sample from"))
@@ -200,6 +218,24 @@ class _Pool(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PairBatch]:
         self.data.trainer = self.trainer
         return self.data.pool_dataloader()
+
+
+def training_margins(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer) -> Tensor:
+    """Log-prob of chosen minus that of rejected under the policy alone, in nats, the same on all processes.
+
+    Returns:
+        Shape `(training rows,)`, float64; 0 for rows that are held out.
+    """
+    loss, reference = module.loss, module.reference
+    module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+    try:
+        batches: Any = trainer.predict(module, datamodule=_Pool(data))
+    finally:
+        module.loss, module.reference = loss, reference
+    margins = torch.zeros(len(data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
+    for batch in batches:
+        margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
+    return trainer.strategy.reduce(margins, reduce_op="sum").cpu()
 
 
 def folder_of(folder: Path, step: int) -> Path:

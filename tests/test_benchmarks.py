@@ -252,6 +252,17 @@ def test_chaos(tmp_path, more):
 
 
 @pytest.mark.slow
+def test_chaos_rounds(tmp_path):
+    """A few kills of rounds: pairs, losses and weights are those of rounds that were left alone."""
+    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", "6", "--seed", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = lines(tmp_path / "chaos_rounds.jsonl")
+    assert record["kills"] == sum(record["stages"].values()) == 6
+    assert record["differing"] == []
+
+
+@pytest.mark.slow
 def test_large_data(tmp_path):
     """A small one: what is measured of a million rows, of six thousand."""
     command = [sys.executable, str(FOLDER / "large_data.py"), "--rows", "6000", "--out", str(tmp_path)]

@@ -48,6 +48,7 @@ def step_by_step(model, prompt, tokens, pick):
     return tuple(line[len(prompt) :])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mamba"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"samples": 2, "top_p": 0.9}], ids=["greedy", "drawn"])
 def test_the_batch_size_changes_nothing(name, options):

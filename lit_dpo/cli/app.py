@@ -338,9 +338,11 @@ def _run_tool(name: str, args: list[str], flags: Flags) -> None:
     """Call the function that a command is."""
     tool = TOOLS[name]
     function = getattr(importlib.import_module(tool.module), tool.function)
-    if flags.overwrite and "overwrite" not in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if flags.overwrite and "overwrite" not in parameters:
         raise ValueError(f"`{name}` has no `--overwrite`: name a new file or folder instead.")
-    given = [*as_options(tool, args), *(["--overwrite", "true"] if flags.overwrite else [])]
+    switches = [parameter.name for parameter in parameters.values() if isinstance(parameter.default, bool)]
+    given = [*as_options(tool, args, switches), *(["--overwrite", "true"] if flags.overwrite else [])]
     jsonargparse.auto_cli(function, args=given, prog=f"lit-dpo {name}", parser_class=Parser)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,9 +44,13 @@ class Pool:
         encoder: Makes what encodes rows as they are trained on.
         pairs: Gives the pairs as texts.
         model: Loads the model that starts a step.
+        progress: Whether this process draws on a terminal how far it is.
+        allow_changes: Whether the user lets a run go on whose data have changed.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
+        progress: As given.
+        allow_changes: As given.
     """
 
     def __init__(
@@ -60,8 +65,10 @@ class Pool:
         encoder: Callable[[], PairEncoder] | None = None,
         pairs: Callable[[], list[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+        progress: bool = False,
+        allow_changes: bool = False,
     ) -> None:
-        self.sources, self._encoder = sources, encoder
+        self.sources, self._encoder, self.progress, self.allow_changes = sources, encoder, progress, allow_changes
         self._pairs, self._model = pairs, model
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
@@ -84,6 +91,12 @@ class Pool:
             raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
+
+    def at(self, step: int) -> Pool:
+        """This pool, with the folder of an earlier step."""
+        found = copy.copy(self)
+        found._folder = self._folder and self._folder.with_name(f"partition_{step}")
+        return found
 
     def folder_of(self, step: int) -> Path:
         """The folder of an earlier step, which holds what it has left."""
@@ -242,6 +255,17 @@ class Partition(ABC):
 
         Raises:
             ValueError: The pool cannot be divided in this way.
+        """
+
+    def resumed(self, step: int, pool: Pool) -> None:  # noqa: B027 - most have nothing to compare
+        """Look at a step whose new pairs an earlier run has written, which are going to be trained on as they are.
+
+        Args:
+            step: Number of the step, from 0.
+            pool: As for `next`.
+
+        Raises:
+            ValueError: They were made under other options, so that this run must not go on with them.
         """
 
 
