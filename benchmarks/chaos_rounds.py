@@ -137,7 +137,7 @@ def train(folder: Path) -> None:
     few = [{"prompt": f"{number}=", "chosen": "1", "rejected": "2"} for number in range(2)]
     options = {"rounds": 2, "prompts_per_round": PROMPTS, "samples": 6, "max_new_tokens": 20, "batch_size": 24}
     module = PreferenceModule(
-        LLAMA, tokenizer=tokenizer(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), lr_scheduler=None
+        LLAMA, tokenizer=tokenizer(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), lr_scheduler=None
     )
     partition = Noting(str(prompts), Watched(), **options)
     data = PreferenceDataModule(few, validation=few, partition=partition, batch_size=2, max_length=32)

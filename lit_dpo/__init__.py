@@ -10,6 +10,7 @@ __all__ = [
     "ADPOLoss",
     "APODownLoss",
     "APOZeroLoss",
+    "Active",
     "AdapterReference",
     "AllPairs",
     "BCOPairLoss",
@@ -122,6 +123,7 @@ if TYPE_CHECKING:
     from lit_dpo.references.mixed import MixedReference
     from lit_dpo.references.synced import SyncedReference
     from lit_dpo.rounds import (
+        Active,
         AllPairs,
         BestVsWorst,
         ChosenVsSample,

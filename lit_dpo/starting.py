@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -38,6 +38,7 @@ from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
+from lit_dpo.scoring.score import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,10 +79,21 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        shown = is_first() and self._scoring.progress_bar_callback is not None
-        found = (self._encoder, partial(pool_pairs, self.data), self.load)
-        more = (self._processes(), _gathered, *found, shown, self.data.allow_changes)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, *more)
+        return Pool(
+            self.data.training.pool_sources,
+            folder,
+            score,
+            sample,
+            complete,
+            processes=self._processes(),
+            gather=_gathered,
+            encoder=self._encoder,
+            pairs=partial(pool_pairs, self.data),
+            model=self.load,
+            logps=self.logps,
+            progress=is_first() and self._scoring.progress_bar_callback is not None,
+            allow_changes=self.data.allow_changes,
+        )
 
     @cached_property
     def _scoring(self) -> Trainer:
@@ -99,11 +111,6 @@ class StartingPolicies:
         model.to(self._scoring.strategy.root_device)
         return model, module.tokenizer
 
-    def _encoder(self) -> PairEncoder:
-        data = self.data
-        options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
-        return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
-
     def connect(self) -> None:
         """Connect processes that torchrun or a cluster has started all at once, so that they share the first step too.
 
@@ -113,7 +120,13 @@ class StartingPolicies:
         cluster = getattr(strategy, "cluster_environment", None)
         started = cluster is not None and cluster.creates_processes_externally
         if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
+            strategy.connect(LightningModule())  # some strategies tell it their mesh, which is no matter here
             strategy.setup_environment()
+
+    def _encoder(self) -> PairEncoder:
+        data = self.data
+        options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
+        return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -178,23 +191,34 @@ class StartingPolicies:
         tokenizer: Any
         model, tokenizer = self.load(step)
         ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
-        names = (
-            (p.name for p in prompts if isinstance(p, Opening)) if isinstance(next(iter(prompts)), Opening) else None
-        )
+        opened = len(prompts) > 0 and isinstance(prompts[0], Opening)
+        names = (prompt.name for prompt in prompts if isinstance(prompt, Opening)) if opened else None
         for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.
             yield [replace(one, text=text.removeprefix(before)) for one, text in zip(each, whole, strict=True)]
 
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """See `Pool.logps`."""
+        model, _ = self.load(step)
+        for prompt, said in zip(map(self._ids, prompts), completions, strict=True):
+            pairs = [(prompt, said[place], said[min(place + 1, len(said) - 1)]) for place in range(0, len(said), 2)]
+            with torch.no_grad():
+                found = Scorer()(model, PairBatch.from_lists(pairs).to(model.device))
+            sides = torch.stack([found.chosen, found.rejected], dim=1)  # (pairs, 2)
+            yield sides.flatten()[: len(said)].tolist()
+
     @staticmethod
     def _processes() -> tuple[int, int]:
         return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
 
     def _ids(self, prompt: Prompt | Opening) -> list[int]:
+        tokenizer: Any = self.module.tokenizer
         if isinstance(prompt, Opening):
             return [*prompt.ids]
-        tokenizer: Any = self.module.tokenizer
         if isinstance(prompt, str):
             found = prompt_ids(tokenizer, Asked(prompt, "a prompt to sample from"))
         else:

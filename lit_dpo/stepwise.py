@@ -75,6 +75,12 @@ def fit_stepwise(
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)
     policies.connect()
+    restarts = datamodule.partition.restarts
+    if restarts and isinstance(policies.first, nn.Module):
+        raise ValueError(
+            "Each step trains the first model anew, and a `model` given as an object has been training: save it with "
+            "`save_pretrained` and give the folder."
+        )
     if datamodule.partition.first_reference:
         _keep_first_reference(module, datamodule.partition, policies)
     more = []
@@ -88,7 +94,7 @@ def fit_stepwise(
     for step in count():
         root = folder_of(folder, step)
         if step:
-            module.restart_from(policies.of(step))
+            module.restart_from(policies.of(0 if restarts else step))
         if not _choose(step, root, datamodule, policies):
             break
         if resume and _is_done(root, datamodule):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
 METHODS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-ROUNDS = ("d2po", "fdpo", "iterative_length", "online", "online_reward_model", "sapo")  # trained by the tests of rounds
+ROUNDS = ("active", "code", "d2po", "fdpo", "iterative_length", "online", "online_reward_model", "sapo")
 
 
 def command(name, folder, config="dpo", *more):
@@ -90,10 +90,10 @@ def file(folder, name, content):
 
 def test_no_config_is_forgotten():
     assert METHODS == [
-        "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "d2po", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo",
-        "f_dpo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "iterative_length", "lddpo", "minor_dpo", "mpo",
-        "nca_pair", "odpo", "online", "online_reward_model", "orpo", "quickstart", "rdpo", "robust_dpo", "rpo",
-        "sapo", "sdpo", "sft", "simpo", "sppo",
+        "active", "adpo", "apo_down", "apo_zero", "bco_pair", "code", "cpo", "d2po", "dpo", "dpo_norm", "dpo_shift",
+        "dpop", "exo", "f_dpo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "iterative_length", "lddpo",
+        "minor_dpo", "mpo", "nca_pair", "odpo", "online", "online_reward_model", "orpo", "quickstart", "rdpo",
+        "robust_dpo", "rpo", "sapo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays

@@ -270,11 +270,9 @@ class PreferenceCLI(CheckpointsSetNoOptions):
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
     *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
-    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play")),
-    *(
-        f"lit_dpo.{name}"
-        for name in ("data.partition", "adapters.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
-    ),
+    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play", "active")),
+    *(f"lit_dpo.{name}" for name in ("data.partition", "data.splits", "adapters.LoRA", "LoRA", "WarmupDecay")),
+    "lit_dpo.strategies.FSDP2Strategy",
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
     *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined
     *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),

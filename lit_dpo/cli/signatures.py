@@ -141,7 +141,7 @@ def pluggable() -> dict[str, dict[str, tuple[str, ...]]]:
         "model.reference": ("references/*.py", "Reference"),
         "model.adapter": ("adapters.py", "LoRA"),
         "model.lr_scheduler": ("schedules.py", "WarmupDecay"),
-        "data.partition": ("data/partition.py", "Partition"),
+        "data.partition": ("data/splits.py", "Partition"),
     }
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     for option, (pattern, kind) in places.items():

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lit_dpo.data.opening import Opening
@@ -44,6 +43,7 @@ class Pool:
         encoder: Makes what encodes rows as they are trained on.
         pairs: Gives the pairs as texts.
         model: Loads the model that starts a step.
+        logps: Gives log-probs; called with the arguments of `logps`.
         progress: Whether this process draws on a terminal how far it is.
         allow_changes: Whether the user lets a run go on whose data have changed.
 
@@ -65,11 +65,13 @@ class Pool:
         encoder: Callable[[], PairEncoder] | None = None,
         pairs: Callable[[], list[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+        logps: Callable[..., Iterator[list[float]]] | None = None,
         progress: bool = False,
         allow_changes: bool = False,
     ) -> None:
-        self.sources, self._encoder, self.progress, self.allow_changes = sources, encoder, progress, allow_changes
-        self._pairs, self._model = pairs, model
+        self.sources, self.progress, self.allow_changes = sources, progress, allow_changes
+        self._encoder = encoder
+        self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
@@ -213,6 +215,26 @@ class Pool:
             raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
         return self._complete(prompts, sampler)
 
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """Log-probs of completions, one prompt after the other, by this process alone; no prompt changes another's.
+
+        Args:
+            prompts: As of `complete`.
+            completions: For each prompt its completions as token ids, at least one; none of them empty.
+            step: The model that starts this step scores: this one or an earlier one.
+
+        Returns:
+            An iterator over the sums over tokens, in nats, of each prompt's completions.
+
+        Raises:
+            ValueError: There is no such model.
+        """
+        if self._logps is None:
+            raise ValueError("Log-probs need the model that starts a step: run the partition through `fit_stepwise`.")
+        return self._logps(prompts, completions, step)
+
     def share(self, count: int) -> range:
         """Of so many numbers from 0 those that are this process's; all until the processes are connected."""
         rank, processes = self._processes
@@ -232,10 +254,12 @@ class Partition(ABC):
     Attributes:
         other_reference: Whether a model of its own may be the reference in every step instead.
         first_reference: Whether the model that starts the first step is the reference of all of them.
+        restarts: Whether each step trains that model anew; samples are those of what the step before has made.
     """
 
     other_reference: ClassVar[bool] = False
     first_reference: ClassVar[bool] = False
+    restarts: bool = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:
@@ -267,128 +291,3 @@ class Partition(ABC):
         Raises:
             ValueError: They were made under other options, so that this run must not go on with them.
         """
-
-
-class OneShot(Partition):
-    """Everything at once: plain training."""
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """All pairs in a single step."""
-        return _nth([torch.arange(pool.rows)], step)
-
-
-class BySource(Partition):
-    """One step for each data source, as in the sDPO paper.
-
-    Args:
-        order: Names of the sources in training order; empty means the order in which they are given to the data
-            module. Names are those that the load report prints.
-    """
-
-    def __init__(self, order: Sequence[str] = ()) -> None:
-        self.order = tuple(order)
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """The pairs of one source.
-
-        Raises:
-            ValueError: `order` does not name every source once.
-        """
-        found = list(dict.fromkeys(pool.sources))
-        if self.order and sorted(self.order) != sorted(found):
-            raise ValueError(
-                f"`order` names {', '.join(self.order)}, but the data have the sources {', '.join(found)}."
-            )
-        names = self.order or found
-        return _rows_of(names[step], pool.sources) if step < len(names) else None
-
-
-class RandomSplit(Partition):
-    """Steps of equal size drawn at random: the sDPO paper's ablation.
-
-    Args:
-        parts: Number of steps, at least 1.
-        seed: Seed of the random split.
-    """
-
-    def __init__(self, parts: int = 2, seed: int = 0) -> None:
-        self.parts, self.seed = _positive(parts), seed
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """An equal share of the pairs; the first steps take the remainder.
-
-        Raises:
-            ValueError: There are fewer pairs than steps.
-        """
-        _refuse_empty(self.parts, pool)
-        order = torch.randperm(pool.rows, generator=torch.Generator().manual_seed(self.seed))
-        return _nth([rows.sort().values for rows in order.tensor_split(self.parts)], step)
-
-
-class EasyToHard(Partition):
-    """Steps ordered from what the first model already prefers to what it does not.
-
-    Args:
-        parts: `None` orders whole sources by the first model's accuracy, the share of pairs with a positive margin,
-            as in the sDPO paper. A number cuts the pool into that many equal steps by margin, large to small, whatever
-            the source; that form is ours.
-    """
-
-    def __init__(self, parts: int | None = None) -> None:
-        self.parts = None if parts is None else _positive(parts)
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """The easiest pairs that are left.
-
-        Raises:
-            ValueError: There are fewer pairs than steps, or no policy.
-        """
-        return _nth(_easy_to_hard(self.parts, pool), step)
-
-
-class HardToEasy(Partition):
-    """The steps of `EasyToHard` in the opposite order: first what the first model prefers least.
-
-    Args:
-        parts: As of `EasyToHard`: `None` orders whole sources, a number cuts the pool into that many equal steps.
-    """
-
-    def __init__(self, parts: int | None = None) -> None:
-        self.parts = None if parts is None else _positive(parts)
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """The hardest pairs that are left.
-
-        Raises:
-            ValueError: There are fewer pairs than steps, or no policy.
-        """
-        return _nth(_easy_to_hard(self.parts, pool)[::-1], step)
-
-
-def _easy_to_hard(parts: int | None, pool: Pool) -> list[Tensor]:
-    _refuse_empty(parts or 1, pool)
-    margins = pool.margins(0)
-    if parts is not None:
-        order = margins.argsort(descending=True, stable=True)
-        return [rows.sort().values for rows in order.tensor_split(parts)]
-    by_source = [_rows_of(name, pool.sources) for name in dict.fromkeys(pool.sources)]
-    return sorted(by_source, key=lambda rows: -(margins[rows] > 0).double().mean().item())
-
-
-def _nth(steps: Sequence[Tensor], step: int) -> Tensor | None:
-    return steps[step] if step < len(steps) else None
-
-
-def _rows_of(name: str, sources: Sequence[str]) -> Tensor:
-    return torch.tensor([i for i, source in enumerate(sources) if source == name])
-
-
-def _refuse_empty(parts: int, pool: Pool) -> None:
-    if parts > pool.rows:
-        raise ValueError(f"`parts` is {parts}, but there are only {pool.rows} pairs to split.")
-
-
-def _positive(parts: int) -> int:
-    if parts < 1:
-        raise ValueError(f"`parts` must be at least 1, got {parts}.")
-    return parts

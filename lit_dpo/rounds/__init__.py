@@ -1,5 +1,6 @@
 """Rounds: preference pairs of the policy's own completions, sampled, judged and paired before each step."""
 
+from lit_dpo.rounds.active import Active
 from lit_dpo.rounds.command import Command
 from lit_dpo.rounds.discriminated import Discriminated
 from lit_dpo.rounds.discriminator import Discriminator
@@ -10,6 +11,7 @@ from lit_dpo.rounds.pickers import AllPairs, BestVsWorst, Candidate, ChosenVsSam
 from lit_dpo.rounds.self_play import SelfPlay
 
 __all__ = [
+    "Active",
     "AllPairs",
     "BestVsWorst",
     "Candidate",

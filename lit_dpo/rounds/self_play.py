@@ -82,7 +82,7 @@ class SelfPlay(Rounds):
         super().__init__(rounds, sampler, (), min_pairs)
         self.answers, self.prompts_per_round, self.buffer = answers, prompts_per_round, buffer
 
-    def next(self, step: int, pool: Pool) -> list[Row] | None:
+    def next(self, step: int, pool: Pool) -> Sequence[Row] | None:
         """The pairs in the buffer: those of this round behind those of the rounds before, at most `buffer` of them.
 
         Raises:

@@ -183,7 +183,7 @@ def _rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -
         ranks.append((np.cumsum(counts) - (counts - 1) / 2)[places])
     if any(np.ptp(rank) == 0 for rank in ranks):
         return None
-    return round(float(np.corrcoef(*ranks)[0, 1]), 12)
+    return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 12)
 
 
 def _print(suspects: Sequence[Suspect], pairs: dict[str, Pair], everything: Sequence[Suspect]) -> None:

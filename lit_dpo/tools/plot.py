@@ -194,7 +194,7 @@ def draw(found: Mapping[str, Mapping[str, Series]], panels: Sequence[Panel], dar
         figure = Figure(figsize=(5.0 * columns, 3.2 * lines), dpi=120, facecolor=back, layout="constrained")
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, number + 1, title=panel.title, xlabel="step")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
             stages = {stage for values in found.values() for name in panel.names for stage in _of(values, name)}
             drawn = 0
             for run, values in found.items():

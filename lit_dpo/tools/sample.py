@@ -105,8 +105,8 @@ def _opened(models: Sequence[str], base: bool, dtype: Dtype) -> Iterator[Opened]
 def _ask(opened: Opened, asked: Sequence[Prompt], sampler: Sampler) -> _Said:
     """All completions of one model; a terminal shows how far it is."""
     ids = [prompt_ids(opened.tokenizer, prompt) for prompt in asked]
-    for prompt, found in zip(asked, ids, strict=True):
-        sampler.check(opened.model, [found], f"{prompt.row}: ")
+    for prompt, each in zip(asked, ids, strict=True):
+        sampler.check(opened.model, [each], f"{prompt.row}: ")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(opened.name, total=len(asked))
