@@ -61,6 +61,7 @@ __all__ = [
     "SFTLoss",
     "SPPOLoss",
     "Scorer",
+    "SelfPlay",
     "SimPOLoss",
     "SyncedReference",
     "Verifier",
@@ -135,6 +136,7 @@ if TYPE_CHECKING:
         Picker,
         RewardModel,
         RightVsWrong,
+        SelfPlay,
         Verifier,
     )
     from lit_dpo.schedules import WarmupDecay

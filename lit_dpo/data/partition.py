@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from lit_dpo.data.opening import Opening
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lit_dpo.data.encode import PairEncoder
     from lit_dpo.data.pair import Pair
     from lit_dpo.sampling import Completion, Sampler
 
@@ -36,12 +40,17 @@ class Pool:
         complete: Gives completions; called with the arguments of `complete`.
         processes: Number of this process, and how many there are that can talk to each other.
         gather: Makes one of what they have found, each under its own numbers.
+        encoder: Makes what encodes rows as they are trained on.
         pairs: Gives the pairs as texts.
         model: Loads the model that starts a step.
         logps: Gives log-probs; called with the arguments of `logps`.
+        progress: Whether this process draws on a terminal how far it is.
+        allow_changes: Whether the user lets a run go on whose data have changed.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
+        progress: As given.
+        allow_changes: As given.
     """
 
     def __init__(
@@ -50,14 +59,18 @@ class Pool:
         folder: Path | None = None,
         score: Callable[[int | None], Tensor] | None = None,
         generate: Callable[..., list[list[str]]] | None = None,
-        complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
+        complete: Callable[[Sequence[Prompt | Opening], Sampler], Iterator[list[Completion]]] | None = None,
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
+        encoder: Callable[[], PairEncoder] | None = None,
         pairs: Callable[[], list[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
         logps: Callable[..., Iterator[list[float]]] | None = None,
+        progress: bool = False,
+        allow_changes: bool = False,
     ) -> None:
-        self.sources = sources
+        self.sources, self.progress, self.allow_changes = sources, progress, allow_changes
+        self._encoder = encoder
         self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
@@ -80,6 +93,12 @@ class Pool:
             raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
+
+    def at(self, step: int) -> Pool:
+        """This pool, with the folder of an earlier step."""
+        found = copy.copy(self)
+        found._folder = self._folder and self._folder.with_name(f"partition_{step}")
+        return found
 
     def folder_of(self, step: int) -> Path:
         """The folder of an earlier step, which holds what it has left."""
@@ -167,11 +186,23 @@ class Pool:
             raise ValueError("At `temperature` 0 all samples are equal: ask for one, or set it above 0.")
         return self._generate(prompts, samples, temperature, max_new_tokens, seed, batch_size)
 
-    def complete(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    @property
+    def encoder(self) -> PairEncoder:
+        """What encodes rows as they are trained on.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._encoder is None:
+            raise ValueError("This pool encodes no rows: run the partition through `fit_stepwise`.")
+        return self._encoder()
+
+    def complete(self, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """Completions of prompts with their token ids, one prompt after the other, by this process alone.
 
         Args:
-            prompts: Texts, or lists of chat messages, which the chat template renders.
+            prompts: Texts, or lists of chat messages, which the chat template renders; or openings alone, which are
+                gone on with as they are.
             sampler: How to sample.
 
         Returns:
@@ -248,4 +279,15 @@ class Partition(ABC):
 
         Raises:
             ValueError: The pool cannot be divided in this way.
+        """
+
+    def resumed(self, step: int, pool: Pool) -> None:  # noqa: B027 - most have nothing to compare
+        """Look at a step whose new pairs an earlier run has written, which are going to be trained on as they are.
+
+        Args:
+            step: Number of the step, from 0.
+            pool: As for `next`.
+
+        Raises:
+            ValueError: They were made under other options, so that this run must not go on with them.
         """

@@ -8,6 +8,7 @@ from lit_dpo.rounds.filtered import Filtered
 from lit_dpo.rounds.judges import Judge, JudgeError, RewardModel, Verifier
 from lit_dpo.rounds.on_policy import OnPolicy
 from lit_dpo.rounds.pickers import AllPairs, BestVsWorst, Candidate, ChosenVsSample, Picker, RightVsWrong
+from lit_dpo.rounds.self_play import SelfPlay
 
 __all__ = [
     "Active",
@@ -25,5 +26,6 @@ __all__ = [
     "Picker",
     "RewardModel",
     "RightVsWrong",
+    "SelfPlay",
     "Verifier",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Discriminated(Rounds):
         self.prompts, self.gold, self.picker = prompts, gold, BestVsWorst(gap)
         self.prompts_per_round, self.gold_per_round = prompts_per_round, gold_per_round
 
-    def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
+    def make(self, step: int, pool: Pool) -> tuple[Sequence[Row], dict[str, Any]]:
         """Pairs with gold labels, pairs with those of the discriminator, and what is counted of both."""
         prompts, _ = prompts_of(self.prompts, step, self.prompts_per_round)
         known = _read(pool.folder_of(step - 1) / _GOLD) if step else []
@@ -109,7 +110,7 @@ class Discriminated(Rounds):
         reasons = {"no two different completions": len(prompts) - len(two)}
         for name, (_, told) in {"gold": labels, "discriminator": silver}.items():
             reasons |= {f"{name}: {reason}": count for reason, count in told["without_pair"].items()}
-        return labels[0] + silver[0], {
+        return [*labels[0], *silver[0]], {
             "prompts": len(prompts),
             **counts,
             "gold_asked": len(asked),
@@ -122,8 +123,14 @@ class Discriminated(Rounds):
         }
 
     def _picked(
-        self, pool: Pool, judge: Judge, numbers: list[int], prompts: list[Prompt], texts: list[list[str]], name: str
-    ) -> tuple[list[Row], dict[str, Any]]:
+        self,
+        pool: Pool,
+        judge: Judge,
+        numbers: list[int],
+        prompts: Sequence[Prompt],
+        texts: Sequence[list[str]],
+        name: str,
+    ) -> tuple[Sequence[Row], dict[str, Any]]:
         """The pairs of some prompts by a judge, and counts."""
         if not numbers:
             return [], {"no_opinion": 0, "without_pair": {}}
@@ -137,6 +144,8 @@ class Discriminated(Rounds):
             found = read_json(folder / AGREEMENT)
             self.discriminator.load(folder)
             return float(found["agreement"]), int(found["of"])
+        if is_first() and folder.exists():
+            raise FileExistsError(f"`{folder}` holds something that is no discriminator of this round: move it away.")
         with self.seconds("training the discriminator"):
             agreement, of = self.discriminator.fit(labelled, pool.model(0))
             if is_first():
@@ -152,7 +161,7 @@ class Discriminated(Rounds):
         return agreement, of
 
 
-def _pairs(rows: list[Row]) -> list[Labelled]:
+def _pairs(rows: Sequence[Row]) -> list[Labelled]:
     """Rows as a prompt and the texts of its better and its worse completion."""
     found: list[Labelled] = []
     for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lit_dpo.data.partition import Pool
@@ -10,6 +11,7 @@ from lit_dpo.rounds.base import Rounds, check
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.pickers import Picker, RightVsWrong
 from lit_dpo.rounds.rows import Row, digest_of, picked, prompts_of, said_of
+from lit_dpo.rounds.streams import Each
 from lit_dpo.sampling import Sampler
 
 
@@ -44,6 +46,9 @@ class OnPolicy(Rounds):
         max_new_tokens: Tokens of a completion at most, its end included.
         seed: Of the random numbers of sampling.
         batch_size: Completions sampled at a time; it does not change them.
+        greedy_prompts: Prompts whose likeliest completions the judge scores at the start of each round and after the
+            last one; a data set as `prompts`.
+        trusted: Pairs whose label is trusted: in each round it is measured how often the judge prefers the chosen one.
 
     Raises:
         ValueError: An option is out of its range.
@@ -63,13 +68,15 @@ class OnPolicy(Rounds):
         max_new_tokens: int = 256,
         seed: int = 0,
         batch_size: int = 512,
+        greedy_prompts: str | None = None,
+        trusted: str | None = None,
     ) -> None:
         sampler = Sampler(samples, temperature, top_p, max_new_tokens, seed, rows=batch_size)
-        super().__init__(rounds, sampler, [judge], min_pairs)
+        super().__init__(rounds, sampler, [judge], min_pairs, greedy_prompts, trusted)
         check(prompts_per_round=prompts_per_round)
         self.prompts, self.judge, self.picker, self.prompts_per_round = prompts, judge, picker, prompts_per_round
 
-    def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
+    def make(self, step: int, pool: Pool) -> tuple[Sequence[Row], dict[str, Any]]:
         """Completions, scores, and the pairs that the picker makes of them."""
         prompts, chosen = prompts_of(self.prompts, step, self.prompts_per_round, self.picker.needs_chosen)
         picker = {"picker": type(self.picker).__name__, **getattr(self.picker, "__dict__", {})}
@@ -77,7 +84,8 @@ class OnPolicy(Rounds):
         texts, counts = said_of(self.sample(step, pool, prompts))
         rank_zero_info(f"Round {step}: {len(prompts)} prompts sampled, judging")
         if chosen:
-            texts = [[*said, answer] for said, answer in zip(texts, chosen, strict=True)]
+            samples = texts
+            texts = Each(len(samples), lambda number: [*samples[number], chosen[number]])
         scores = self.judged(pool, self.judge, prompts, texts)
         rows, more = picked(self.picker, prompts, texts, scores, bool(chosen))
         return rows, {"prompts": len(prompts), **counts, **more}

@@ -14,11 +14,15 @@ from lit_dpo.data.prompts import read_prompts
 from lit_dpo.data.read import read_rows
 from lit_dpo.data.rows import parse_row
 from lit_dpo.rounds.pickers import Candidate, Picker
+from lit_dpo.rounds.streams import Each, Streamed, different
 
 Row = dict[str, object]
+_Pairs = list[tuple[Candidate, Candidate]]
 
 
-def prompts_of(source: str, step: int, count: int | None, chosen: bool = False) -> tuple[list[Prompt], list[str]]:
+def prompts_of(
+    source: str, step: int, count: int | None, chosen: bool = False
+) -> tuple[Sequence[Prompt], Sequence[str]]:
     """The prompts of a round, in the order of their file; each round begins where the one before ended.
 
     Args:
@@ -33,18 +37,17 @@ def prompts_of(source: str, step: int, count: int | None, chosen: bool = False) 
     Raises:
         ValueError: There are fewer.
     """
-    known: dict[str, tuple[Prompt, str | None]] = {}
-    for prompt, answer in _read(source, chosen):
-        known.setdefault(json.dumps(prompt), (prompt, answer))
-    found = list(known.values())
+    found = different(_read(source, chosen), key=lambda row: row[0])
     count = len(found) if count is None else count
     if not found or count > len(found):
         raise ValueError(
             f"`{source}` holds {len(found)} different prompts, and a round takes {count or 'at least 1'}: give more, "
             "or lower `prompts_per_round`."
         )
-    taken = [found[(step * count + n) % len(found)] for n in range(count)]
-    return [prompt for prompt, _ in taken], [answer for _, answer in taken if answer is not None]
+    first = step * count
+    prompts: Sequence[Prompt] = Each(count, lambda number: found[(first + number) % len(found)][0])
+    answers: Sequence[str] = Each(count if chosen else 0, lambda number: found[(first + number) % len(found)][1])
+    return prompts, answers
 
 
 def _read(source: str, chosen: bool) -> Iterator[tuple[Prompt, str | None]]:
@@ -71,22 +74,30 @@ def answer_of(said: str | Sequence[Mapping[str, Any]], where: str, side: str = "
 
 def digest_of(*values: Any) -> str:
     """SHA-256 of plain values, such as the prompts of a round."""
-    return sha256(json.dumps(values).encode()).hexdigest()
+    digest = sha256()
+    for value in values:
+        several = isinstance(value, Sequence) and not isinstance(value, str)
+        for one in value if several else [value]:
+            digest.update(json.dumps(one).encode() + b"\n")
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
-def said_of(completions: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[list[list[str]], dict[str, Any]]:
+def said_of(completions: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[Sequence[list[str]], dict[str, Any]]:
     """What is judged of each prompt: completions with an end, not empty, all different; and counts of the others."""
-    texts: list[list[str]] = []
     total = finished = empty = duplicates = 0
     for found in completions:
         ended = [one["text"] for one in found if one["finished"]]
         said = [text for text in ended if text.strip()]
-        different = list(dict.fromkeys(said))
         total, finished = total + len(found), finished + len(ended)
-        empty, duplicates = empty + len(ended) - len(said), duplicates + len(said) - len(different)
-        texts.append(different)
+        empty, duplicates = empty + len(ended) - len(said), duplicates + len(said) - len({*said})
     share = finished / total if total else 0.0
+    texts = Each(len(completions), lambda number: _said(completions[number]))
     return texts, {"completions": total, "finished": share, "empty": empty, "duplicates": duplicates}
+
+
+def _said(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(one["text"] for one in found if one["finished"] and one["text"].strip()))
 
 
 def picked(
@@ -95,7 +106,7 @@ def picked(
     texts: Sequence[Sequence[str]],
     scores: Sequence[Sequence[float | None]],
     chosen: bool = False,
-) -> tuple[list[Row], dict[str, Any]]:
+) -> tuple[Sequence[Row], dict[str, Any]]:
     """Pairs of judged completions as rows of a data file, and what is to be counted of them.
 
     Args:
@@ -105,22 +116,32 @@ def picked(
         scores: Their scores.
         chosen: The last of each prompt's is the chosen answer of the data set.
     """
-    rows: list[Row] = []
     reasons: Counter[str] = Counter()
-    mixed = silent = 0
-    for prompt, said, given in zip(prompts, texts, scores, strict=True):
+    count = mixed = silent = 0
+
+    def each() -> Iterator[tuple[Prompt, Sequence[float | None], list[Candidate], _Pairs | str]]:
+        for prompt, said, given in zip(prompts, texts, scores, strict=True):
+            judged = [
+                None if score is None else Candidate(text, score) for text, score in zip(said, given, strict=True)
+            ]
+            gold = judged.pop() if chosen else None
+            candidates = [one for one in judged if one is not None]
+            yield prompt, given, candidates, picker.pick(candidates, gold)
+
+    def rows() -> Iterator[Row]:
+        for prompt, _, _, pairs in each():
+            if not isinstance(pairs, str):
+                yield from (row_of(prompt, better.text, worse.text) for better, worse in pairs)
+
+    for _, given, candidates, pairs in each():
         silent += sum(score is None for score in given)
-        judged = [None if score is None else Candidate(text, score) for text, score in zip(said, given, strict=True)]
-        gold = judged.pop() if chosen else None
-        candidates = [one for one in judged if one is not None]
         mixed += len({one.score for one in candidates}) > 1
-        pairs = picker.pick(candidates, gold)
         if isinstance(pairs, str):
             reasons[pairs] += 1
-            continue
-        rows += [row_of(prompt, better.text, worse.text) for better, worse in pairs]
+        else:
+            count += len(pairs)
     counts = {"no_opinion": silent, "mixed": mixed / len(prompts), "without_pair": dict(sorted(reasons.items()))}
-    return rows, counts
+    return Streamed(count, rows), counts
 
 
 def row_of(prompt: Prompt, better: str, worse: str) -> Row:
