@@ -143,6 +143,17 @@ class TestVerdicts:
         assert _edit(chosen, rejected) == edit
 
 
+class TestLog:
+    def test_steps_that_were_done_again_count_once(self, tmp_path):
+        """A run that was stopped after step 2 and went on from step 1 leaves two files."""
+        from commands import logged
+
+        (tmp_path / "metrics_0.csv").write_text("step,train/loss,val/loss\n0,3.0,\n0,,9.0\n1,2.0,\n")
+        (tmp_path / "metrics.csv").write_text("step,lr,train/loss,val/loss\n1,,2.0,\n1,,,8.0\n2,,1.0,\n")
+        assert [line["train/loss"] for line in logged(tmp_path) if "train/loss" in line] == [3.0, 2.0, 1.0]
+        assert [line["val/loss"] for line in logged(tmp_path) if "val/loss" in line] == [9.0, 8.0]
+
+
 class TestTable:
     def test_words_around_the_table_stay(self, tmp_path):
         import run
