@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -166,6 +168,21 @@ class TestTable:
         assert text.endswith("\n\nafter\n")
         assert "old" not in text
         assert "not run" in text
+
+    def test_the_manual_quotes_what_was_measured(self):
+        quoted = re.findall(r"-?[\d.]+ ± [\d.]*\d", (ROOT / "docs" / "methods.md").read_text())
+        table = (RUN.parent / "README.md").read_text()
+        assert len(quoted) >= 4
+        assert [number for number in quoted if number not in table] == []
+
+    def test_the_table_is_that_of_the_results(self, tmp_path):
+        """Judged again from the committed results, which a change of a rule has to show in."""
+        import run
+
+        shutil.copytree(RUN.parent / "results", tmp_path / "results")
+        shutil.copy(RUN.parent / "README.md", tmp_path)
+        run.show(run.experiments("cpu"), tmp_path, draw=False)
+        assert (tmp_path / "README.md").read_text() == (RUN.parent / "README.md").read_text()
 
     def test_a_smoke_run_spoils_no_result(self, tmp_path, capsys):
         import run
