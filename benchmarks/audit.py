@@ -93,7 +93,7 @@ def measure(name: str, share: float, seed: int, options: argparse.Namespace) -> 
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0),
         )  # fmt: skip
         data = PreferenceDataModule(
-            str(file), validation_fraction=0, batch_size=16, max_length=256, seed=seed, on_bad_row="skip"
+            str(file), validation_fraction=0, batch_size=16, max_length=options.max_length, seed=seed, on_bad_row="skip"
         )
         run = Path(folder, "version_0")
         Trainer(
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", default=["utility", "style"])
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=256, help="tokens; rows with a longer prompt are left out")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, default=3, choices=[1, *STUDENT])
     parser.add_argument("--flipped", type=float, nargs="+", default=[0.1, 0.2])

@@ -139,7 +139,7 @@ def parts(folder, options, partition=0):
     if options.get("margins"):
         callbacks.append(RecordMargins())
     if "terminate" in options:
-        callbacks.append(Terminate(options["terminate"]))
+        callbacks.append(Terminate(options["terminate"], options.get("signal", signal.SIGTERM)))
     if "mishap" in options:
         watch.GRACE = 3
         callbacks.append(Mishap(*options["mishap"]))

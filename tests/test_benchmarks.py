@@ -252,6 +252,17 @@ def test_chaos(tmp_path, more):
 
 
 @pytest.mark.slow
+def test_chaos_rounds(tmp_path):
+    """A few kills of rounds: pairs, losses and weights are those of rounds that were left alone."""
+    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", "6", "--seed", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = lines(tmp_path / "chaos_rounds.jsonl")
+    assert record["kills"] == sum(record["stages"].values()) == 6
+    assert record["differing"] == []
+
+
+@pytest.mark.slow
 def test_large_data(tmp_path):
     """A small one: what is measured of a million rows, of six thousand."""
     command = [sys.executable, str(FOLDER / "large_data.py"), "--rows", "6000", "--out", str(tmp_path)]
@@ -287,3 +298,130 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
     assert len(record["greedy"]) == 2
     [report] = tmp_path.glob("rounds_*.md")
     assert "SFT on the chosen" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_rounds_learned(benchmarks, tmp_path, monkeypatch):
+    """Filtered DPO in small: all pairs, filtered, replaced, and an oracle; D2PO's table from records."""
+    import rounds_learned
+
+    pairs = rounds_learned.noisy(400, 0)
+    right = sum(rounds_learned.is_right(row["prompt"], row["chosen"]) for row in pairs) / len(pairs)
+    assert 0.6 < right < 0.75
+    words = ["--seeds", "1", "--tasks", "fdpo", "--rows", "600", "--pairs", "40", "--unseen", "20"]
+    monkeypatch.setattr("sys.argv", ["rounds_learned.py", *words, "--out", str(tmp_path)])
+    rounds_learned.main()
+    found = lines(tmp_path / "rounds_learned.jsonl")
+    assert len(found) == 4
+    assert all(len(record["greedy"]) == 3 for record in found)
+    kept = [record["rounds"][0]["pairs"] for record in found]
+    assert kept[0] == 40 > kept[1]
+    [report] = tmp_path.glob("rounds_learned_*.md")
+    assert "paired by seed" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_self_play(benchmarks, tmp_path, monkeypatch):
+    """Two rounds of a few rows against SFT: the counts add up, and the record is written."""
+    import self_play
+
+    methods = ["SFT", "self-play, segments of 3, DPO 0.1"]
+    words = ["--seeds", "1", "--rows", "300", "--prompts", "30", "--steps", "2", "--unseen", "20", "--sft_epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["self_play.py", *words, "--methods", *methods, "--out", str(tmp_path)])
+    self_play.main()
+    plain, record = lines(tmp_path / "self_play.jsonl")
+    assert (plain["rounds"], plain["distance"]) == ([], [])
+    for told in record["rounds"]:
+        assert told["pairs"] + sum(told["without_pair"].values()) == told["prompts"] == 30
+    assert len(record["distance"]) == 2
+    [report] = tmp_path.glob("self_play_*.md")
+    assert methods[1] in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_length(benchmarks, tmp_path, monkeypatch):
+    """The judge is as the task says, and the record is written."""
+    import length
+
+    assert length.judge("50172=", "0125799") == pytest.approx(1.7)
+    assert length.judge("50172=", "0127") == pytest.approx(0.4)
+    words = ["--seeds", "1", "--rounds", "1", "--rows", "300", "--prompts", "20", "--unseen", "20", "--sft_epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["length.py", *words, "--losses", "DPO 0.1", "--out", str(tmp_path)])
+    length.main()
+    [record] = lines(tmp_path / "length.jsonl")
+    assert [one.keys() for one in record["found"]] == [{"length", "right", "begins right"}] * 2
+    [report] = tmp_path.glob("length_*.md")
+    assert "DPO 0.1" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_active(benchmarks, tmp_path, monkeypatch):
+    """Two ways of asking with a small budget, which both spend."""
+    import active
+
+    words = ["--seeds", "1", "--rounds", "2", "--budget", "9", "--rows", "600", "--prompts", "20", "--unseen", "20"]
+    words += ["--samples", "4", "--epochs", "1", "--ways", "random", "entropy + gap", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["active.py", *words])
+    active.main()
+    records = lines(tmp_path / "active.jsonl")
+    assert [record["rounds"][1]["asked_so_far"] for record in records] == [9, 9]
+    assert len({record["greedy"][0] for record in records}) == 1
+    [report] = tmp_path.glob("active_*.md")
+    assert "entropy + gap" in report.read_text()
+
+
+@pytest.mark.slow
+def test_check(tmp_path):
+    """A short one: a fit takes the steps that `check` has announced, and both are told."""
+    command = [sys.executable, str(FOLDER / "check.py"), "--only", "cached", "--rows", "60"]
+    tiny = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
+    command += ["--out", str(tmp_path), "--more", "--model.model", tiny, "--data.max_length", "64"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = lines(tmp_path / "check.jsonl")
+    check, fit = record["check"], record["fit"]
+    assert check["steps"] == fit["steps"] == 4
+    assert 0 < fit["save_checkpoint_s"] < fit["time_s"] < fit["whole_s"]
+    assert check["time_s"] > 0
+    assert check["prepare_s"] > 0
+    assert fit["prepare_s"] > 0
+    assert check["peak_bytes"] == pytest.approx(fit["peak_bytes"], rel=0.15)
+    [report] = tmp_path.glob("check_*.md")
+    assert "Outside 15%" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_comparisons_of_runs(benchmarks, tmp_path, monkeypatch):
+    """A short one: of equal settings and of others, with one run and with two; a second call trains nothing."""
+    import compare
+
+    words = ["--same", "1", "--other", "1", "--seeds", "2", "--rows", "16", "--held-out", "12", "--epochs", "1"]
+    words += ["--folder", str(tmp_path / "kept"), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["compare.py", *words])
+    compare.main()
+    records = lines(tmp_path / "compare.jsonl")
+    assert [(record["kind"], record["runs"]) for record in records] == [("A/A", 1), ("A/A", 2), ("A/B", 1), ("A/B", 2)]
+    assert records[0]["differences"]["accuracy"]["rows"] == 12
+    monkeypatch.setattr("compare.Trainer", None)
+    compare.main()
+    again = lines(tmp_path / "compare.jsonl")[4:]
+    assert [record["differences"] for record in again] == [record["differences"] for record in records]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_cost_of_margins(benchmarks, tmp_path, monkeypatch):
+    import margins
+
+    words = ["--shapes", "tiny", "--rows", "32", "--batch", "4", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["margins.py", *words])
+    margins.main()
+    [record] = lines(tmp_path / "margins.jsonl")
+    assert record["steps"] == 16
+    assert record["share"] == pytest.approx((record["kept"] + record["states"] + record["files"]) / record["step_ms"])
+    assert record["kept"] > 0

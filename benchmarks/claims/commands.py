@@ -121,18 +121,19 @@ def named(class_path: str, **init_args: Any) -> Config:
     return {"class_path": class_path, "init_args": init_args}
 
 
-def fit(folder: Path, config: Config, *overlays: str) -> Path:
+def fit(folder: Path, config: Config, *overlays: str, words: Sequence[str] = ()) -> Path:
     """Train in a folder, or go on there, or find it done; the folder of the run.
 
     Args:
         folder: Of this training alone.
         config: Its configuration.
         overlays: Shipped configurations that stand before it.
+        words: More of the command line, such as what no configuration may say.
     """
     if not (folder / "DONE").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        words = ["fit", *(word for name in overlays for word in ("--config", name))]
+        words = ["fit", *words, *(word for name in overlays for word in ("--config", name))]
         words += ["--config", str(folder / "config.yaml"), "--trainer.default_root_dir", str(folder)]
         if any(folder.glob("version_*/**/last.ckpt")):
             words += ["--ckpt_path", "last"]

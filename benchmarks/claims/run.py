@@ -31,13 +31,24 @@ import a_stepwise
 import a_targets
 import b_displacement
 import b_stopping
+import c_layers
+import c_stepwise
+import d_audit
+import d_expo
+import d_filtered
+import d_length
+import d_minor
+import d_pilot
+import d_rounds
 import figure
+import losses
 from bases import REAL, Place, base
 from claim import Experiment, Results, measure
 from commands import write
 from common import facts
 
-MODULES = (a_targets, a_stepwise, b_displacement, b_stopping)
+MODULES = (a_targets, a_stepwise, b_displacement, b_stopping, c_stepwise, c_layers)
+MODULES += (d_rounds, d_filtered, d_expo, d_minor, d_length, d_pilot, d_audit, losses)
 MARKS = ("<!-- table -->", "<!-- end of table -->")
 
 
@@ -149,9 +160,8 @@ def _note(name: str, experiment: Experiment, whole: dict[str, Any]) -> str:
     fits = "; ".join(
         f"{base} {', '.join(f'{value:.2f}' for value in values)}" for base, values in whole["perplexity"].items()
     )
-    said = (
-        f"**{name}**: {experiment.note} Held-out perplexity of the supervised models: {fits}. Seeds {about['seed']}, "
-    )
+    fits = f" Held-out perplexity of the supervised models: {fits}." if fits else ""
+    said = f"**{name}**: {experiment.note}{fits} Seeds {about['seed']}, "
     said += f"scale `{about['scale']}`; {about['hardware']}, one thread a run, Python {about['python']}, {versions}."
     return f"{said}\n\n```text\n{about['command']}\n```"
 

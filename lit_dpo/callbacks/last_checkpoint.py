@@ -157,14 +157,8 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        path = self._folder / "last.ckpt"
-        if trainer.is_global_zero and path.exists():
-            keep_as(path, self._folder / "previous.ckpt")
-        trainer.strategy.barrier("previous checkpoint kept")  # shards are written by all
         self._saved_step, self._due = trainer.global_step, False
-        trainer.save_checkpoint(path, weights_only=False)  # all of the state; Lightning prints a line if not told
-        if trainer.is_global_zero and path.is_dir():
-            write_shards_manifest(path)
+        save_last(trainer, self._folder)
 
     # -- signals ------------------------------------------------------------------------------------------------------
 
@@ -232,3 +226,23 @@ class LastCheckpoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def save_last(trainer: Trainer, folder: Path, save: Callable[[Path], None] | None = None) -> None:
+    """Write `last.ckpt`, and keep the one that stood there as `previous.ckpt`; all processes take part.
+
+    Args:
+        trainer: Whose state is saved.
+        folder: Where.
+        save: Writes something else in place of that state.
+    """
+    path = folder / "last.ckpt"
+    if trainer.is_global_zero and path.exists():
+        keep_as(path, folder / "previous.ckpt")
+    trainer.strategy.barrier("previous checkpoint kept")  # shards are written by all
+    if save is not None:
+        save(path)
+    else:
+        trainer.save_checkpoint(path, weights_only=False)  # all of the state; Lightning prints a line if not told
+    if trainer.is_global_zero and path.is_dir():
+        write_shards_manifest(path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +27,27 @@ def set_up(module: PreferenceModule, data: PreferenceDataModule, trainer: Traine
 @contextmanager
 def without_news() -> Iterator[None]:
     """Leave out what a run says of itself, which a tool says in its own order; warnings stay."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in before:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the special tokens of a tokenizer, those that were added to it too."""
     return {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def writable(folder: Path) -> bool:
+    """Whether it is a folder in which something can be made."""
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

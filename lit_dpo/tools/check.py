@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -22,8 +21,9 @@ from lit_dpo.module import PreferenceModule
 from lit_dpo.references.cached import CachedReference
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.tools import page
-from lit_dpo.tools.before import set_up, special_ids, without_news
-from lit_dpo.tools.measured import Measuring, Memory, Plan, StartReference, TooLargeError, planned, size
+from lit_dpo.tools.before import nearest, set_up, special_ids, without_news, writable
+from lit_dpo.tools.measured import Measuring, Memory, StartReference, TooLargeError, size
+from lit_dpo.tools.plan import Plan, planned
 
 _GIB = 2**30
 _FAST = 1e-5  # learning rate above which full fine-tuning is known to destroy a model
@@ -76,7 +76,8 @@ def check(
     console, levels = page.terminal(), {"fine"}
     for finding in _findings(module, data, trainer, make_trainer, callbacks, saves, memory):
         levels.add(finding.level)
-        console.print(Text.assemble((f"{finding.level:9}", _COLOURS[finding.level]), finding.text), soft_wrap=True)
+        line = Text.assemble((f"{finding.level:9}", _COLOURS[finding.level]), finding.text)
+        console.print(line, soft_wrap=not console.is_terminal)
     return 2 if "fails" in levels else 1 if "warning" in levels else 0
 
 
@@ -98,7 +99,7 @@ def _findings(
     try:
         with without_news():
             set_up(module, data, trainer)
-            plan = planned(data, trainer)
+            plan = planned(data, trainer, callbacks, saves)
         yield from _data(module, data, plan)
         yield from _settings(module, data, trainer)
         least = _least(module)
@@ -107,7 +108,10 @@ def _findings(
             return
         if cached is not None:
             module.reference = StartReference(cached.of)
-        measuring = Measuring(plan, min(2, trainer.accumulate_grad_batches), used, room)
+        root = nearest(Path(trainer.default_root_dir))
+        place = root if saves and "://" not in trainer.default_root_dir and writable(root) else None
+        measuring = Measuring(plan, min(2, trainer.accumulate_grad_batches), used, room, place)
+        measuring.interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         _measure(module, data, make_trainer, measuring)
     except OutOfMemoryError:
         yield Finding("fails", f"memory: a batch does not fit into {_gib(room or 0)}: halve `--data.batch_size`")
@@ -120,7 +124,7 @@ def _findings(
     yield from _disk(Path(trainer.default_root_dir), measuring, callbacks, saves)
     peak = max(measuring.peak, measuring.extrapolated)
     yield _memory(module, data, trainer, plan, measuring.parts, room, base, peak)
-    yield from _time(module.reference, measuring)
+    yield from _time(measuring)
 
 
 def _measure(
@@ -228,7 +232,7 @@ def _started(module: PreferenceModule, found: Measuring, cached: CachedReference
 
 
 def _gib(count: float) -> str:
-    return f"{count / _GIB:.2f} GiB"
+    return f"{count / _GIB:.{'2f' if count >= _GIB / 10 else '2g'}} GiB"
 
 
 def _least(module: PreferenceModule) -> dict[str, int]:
@@ -301,17 +305,20 @@ def _lighter(
     return sorted(found, key=lambda change: -change[1])
 
 
-def _time(reference: object, found: Measuring) -> Iterator[Finding]:
+def _time(found: Measuring) -> Iterator[Finding]:
     if not found.updates:
         return
-    training, validating = found.seconds()
+    training, validating, saving = found.seconds()
     plan = found.plan
-    text = f"time: {training / max(1, plan.steps):.3g} s a step, {plan.steps} steps; {_long(training)} of training"
+    whole = _long(training + validating + saving)
+    text = f"time: about {whole} from the first batch to the last checkpoint, {plan.steps} steps; {_long(training)} of "
+    text += f"training, {training / max(1, plan.steps):.3g} s a step"
     if plan.validations:
         text += f", {_long(validating)} for {plan.validations} validations"
-    if isinstance(reference, StartReference) and reference.tokens:
-        whole = sum(plan.tokens) + sum(plan.evaluated_tokens)
-        text += f"; up to {_long(reference.seconds / reference.tokens * whole)} for the reference's pass over the rows"
+    if plan.last + plan.best:
+        text += f", {_long(saving)} for {'up to ' * bool(plan.best)}{plan.last + plan.best} checkpoints"
+    if found.reference_pass:
+        text += f"; before it up to {_long(found.reference_pass)} for the reference's pass over the rows"
     yield Finding("estimate", text)
 
 
@@ -325,8 +332,8 @@ def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool)
     if not saves or "://" in str(folder):
         yield Finding("fine", "no checkpoints are written to a local disk")
         return
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    existing = nearest(folder)
+    if not writable(existing):
         yield Finding("fails", f"`{existing}` cannot be written to: set `--trainer.default_root_dir`")
         return
     kept = sum(max(1, callback.save_top_k) for callback in callbacks if isinstance(callback, ModelCheckpoint))

@@ -82,9 +82,9 @@ def read_predictions(path: Path) -> dict[str, Row]:
 def compare(settings: Mapping[str, Sequence[Mapping[str, Row]]], seed: int = 0) -> list[Difference]:
     """All differences between settings, each setting compared with those before it.
 
-    Rows are resampled, the same for both settings, and so are the pairs of runs, if a setting has several: the n-th
-    run of one is paired with the n-th of the other. With one run each, the intervals are about these two runs, and
-    another seed may move them.
+    Rows are resampled, the same for both settings. If a setting has several runs, the n-th run of one is paired with
+    the n-th of the other, and the intervals cover the spread between runs as well. With one run each, they are about
+    these two runs alone: equal settings with another seed may differ by more.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993; Holm, Scand. J. Statist. 6, 1979.
 
@@ -194,9 +194,11 @@ def _difference(first: str, second: str, what: str, a: Array, b: Array, rng: np.
 
 
 def resampled(differences: Array, rng: np.random.Generator) -> Array:
-    """Means of differences over resampled rows, and over resampled runs where there are several, shape (resamples,).
+    """Means of differences over resampled rows, with the spread between runs where there are several, (resamples,).
 
-    The spread of a resample of n is too small by the factor `sqrt((n - 1) / n)`, which is made good for both.
+    The spread of a resample of n is too small by the factor `sqrt((n - 1) / n)`, which is made good. Runs are too few
+    to be resampled: 95 % intervals from 2 or 3 of equal settings would miss the truth in a fifth of all cases or more.
+    Their spread is drawn from Student's t, with one degree of freedom less than there are runs.
 
     Args:
         differences: Shape (runs, rows), NaN where a run does not have a row.
@@ -216,8 +218,7 @@ def resampled(differences: Array, rng: np.random.Generator) -> Array:
     each = centre + (each - centre) * np.sqrt(rows / max(1, rows - 1))
     mean: Array = each.mean(1)
     if runs > 1:
-        drawn = rng.multinomial(runs, np.full(runs, 1 / runs), len(each)) / runs
-        mean = mean + ((drawn * each).sum(1) - mean) * np.sqrt(runs / (runs - 1))
+        mean = mean + centre.std(ddof=1) / np.sqrt(runs) * rng.standard_t(runs - 1, len(each))
     return mean
 
 
@@ -239,17 +240,19 @@ def sentences(found: Sequence[Difference], runs: int) -> list[str]:
     for each in (each for each in found if each.what == "accuracy"):
         numbers = f"{each.values[1]:.3f} against {each.values[0]:.3f} over {each.rows:,} rows"
         interval = f"difference {each.difference:+.3f}, 95 % interval {each.low:+.3f} to {each.high:+.3f}"
-        others = [d.what for d in found if (d.first, d.second) == (each.first, each.second) and d.found and d != each]
-        more = f" Differences in: {'; '.join(others)}." if others else ""
+        others = [d for d in found if (d.first, d.second) == (each.first, each.second) and d.found and d != each]
+        named = "; ".join(f"{d.what} ({d.verdict})" for d in others)
+        more = f" Differences in: {named}." if others else ""
         if each.found:
             better = "better" if each.difference > 0 else "worse"
             said.append(f"{each.second} is {better} than {each.first}: accuracy {numbers} ({interval}).{more}")
         else:
             said.append(f"{each.second} and {each.first}: no difference in accuracy, {numbers} ({interval}).{more}")
     about = (
-        "The intervals are about these very runs: another seed may move the accuracy, too."
+        "The intervals cover the rows alone: they are about these very runs, and two runs of equal settings with other "
+        "seeds may differ by more. To compare settings, train several seeds of each with `--train`."
         if runs == 1
-        else f"The intervals are about the settings, with {runs} runs of each."
+        else f"The intervals are about the settings, with {runs} runs of each: they cover the rows and the seeds."
     )
     if all("log-prob" not in each.what for each in found):
         about = f"Log-probs are not compared, because the runs cut the rows into other tokens. {about}"
@@ -268,21 +271,27 @@ def show(found: Sequence[Difference], runs: int) -> None:
         for column in table.columns[1:7]:
             column.justify = "right"
         for each in (each for each in found if (each.first, each.second) == pair):
-            table.add_row(each.what, *map(str, _cells(each)), each.verdict)
+            table.add_row(page.plain(each.what), *map(str, _cells(each)), each.verdict)
         console.print(f"first: {pair[0]}\nsecond: {pair[1]}")
         console.print(table)
     for sentence in sentences(found, runs):
-        console.print(sentence)
+        console.print(page.plain(sentence))
 
 
 def _cells(each: Difference) -> list[Any]:
-    values = [f"{value:.3g}" for value in each.values]
-    return [each.rows, *values, f"{each.difference:+.3g}", f"{each.low:+.3g} {each.high:+.3g}", f"{each.corrected:.2g}"]
+    values = [f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in each.values]
+    difference, low, high = (
+        f"{value:+.3f}" if abs(value) < 1 else f"{value:+.2f}" for value in (each.difference, each.low, each.high)
+    )
+    return [each.rows, *values, difference, f"{low} {high}", f"{each.corrected:.2g}"]
 
 
 def html(found: Sequence[Difference], runs: int) -> str:
     """The same as a page."""
-    head = ("first", "second", "what", "rows", "of first", "of second", "difference", "95 % interval", "p", "")
-    rows = [(each.first, each.second, each.what, *_cells(each), each.verdict) for each in found]
-    parts = [*map(page.paragraph, sentences(found, runs)), page.table(head, rows)]
+    head = ("", "second is", "change", "95 % interval", "p", "rows", "first", "second")
+    parts = [*map(page.paragraph, sentences(found, runs))]
+    for first, second in dict.fromkeys((each.first, each.second) for each in found):
+        mine = [(each, *_cells(each)) for each in found if (each.first, each.second) == (first, second)]
+        rows = [(each.what, each.verdict, *cells[3:], *cells[:3]) for each, *cells in mine]
+        parts += [page.heading(f"first: {first}, second: {second}"), page.table(head, rows)]
     return page.page("Comparison of runs", parts)

@@ -1,12 +1,15 @@
-"""A few steps of a fit at learning rate 0, timed, with the memory they take; and what a whole run takes by them."""
+"""A few steps of a fit at learning rate 0 and three checkpoints, timed; and what a whole run takes by them."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,81 +19,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lit_dpo.callbacks.last_checkpoint import save_last
+from lit_dpo.checkpoints.io import make_durable
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.losses import per_pair
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Reference
 from lit_dpo.scoring.score import Scorer
+from lit_dpo.tools.plan import Plan
 
 _SIZES = 6  # lengths of batches that are timed
-_SECONDS = 60.0  # after which no size is timed again
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will do, as far as it is known before its first step; early stopping may end it sooner.
-
-    Args:
-        batches: Rows of the training batches of an epoch, on one process.
-        tokens: Tokens of each.
-        evaluated: Rows of the validation batches.
-        evaluated_tokens: Tokens of each.
-        epochs: How often the training batches are gone through, in part perhaps.
-        steps: Optimizer steps of the run.
-        validations: How often all validation batches are gone through.
-    """
-
-    batches: list[Any]
-    tokens: list[int]
-    evaluated: list[Any]
-    evaluated_tokens: list[int]
-    epochs: float
-    steps: int
-    validations: int
-
-
-def planned(data: PreferenceDataModule, trainer: Trainer) -> Plan:
-    """The plan of a fit whose data are set up.
-
-    Raises:
-        ValueError: There is nothing that ends it.
-    """
-    layout, loader = data.step_layout(), data.train_dataloader()
-    count, accumulate = layout["batches"], layout["accumulate"]
-    sampler: Any = loader.sampler
-    batches = list(sampler)[:count]
-    per_epoch = -(-count // accumulate)
-    most, epochs = trainer.max_steps, trainer.max_epochs
-    if epochs is None:
-        epochs = 1000 if most == -1 else -1  # as Lightning has it
-    if epochs == -1 and most == -1:
-        raise ValueError("Nothing ends this run: set `--trainer.max_epochs`, or `--trainer.max_steps`.")
-    steps = min(number for number in (most, epochs * per_epoch) if number >= 0)
-    held: Any = data.val_dataloader()
-    limit = trainer.limit_val_batches
-    found = list(held.sampler) if held else []
-    found = found[: limit if isinstance(limit, int) else int(len(found) * limit)]
-    every = trainer.val_check_interval
-    within = int(every) if isinstance(every, int) else max(1, int(count * every))
-    if within % accumulate and within < count:  # validations come at the ends of optimizer steps
-        within = max(accumulate, within // accumulate * accumulate)
-    full, rest = divmod(steps, per_epoch)
-    if (apart := trainer.check_val_every_n_epoch) is None:
-        validations = (full * count + rest * accumulate) // within
-    else:
-        validations = full // apart * (count // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
-    validations += trainer.num_sanity_val_steps == float("inf")
-    sizes = data.training.dataset.lengths.sum(1)
-    other = (data.training.validation or data.training.train).lengths.sum(1)
-    return Plan(
-        batches,
-        [int(sizes[plan.rows].sum()) for plan in batches],
-        found,
-        [int(other[plan.rows].sum()) for plan in found],
-        steps / per_epoch,
-        steps,
-        validations if found else 0,
-    )
+_PASSES = 4  # over these lengths
+_ENOUGH = 10.0  # seconds after which no length is timed a third time
+_SECONDS = 60.0  # after which none is timed a second time
+_WHOLE = 1 << 30  # bytes; of a larger checkpoint a part is written
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -192,11 +134,16 @@ class Measuring(Callback):
         accumulate: Batches of an optimizer step here: 1, or 2 where the run accumulates gradients.
         memory: Measures memory.
         room: The most bytes to take; batches that would take more are left out.
+        folder: Where checkpoints may be tried, in a folder of their own that is removed; `None` tries none.
 
     Attributes:
+        interval: Steps between two that the fit logs; the first one is logged in any case.
         times: Tokens of a batch -> its seconds, without the optimizer.
         evaluated: The same of validation.
         updates: Seconds of each optimizer step.
+        first: Seconds that the first step took more than a later one of the same batches.
+        reference_pass: Seconds that the pass of a cached reference takes, if nothing is cached yet.
+        saves: Seconds of the first, second and third checkpoint; the third takes what all later ones do.
         peak: The most bytes that were taken.
         extrapolated: What the longest batch would take, if it was left out.
         gap: Largest difference of policy and reference before the first step, in nats; `None` without a reference.
@@ -206,20 +153,19 @@ class Measuring(Callback):
         parts: Bytes of `weights`, `reference`, `gradients` and `optimizer`.
     """
 
-    def __init__(self, plan: Plan, accumulate: int, memory: Memory, room: int | None) -> None:
-        self.plan, self.accumulate, self.memory, self.room = plan, accumulate, memory, room
-        order = np.argsort(plan.tokens, kind="stable")
-        places = np.unique(np.linspace(0, len(order) - 1, min(_SIZES, len(order))).round().astype(int))
-        rising = [int(order[place]) for place in places]
-        chosen = [rising[0], *rising, *rising]
+    def __init__(self, plan: Plan, accumulate: int, memory: Memory, room: int | None, folder: Path | None) -> None:
+        self.plan, self.accumulate, self.memory, self.room, self.folder = plan, accumulate, memory, room, folder
+        self.interval = 1
+        rising = _spread(plan.tokens, _SIZES)
+        chosen = [rising[0], *rising * _PASSES]
         self.chosen = [plan.batches[number] for number in chosen for _ in range(accumulate)]
         self.tokens = [plan.tokens[number] for number in chosen for _ in range(accumulate)]
         self.once = accumulate * (1 + len(rising))  # batches after which every length was seen
-        self.held_out = plan.evaluated[:: -(-len(plan.evaluated) // 4)] if plan.evaluated else []
-        self.held_out_tokens = plan.evaluated_tokens[:: -(-len(plan.evaluated) // 4)] if plan.evaluated else []
+        self.held_out = [plan.evaluated[number] for number in _spread(plan.evaluated_tokens, _SIZES)]
         self.times: dict[int, list[float]] = {}
         self.evaluated: list[tuple[int, float]] = []
         self.updates: list[float] = []
+        self.first, self.reference_pass, self.saves = 0.0, 0.0, [0.0] * 3
         self.peak, self.extrapolated = memory.peak, 0
         self.gap: float | None = None
         self.losses: tuple[float, float] | None = None
@@ -241,11 +187,7 @@ class Measuring(Callback):
         self._began = self._end = _clock(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Compare policy and reference before the first step.
-
-        Raises:
-            TooLargeError: The batch would take more memory than there is.
-        """
+        """Compare policy and reference before the first step; raises `TooLargeError` where memory would not do."""
         if batch_idx == 0:
             self._compare(trainer, pl_module, batch)
             self._end = _clock(pl_module.device)
@@ -299,6 +241,7 @@ class Measuring(Callback):
         self.peak = max(self.peak, self.memory.peak)
         if stepped and not self.parts:
             self.parts = _parts(pl_module, trainer)
+            trainer.log_every_n_steps = self.interval  # type: ignore[attr-defined]  # from here on as in the fit
         if batch_idx >= self.accumulate:  # the first step makes what the others find made
             self.times.setdefault(self.tokens[batch_idx], []).append(took)
             self._peaks.append((self.tokens[batch_idx], self.memory.peak))
@@ -306,31 +249,89 @@ class Measuring(Callback):
                 self.updates.append(update)
         else:
             self._peaks = [(self.tokens[batch_idx], self.memory.peak)]
-        if batch_idx + 1 >= self.once and now - self._began > _SECONDS:
+            self.first += took + update
+        twice = batch_idx + 1 >= 2 * self.once - self.accumulate
+        if batch_idx + 1 >= self.once and now - self._began > (_ENOUGH if twice else _SECONDS):
             trainer.should_stop = True
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Start the clock."""
-        self._end = _clock(pl_module.device)
+        self._end = _clock(pl_module.device) - getattr(pl_module.reference, "seconds", 0.0)
         self.memory.restart()
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PairBatch, batch_idx: int, *args: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: PairBatch, batch_idx: int, *args: Any
     ) -> None:
         """Note the time of a batch."""
-        self.evaluated.append((sum(map(sum, batch.shape)), _clock(pl_module.device) - self._end))
+        now = _clock(pl_module.device) - getattr(pl_module.reference, "seconds", 0.0)
+        self.evaluated.append((sum(map(sum, batch.shape)), now - self._end))
         self.peak = max(self.peak, self.memory.peak)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Time the reference's pass, and checkpoints."""
+        self._time_pass(trainer, pl_module)
+        self._time_saves(trainer, pl_module)
+
+    @torch.no_grad()
+    def _time_pass(self, trainer: Any, module: Any) -> None:
+        """Score some of the batches of the pass, the longest among them."""
+        reference, whole = module.reference, 0
+        if not isinstance(reference, StartReference):
+            return
+        reference.seconds, reference.tokens = 0.0, 0
+        self.memory.restart()
+        for dataset, rows, loader in trainer.datamodule.reference_sets("fit"):
+            plans, lengths = list(loader(rows).sampler), dataset.lengths.sum(1)
+            tokens = [int(lengths[plan.rows].sum()) for plan in plans]
+            whole += sum(tokens)
+            some: Any = [plans[number] for number in _spread(tokens, _SIZES)]
+            for batch in DataLoader(dataset, batch_size=None, sampler=some):
+                with trainer.precision_plugin.forward_context():
+                    reference.score(module.policy, trainer.strategy.batch_to_device(batch), module.scorer)
+        self.peak = max(self.peak, self.memory.peak)
+        self.reference_pass = reference.seconds / reference.tokens * whole
+
+    def _time_saves(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first three being unlike: one alone, one after another, one after two others."""
+        size_of = self.parts.get("weights", 0) + self.parts.get("optimizer", 0)
+        folder = self.folder
+        if not folder or not size_of or shutil.disk_usage(folder).free < 4 * min(size_of, _WHOLE):
+            return
+        make_durable(trainer)
+        with tempfile.TemporaryDirectory(prefix=".lit-dpo-check-", dir=folder) as made:
+            for number in range(len(self.saves)):
+                began = _clock(pl_module.device)
+                save_last(trainer, Path(made), None if size_of <= _WHOLE else partial(_save_a_part, trainer))
+                self.saves[number] = (_clock(pl_module.device) - began) * max(1.0, size_of / _WHOLE)
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
-    def seconds(self) -> tuple[float, float]:
-        """Seconds of all training steps of the run, and of its validations."""
+    def seconds(self) -> tuple[float, float, float]:
+        """Seconds of all training steps of the run, of its validations, and of its checkpoints."""
         known = sorted((tokens, float(np.mean(times))) for tokens, times in self.times.items())
+        if not known:
+            return 0.0, 0.0, 0.0
         sizes, times = [float(tokens) for tokens, _ in known], [mean for _, mean in known]
-        epoch = float(np.interp(self.plan.tokens, sizes, times).sum()) if known else 0.0
-        training = self.plan.epochs * epoch + self.plan.steps * float(np.mean(self.updates or [0.0]))
+        epoch, update = float(np.interp(self.plan.tokens, sizes, times).sum()), float(np.mean(self.updates))
+        first = max(0.0, self.first - self.accumulate * times[0] - update)
+        training = self.plan.epochs * epoch + self.plan.steps * update + first
         speed = sum(s for _, s in self.evaluated) / max(1, sum(n for n, _ in self.evaluated))
-        return training, speed * sum(self.plan.evaluated_tokens) * self.plan.validations
+        once, twice, later = self.saves
+        last = sum([once, twice][: self.plan.last]) + later * max(0, self.plan.last - 2)
+        validating = speed * sum(self.plan.evaluated_tokens) * self.plan.validations
+        return training, validating, last + once * self.plan.best
+
+
+def _spread(tokens: Sequence[int], most: int) -> list[int]:
+    """Numbers of batches from the shortest to the longest, evenly among all in the order of their tokens."""
+    order = np.argsort(tokens, kind="stable")
+    places = np.unique(np.linspace(0, len(order) - 1, min(most, len(order))).round().astype(int))
+    return [int(order[place]) for place in places]
+
+
+def _save_a_part(trainer: Trainer, path: Path) -> None:
+    """Write zeros of the size of `_WHOLE` as a checkpoint is written."""
+    trainer.strategy.checkpoint_io.save_checkpoint({"part": torch.zeros(_WHOLE, dtype=torch.uint8)}, path)
 
 
 def _parts(module: Any, trainer: Trainer) -> dict[str, int]:

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +74,28 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypat
     assert state["global_step"] == 4  # and five were done
     interrupted.train(tmp_path / "run", options, tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert (tmp_path / "run" / "margins.jsonl").read_bytes() == (tmp_path / "whole" / "margins.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_process_that_was_killed_outright_leaves_the_same_file(tmp_path):
+    """SIGKILL in the middle of the 18th batch, in the second epoch and behind the last checkpoint."""
+    options = {"file": runs.pairs_file(tmp_path, 26), "margins": True, "accumulate": 2, "batch_size": 2, "every": 3}
+    options["val_every"] = 6
+    killed = {**options, "terminate": 17, "signal": signal.SIGKILL}
+
+    def process(folder, options):
+        command = [sys.executable, "-m", "tests.interrupted", str(tmp_path / folder), json.dumps(options)]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, timeout=120).returncode
+
+    assert process("whole", options) == 0
+    assert process("run", killed) == -signal.SIGKILL
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] < 8  # the steps done by then
+    (tmp_path / "run" / "margins.jsonl.bak").write_text("mine")
+    assert process("run", options) == 0
+    assert (tmp_path / "run" / "margins.jsonl").read_bytes() == (tmp_path / "whole" / "margins.jsonl").read_bytes()
+    assert {len(line["margins"]) for line in recorded(tmp_path / "run")} == {2}
+    assert (tmp_path / "run" / "margins.jsonl.bak").read_text() == "mine"
 
 
 @pytest.mark.slow

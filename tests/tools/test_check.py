@@ -3,11 +3,14 @@
 import csv
 import math
 import re
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
 
+from lit_dpo.checkpoints.io import DurableCheckpointIO
 from lit_dpo.cli import main
 from lit_dpo.models import load_model
 from lit_dpo.tokenizers import quickstart_tokenizer
@@ -47,15 +50,17 @@ def here(tmp_path, monkeypatch):
     """An empty folder with a run and a file of somebody's where a fit would write."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setattr("lit_dpo.tools.measured._PASSES", 1)  # times are of no matter here
     (tmp_path / "runs/dpo/version_0/checkpoints").mkdir(parents=True)
-    for name in ("runs/dpo/version_0/checkpoints/last.ckpt", "runs/dpo/version_0/config.yaml", "predictions.jsonl"):
+    (tmp_path / "runs/dpo/.lit-dpo-check-0").mkdir()
+    files = ["version_0/checkpoints/last.ckpt", "version_0/config.yaml", "last.ckpt", ".lit-dpo-check-0/last.ckpt"]
+    for name in ["predictions.jsonl", *(f"runs/dpo/{file}" for file in files)]:
         (tmp_path / name).write_text("somebody's own")
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "more", runs.every(3, [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
-)
+@pytest.mark.every(3)
+@pytest.mark.parametrize("more", [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
 def test_a_run_that_is_fine_is_found_so_and_nothing_is_written(more, here, capsys, monkeypatch):
     monkeypatch.setenv("LIT_DPO_CACHE", str(here / "cache"))
     before = everything(here)
@@ -84,6 +89,7 @@ def test_the_weights_stay_as_they_are(here, capsys, monkeypatch):
         assert weight.equal(module.policy.get_parameter(name)), name
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -106,6 +112,7 @@ def test_what_is_known_to_go_wrong_is_a_warning_with_a_remedy(more, text, here, 
     assert ": " in line.partition(text)[2] or "raise" in line
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -132,6 +139,7 @@ def test_a_reference_that_is_another_model_is_told_from_a_broken_one(here, capsy
     assert any("the reference is another model: up to" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_batch_that_would_not_fit_is_not_tried(here, capsys, monkeypatch):
     """On a machine where every batch takes a tenth of a GiB more than the one before."""
     asked = []
@@ -165,6 +173,28 @@ def test_memory_that_does_not_suffice_leads_to_changes_with_their_effect(here, c
     assert "--data.batch_size" not in line  # which changes nothing of these
 
 
+def test_a_slow_disk_is_in_the_time(here, capsys, monkeypatch):
+    """Two checkpoints are to come, of a validation each: one that is among the best, too, counts twice."""
+    save = DurableCheckpointIO.save_checkpoint
+
+    def slow(*args, **options):
+        save(*args, **options)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(DurableCheckpointIO, "save_checkpoint", slow)
+    words = ("--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "1", "--trainer.val_check_interval", "2")
+    found = []
+    for more in ((), ("--trainer.callbacks", "[]")):
+        [line] = [line for line in checked(capsys, *words, *more)[1] if line.startswith("estimate time")]
+        whole, saving, count = re.search(
+            r"about ([\d.]+) s .* ([\d.]+) s for (?:up to )?(\d+) checkpoints", line
+        ).groups()
+        assert int(count) * 0.5 <= float(saving) < int(count) * 0.6 + 0.5
+        assert float(whole) > float(saving)
+        found.append(int(count))
+    assert found == [4, 2]
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -174,11 +204,13 @@ def test_memory_that_does_not_suffice_leads_to_changes_with_their_effect(here, c
     ],
 )
 @pytest.mark.slow
-def test_a_fit_takes_the_steps_and_validations_that_were_announced(more, here, capsys):
+def test_a_fit_takes_the_steps_validations_and_checkpoints_that_were_announced(more, here, capsys, monkeypatch):
     rows = runs.pairs_file(here, 40)
     words = ("--data.train", rows, "--data.batch_size", "4", "--trainer.callbacks", "[]", *more)
     _, lines = checked(capsys, *words)
     [line] = [line for line in lines if line.startswith("estimate time")]
+    saved, save = [], Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *args, **options: saved.append(save(*args, **options)))
     main(["fit", "--config", "dpo", "--config", TINY, *words, "--trainer.default_root_dir", "out"])
     with (here / "out/version_0/metrics.csv").open() as file:
         logged = list(csv.DictReader(file))
@@ -186,6 +218,7 @@ def test_a_fit_takes_the_steps_and_validations_that_were_announced(more, here, c
     validations = sum(bool(row["val/loss"]) for row in logged)
     assert f" {steps} steps;" in line
     assert (f"for {validations} validations" in line) == bool(validations)
+    assert f" s for {len(saved)} checkpoints" in line
 
 
 def test_a_mistake_on_the_command_line_gets_one_sentence(here, capsys):

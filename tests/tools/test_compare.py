@@ -1,6 +1,7 @@
 """`lit-dpo compare`: how often it is wrong, what it finds, and what it says of bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,21 @@ def test_an_interval_has_the_width_that_theory_gives():
     one = rng.normal(0, 1, (1, 300))
     assert resampled(one, rng).std() == pytest.approx(one.std(ddof=1) / 300**0.5, rel=0.06)
     several = rng.normal(0, 0.1, (8, 300)) + rng.normal(0, 1, (8, 1))
-    assert resampled(several, rng).std() == pytest.approx(several.mean(1).std(ddof=1) / 8**0.5, rel=0.06)
+    low, high = np.quantile(resampled(several, rng), [0.025, 0.975])
+    students = 2.365  # 97.5 % quantile of t with 7 degrees of freedom
+    assert (high - low) / 2 == pytest.approx(students * several.mean(1).std(ddof=1) / 8**0.5, rel=0.06)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_equal_settings_are_told_apart_in_one_case_of_twenty_where_seeds_differ_more_than_rows(seeds):
+    """Runs of equal settings that differ as a whole, as trainings do; 13 of 100 is the 99.9 % bound for 5 %."""
+    rng, alarms = np.random.default_rng(5), 0
+    for _ in range(100):
+        low, high = np.quantile(
+            resampled(rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 1, (seeds, 30)), rng), [0.025, 0.975]
+        )
+        alarms += not low < 0 < high
+    assert alarms <= 13
 
 
 def test_p_is_corrected_for_all_that_was_looked_at():
@@ -107,11 +122,15 @@ def test_it_says_plainly_which_is_better_and_where_there_is_no_difference(files,
     words = " ".join(text.split())
     assert "again.jsonl and a.jsonl: no difference in accuracy" in words
     assert "better.jsonl is better than a.jsonl: accuracy" in words
-    assert "another seed may move the accuracy" in words
+    assert "The intervals cover the rows alone" in words
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
     page = (files / "out.html").read_text()
     assert "better.jsonl is better than a.jsonl" in page
+    heads = re.findall(r"<h2>first: (.*?), second: (.*?)</h2>", page)  # not in each line, where a phone shows no more
+    assert heads == [(f"{a}.jsonl", f"{b}.jsonl") for a, b in (("a", "again"), ("a", "better"), ("again", "better"))]
+    assert re.search(r"<td>accuracy</td><td>higher</td><td class=\"number\">\+", page)
+    assert "Differences in: log-prob chosen (higher)" in words or "(higher)" in words
     assert "exists already" in refused(capsys, "a.jsonl", "better.jsonl", "--output", "out.html")
     assert (files / "beside.html").read_text() == "mine"
 

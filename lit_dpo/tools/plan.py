@@ -1,0 +1,98 @@
+"""What a fit will do, told before its first step: batches, steps, validations and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_dpo.callbacks import LastCheckpoint
+from lit_dpo.data import PreferenceDataModule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, as far as it is known before its first step; early stopping may end it sooner.
+
+    Args:
+        batches: Rows of the training batches of an epoch, on one process.
+        tokens: Tokens of each.
+        evaluated: Rows of the validation batches.
+        evaluated_tokens: Tokens of each.
+        epochs: How often the training batches are gone through, in part perhaps.
+        steps: Optimizer steps of the run.
+        validations: How often all validation batches are gone through.
+        last: How often a checkpoint to resume from is written.
+        best: How often one is written because it is among the best, if each validation is better than those before.
+    """
+
+    batches: list[Any]
+    tokens: list[int]
+    evaluated: list[Any]
+    evaluated_tokens: list[int]
+    epochs: float
+    steps: int
+    validations: int
+    last: int
+    best: int
+
+
+def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[Any] = (), saves: bool = False) -> Plan:
+    """The plan of a fit whose data are set up.
+
+    Args:
+        data: What is trained on.
+        trainer: Of the fit.
+        callbacks: Of the fit, those that the configuration names.
+        saves: Whether it writes checkpoints.
+
+    Raises:
+        ValueError: There is nothing that ends it.
+    """
+    layout, loader = data.step_layout(), data.train_dataloader()
+    count, accumulate = layout["batches"], layout["accumulate"]
+    sampler: Any = loader.sampler
+    batches = list(sampler)[:count]
+    per_epoch = -(-count // accumulate)
+    most, epochs = trainer.max_steps, trainer.max_epochs
+    if epochs is None:
+        epochs = 1000 if most == -1 else -1  # as Lightning has it
+    if epochs == -1 and most == -1:
+        raise ValueError("Nothing ends this run: set `--trainer.max_epochs`, or `--trainer.max_steps`.")
+    steps = min(number for number in (most, epochs * per_epoch) if number >= 0)
+    held: Any = data.val_dataloader()
+    limit = trainer.limit_val_batches
+    found = list(held.sampler) if held else []
+    found = found[: limit if isinstance(limit, int) else int(len(found) * limit)]
+    every = trainer.val_check_interval
+    within = int(every) if isinstance(every, int) else max(1, int(count * every))
+    if within % accumulate and within < count:  # validations come at the ends of optimizer steps
+        within = max(accumulate, within // accumulate * accumulate)
+    full, rest = divmod(steps, per_epoch)
+    if (apart := trainer.check_val_every_n_epoch) is None:
+        validations, after = divmod(full * count + rest * accumulate, within)
+    else:
+        validations = full // apart * (count // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
+        of_last, done = (full + 1, rest * accumulate) if rest else (full, count)  # its number and its batches
+        after = of_last % apart or done % within
+    during = validations if found else 0
+    regular = [c.every_n_steps for c in callbacks if isinstance(c, LastCheckpoint) and c.every_n_steps]
+    last = during + bool(after or not found) + sum(steps // each for each in regular)
+    ranking = sum(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+    validations += trainer.num_sanity_val_steps == float("inf")
+    sizes = data.training.dataset.lengths.sum(1)
+    other = (data.training.validation or data.training.train).lengths.sum(1)
+    return Plan(
+        batches,
+        [int(sizes[plan.rows].sum()) for plan in batches],
+        found,
+        [int(other[plan.rows].sum()) for plan in found],
+        steps / per_epoch,
+        steps,
+        validations if found else 0,
+        last if saves else 0,
+        ranking * during if saves else 0,
+    )
