@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import random
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import Record, append_lines, append_section, facts, markdown_table, report_path
+from common import Record, append_lines, append_section, facts, markdown_table, report_path, save_figure
 from lightning.pytorch import Trainer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -48,8 +49,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def ask(draw: random.Random) -> str:
-    """A prompt of 4 to 6 digits, most of them with a repeat."""
-    return "".join(draw.choices("0123456789", k=draw.randint(4, 6))) + "="
+    """A prompt of 4 to 6 digits, most of them with a repeat: one is put into half of those that have none by chance."""
+    digits = draw.choices("0123456789", k=draw.randint(4, 6))
+    if len({*digits}) == len(digits) and draw.random() < 0.5:
+        place, other = draw.sample(range(len(digits)), 2)
+        digits[place] = digits[other]
+    return "".join(digits) + "="
 
 
 def answer(prompt: str) -> str:
@@ -63,10 +68,10 @@ def is_right(prompt: str, completion: str) -> bool:
 
 
 def careless(right: str, draw: random.Random) -> str:
-    """As a careless person answers: without the repeats, else with two neighbours swapped."""
-    if draw.random() < 0.7:
+    """As a careless person answers, always wrong: without the repeats, else with two different neighbours swapped."""
+    if draw.random() < 0.7 and len({*right}) < len(right):
         return "".join(dict.fromkeys(right))
-    place = draw.randrange(len(right) - 1)
+    place = draw.choice([n for n in range(len(right) - 1) if right[n] != right[n + 1]] or [0])
     return right[:place] + right[place + 1] + right[place] + right[place + 2 :]
 
 
@@ -135,12 +140,15 @@ def rounds(
     return [str(root / "export") for root in roots], [json.loads((root / "round.json").read_text()) for root in roots]
 
 
+def half_interval(values: list[float]) -> float:
+    """Half of the 95 % interval of the mean over seeds, by Student's t; 0 for one seed."""
+    return T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) in T_95 else 0.0
+
+
 def spread(values: list[float]) -> str:
-    """The mean, and its 95 % interval over seeds by Student's t."""
-    if len(values) not in T_95:
-        return f"{statistics.mean(values):.3f}"
-    half = T_95[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{statistics.mean(values):.3f} ± {half:.3f}"
+    """The mean, and its 95 % interval over seeds."""
+    half = f" ± {half_interval(values):.3f}" if len(values) in T_95 else ""
+    return f"{statistics.mean(values):.3f}{half}"
 
 
 def table(records: list[Record], count: int) -> str:
@@ -154,6 +162,30 @@ def table(records: list[Record], count: int) -> str:
         line += [f"{statistics.mean(r['rounds'][-1][key] for r in some):.3f}" for key in ("mixed", "finished")]
         lines.append([*line, f"{statistics.median(speeds):,.0f}"])
     return markdown_table(header, lines)
+
+
+def draw_figure(records: list[Record], count: int, path: Path) -> None:
+    """Greedy accuracy by round, with the interval over seeds; wide letters, so that it can be read at 600 pixels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    names = list(dict.fromkeys(record["loss"] for record in records))
+    for number, name in enumerate(names):
+        values = [[record["greedy"][n] for record in records if record["loss"] == name] for n in range(count + 1)]
+        halves = [half_interval(each) for each in values]
+        middles = [statistics.mean(each) for each in values]
+        places = [n + 0.06 * (number - (len(names) - 1) / 2) for n in range(count + 1)]  # beside each other
+        axis.errorbar(places, middles, halves, marker="o", capsize=4, linewidth=2, label=name)
+    axis.set_xticks(range(count + 1), ["start", *(f"round {n + 1}" for n in range(count))], fontsize=13)
+    axis.tick_params(axis="y", labelsize=13)
+    axis.set_ylabel("greedy accuracy", fontsize=13)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=12)
+    save_figure(figure, path)
+    pyplot.close(figure)
 
 
 def main() -> None:
@@ -187,7 +219,10 @@ def main() -> None:
                 print(f"seed {seed}, {name}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
     title = f"sort3: {given.rounds} rounds of {given.prompts:,} prompts, {given.seeds} seeds"
     note = f"Greedy accuracy on {given.unseen} unseen prompts a seed; mean and 95 % interval over seeds (Student's t)."
-    append_section(report_path(given.out, "rounds", "cpu"), title, [table(records, given.rounds)], about, [note])
+    path = report_path(given.out, "rounds", "cpu")
+    append_section(path, title, [table(records, given.rounds)], about, [note])
+    if importlib.util.find_spec("matplotlib"):
+        draw_figure(records, given.rounds, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import threading
@@ -132,7 +133,7 @@ def export_run(
     print(f"Exporting {which} `{path}`", flush=True)
     folder = export_checkpoint(str(path), output_dir, merge, beyond)
     files = ", ".join(sorted(file.name for file in folder.iterdir()))
-    load = f"from transformers import pipeline; print(pipeline('text-generation', {str(folder)!r})('Hello'))"
+    load = f'from transformers import pipeline; print(pipeline("text-generation", {json.dumps(str(folder))})("Hello"))'
     print(f"Wrote the policy to `{folder}`: {files}\nNext: {shlex.join(['python', '-c', load])}")
 
 

@@ -54,7 +54,8 @@ class Sampler:
     more often. The global random state is neither read nor changed.
 
     Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011 (Philox); Holtzman et al., The curious
-    case of neural text degeneration, https://arxiv.org/abs/1904.09751 (`top_p`).
+    case of neural text degeneration, https://arxiv.org/abs/1904.09751 (`top_p`); Fan et al., Hierarchical neural story
+    generation, https://arxiv.org/abs/1805.04833 (`top_k`).
 
     Args:
         samples: Completions a prompt, at least 1.
@@ -65,6 +66,8 @@ class Sampler:
         round: Of the random numbers too: another round draws others for the same prompts.
         rows: Completions sampled at once, at least 1. Models that carry a state, or whose positions depend on the
             length, do one at a time, because padding would change what they say.
+        top_k: Draw among this many most likely tokens, at least 1; `None` for all. With `top_p` too, that chooses among
+            these, whose probabilities then sum to 1.
 
     Raises:
         ValueError: An option is out of its range.
@@ -77,10 +80,11 @@ class Sampler:
     seed: int = 0
     round: int = 0
     rows: int = 64
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens", "rows"):
-            if getattr(self, name) < 1:
+        for name in ("samples", "max_new_tokens", "rows", "top_k"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         if not self.temperature >= 0:
             raise ValueError(f"`temperature` must be at least 0, got {self.temperature}.")
@@ -93,7 +97,11 @@ class Sampler:
             )
 
     def __call__(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Sequence[int]]
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Iterable[Sequence[int]],
+        names: Iterable[bytes] | None = None,
     ) -> Iterator[list[Completion]]:
         """The completions of each prompt, in order; of the prompts, so many as are sampled at once are in memory.
 
@@ -103,17 +111,21 @@ class Sampler:
             model: A transformers causal language model, alone or in the wrapper of peft.
             tokenizer: Its tokenizer.
             prompts: Token ids, at least one each.
+            names: One for each prompt, which decides its random numbers in the place of its ids and how often these
+                came before.
 
         Raises:
             ValueError: A prompt is empty, or too long for the model's positions.
         """
         parts = decoder_parts(model)
         alone = getattr(parts.model, "_is_stateful", False) or length_turn(parts) is not None
-        rows, waiting, seen = 1 if alone else self.rows, iter(prompts), Counter[bytes]()
+        rows, seen = 1 if alone else self.rows, Counter[bytes]()
+        given = (
+            ((ids, array("q", ids).tobytes()) for ids in prompts) if names is None else zip(prompts, names, strict=True)
+        )
+        waiting = ((ids, self._key(name, seen)) for ids, name in given)
         while window := list(islice(waiting, max(1, _WINDOW * rows // self.samples))):
-            keyed = [
-                (ids, key, sample) for ids in window for key in [self._key(ids, seen)] for sample in range(self.samples)
-            ]
+            keyed = [(ids, key, sample) for ids, key in window for sample in range(self.samples)]
             order = sorted(range(len(keyed)), key=lambda row: -len(keyed[row][0]))  # too long ones fail first
             found: dict[int, Completion] = {}
             for start in range(0, len(order), rows):
@@ -122,9 +134,9 @@ class Sampler:
             for start in range(0, len(keyed), self.samples):
                 yield [found[row] for row in range(start, start + self.samples)]
 
-    def _key(self, ids: Sequence[int], seen: Counter[bytes]) -> bytes:
+    def _key(self, name: bytes, seen: Counter[bytes]) -> bytes:
         """What decides the random numbers of a prompt's completions besides the number of the sample."""
-        prompt = hashlib.sha256(array("q", ids).tobytes()).digest()
+        prompt = hashlib.sha256(name).digest()
         occurrence, seen[prompt] = seen[prompt], seen[prompt] + 1
         return prompt + array("q", [self.seed, self.round, occurrence]).tobytes()
 
@@ -140,13 +152,13 @@ class Sampler:
     ) -> list[Completion]:
         with _generating(model, tokenizer) as (generate, ends, device):
             longest = max(len(ids) for ids, _, _ in keyed)
-            self._check(model, [ids for ids, _, _ in keyed], longest)
+            self.check(model, [ids for ids, _, _ in keyed])
             inputs = torch.tensor([[ends[0] if ends else 0] * (longest - len(ids)) + [*ids] for ids, _, _ in keyed])
             mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids, _, _ in keyed])
             processors = LogitsProcessorList()
             if self.temperature > 0:
                 draws = torch.from_numpy(np.stack([self._uniforms(key, sample) for _, key, sample in keyed]))
-                processors.append(_Draw(draws.to(device), longest, self.temperature, self.top_p))
+                processors.append(_Draw(draws.to(device), longest, self.temperature, self.top_p, self.top_k))
             out = generate(
                 input_ids=inputs.to(device),  # (rows, longest)
                 attention_mask=mask.to(device),
@@ -167,15 +179,26 @@ class Sampler:
             found.append(Completion(ids, text, size is not None))
         return found
 
-    def _check(self, model: nn.Module, prompts: Sequence[Sequence[int]], longest: int) -> None:
+    def check(self, model: nn.Module, prompts: Sequence[Sequence[int]], where: str = "") -> None:
+        """Refuse prompts that the model cannot complete.
+
+        Args:
+            model: As it is called with.
+            prompts: Token ids.
+            where: What an error begins with, such as the row.
+
+        Raises:
+            ValueError: A prompt is empty, or too long for the model's positions.
+        """
         if not all(prompts):
-            raise ValueError("A prompt needs at least one token: remove the empty one.")
+            raise ValueError(f"{where}A prompt needs at least one token: remove the empty one.")
+        longest = max(map(len, prompts))
         config: Any = decoder_parts(model).model.config
         most = getattr(config.get_text_config(), "max_position_embeddings", None)
         if most and longest + self.max_new_tokens > most:
             raise ValueError(
-                f"A prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the {most} positions of the "
-                "model: lower `max_new_tokens`, or shorten the prompt."
+                f"{where}A prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the {most} positions "
+                "of the model: lower `max_new_tokens`, or shorten the prompt."
             )
 
 
@@ -187,16 +210,21 @@ class _Draw(LogitsProcessor):
         start: Tokens of the prompts, padding included.
         temperature: Above 0.
         top_p: In (0, 1].
+        top_k: At least 1, or `None` for all tokens.
     """
 
-    def __init__(self, uniforms: Tensor, start: int, temperature: float, top_p: float) -> None:
-        self.uniforms, self.start, self.temperature, self.top_p = uniforms, start, temperature, top_p
+    def __init__(self, uniforms: Tensor, start: int, temperature: float, top_p: float, top_k: int | None) -> None:
+        self.uniforms, self.start, self.temperature = uniforms, start, temperature
+        self.top_p, self.top_k = top_p, top_k
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores, shape `(rows, vocabulary)`, with all but the drawn token at minus infinity."""
         probabilities = (scores.double() / self.temperature).softmax(-1)
-        if self.top_p < 1:
+        if self.top_p < 1 or self.top_k is not None:
             ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            if self.top_k is not None:
+                ordered[:, self.top_k :] = 0
+                ordered /= ordered.sum(-1, keepdim=True)
             ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0
             probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
         below = probabilities.cumsum(-1)

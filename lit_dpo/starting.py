@@ -8,11 +8,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -22,9 +24,12 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.data.dataset import DIGEST
+from lit_dpo.data.encode import PairEncoder
+from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.prompts import Prompt as Asked
 from lit_dpo.data.prompts import prompt_ids
+from lit_dpo.data.texts import pool_pairs
 from lit_dpo.losses import SimPOLoss
 from lit_dpo.models import ModelSource, load_model
 from lit_dpo.module import PreferenceModule
@@ -33,6 +38,10 @@ from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.scoring.decoder import own_tensors
+from lit_dpo.scoring.score import Scorer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class StartingPolicies:
@@ -70,7 +79,53 @@ class StartingPolicies:
 
         folder = folder_of(self.folder, step)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
-        return Pool(self.data.training.pool_sources, folder, score, sample, complete, self._processes(), _gathered)
+        return Pool(
+            self.data.training.pool_sources,
+            folder,
+            score,
+            sample,
+            complete,
+            processes=self._processes(),
+            gather=_gathered,
+            encoder=self._encoder,
+            pairs=partial(pool_pairs, self.data),
+            model=self.load,
+            logps=self.logps,
+            progress=is_first() and self._scoring.progress_bar_callback is not None,
+            allow_changes=self.data.allow_changes,
+        )
+
+    @cached_property
+    def _scoring(self) -> Trainer:
+        """A Trainer that is asked for the device, and whether to show progress."""
+        return self.make_trainer(self.folder / "scoring")
+
+    def load(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """See `Pool.model`."""
+        module, source = self.module, self.of(step)
+        if isinstance(source, nn.Module):
+            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
+        else:
+            how = (module.dtype_name, module.init_seed, self._loading_of(step))
+            model = load_model(source, module.tokenizer, *how)
+        model.to(self._scoring.strategy.root_device)
+        return model, module.tokenizer
+
+    def connect(self) -> None:
+        """Connect processes that torchrun or a cluster has started all at once, so that they share the first step too.
+
+        Those that Lightning starts itself find what the first process has written by then.
+        """
+        strategy = self._scoring.strategy
+        cluster = getattr(strategy, "cluster_environment", None)
+        started = cluster is not None and cluster.creates_processes_externally
+        if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
+            strategy.setup_environment()
+
+    def _encoder(self) -> PairEncoder:
+        data = self.data
+        options = (data.max_length, data.truncation, data.append_eos, data.chat_template, data.keep_template_end)
+        return PairEncoder(data.tokenizer or self.module.tokenizer, *options)
 
     def _loading_of(self, step: int) -> Loading:
         """The options of loading it: an export has no revision."""
@@ -106,20 +161,14 @@ class StartingPolicies:
     def _score(self, step: int) -> Tensor:
         rank_zero_info(f"Scoring {len(self.data.training.pool)} training pairs with the model that starts step {step}")
         module, trainer = self.module, self.make_trainer(self.folder / "scoring")
-        loss, reference, model, loading = module.loss, module.reference, module.model, module.loading
-        module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+        model, loading = module.model, module.loading
         module.restart_from(self.of(step))
         module.loading = self._loading_of(step)
         try:
-            batches: Any = trainer.predict(module, datamodule=_Pool(self.data))
+            return training_margins(module, self.data, trainer)[self.data.training.pool]
         finally:
-            module.loss, module.reference = loss, reference
             module.restart_from(model)
             module.loading = loading
-        margins = torch.zeros(len(self.data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
-        for batch in batches:
-            margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
-        return trainer.strategy.reduce(margins, reduce_op="sum").cpu()[self.data.training.pool]
 
     # -- samples ------------------------------------------------------------------------------------------------------
 
@@ -136,31 +185,39 @@ class StartingPolicies:
         found = _gathered({n: [one.text for one in each] for n, each in zip(own, completions, strict=True)})
         return [found[number] for number in range(len(prompts))]
 
-    def complete(self, step: int, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    def complete(self, step: int, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
-        module = self.module
-        tokenizer: Any = module.tokenizer
-        device = self.make_trainer(self.folder / "scoring").strategy.root_device
-        source = self.of(step)
-        if isinstance(source, nn.Module):
-            model: Any = copy.deepcopy(source).eval()  # the object itself is going to be trained
-        else:
-            how = (module.dtype_name, module.init_seed, self._loading_of(step))
-            model = load_model(source, tokenizer, *how)
-        model.to(device)
-        ids = [self._ids(prompt) for prompt in prompts]
-        for prompt, each in zip(ids, sampler(model, tokenizer, ids), strict=True):
+        tokenizer: Any
+        model, tokenizer = self.load(step)
+        ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
+        opened = len(prompts) > 0 and isinstance(prompts[0], Opening)
+        names = (prompt.name for prompt in prompts if isinstance(prompt, Opening)) if opened else None
+        for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
             before = tokenizer.decode(prompt, skip_special_tokens=True)
             whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
             # Decoded alone, some tokenizers lose the first space.
             yield [replace(one, text=text.removeprefix(before)) for one, text in zip(each, whole, strict=True)]
 
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """See `Pool.logps`."""
+        model, _ = self.load(step)
+        for prompt, said in zip(map(self._ids, prompts), completions, strict=True):
+            pairs = [(prompt, said[place], said[min(place + 1, len(said) - 1)]) for place in range(0, len(said), 2)]
+            with torch.no_grad():
+                found = Scorer()(model, PairBatch.from_lists(pairs).to(model.device))
+            sides = torch.stack([found.chosen, found.rejected], dim=1)  # (pairs, 2)
+            yield sides.flatten()[: len(said)].tolist()
+
     @staticmethod
     def _processes() -> tuple[int, int]:
         return (dist.get_rank(), dist.get_world_size()) if connected() else (0, 1)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, prompt: Prompt | Opening) -> list[int]:
         tokenizer: Any = self.module.tokenizer
+        if isinstance(prompt, Opening):
+            return [*prompt.ids]
         if isinstance(prompt, str):
             found = prompt_ids(tokenizer, Asked(prompt, "a prompt to sample from"))
         else:
@@ -184,6 +241,24 @@ class _Pool(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[PairBatch]:
         self.data.trainer = self.trainer
         return self.data.pool_dataloader()
+
+
+def training_margins(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer) -> Tensor:
+    """Log-prob of chosen minus that of rejected under the policy alone, in nats, the same on all processes.
+
+    Returns:
+        Shape `(training rows,)`, float64; 0 for rows that are held out.
+    """
+    loss, reference = module.loss, module.reference
+    module.loss, module.reference = SimPOLoss(), None  # only the policy is asked
+    try:
+        batches: Any = trainer.predict(module, datamodule=_Pool(data))
+    finally:
+        module.loss, module.reference = loss, reference
+    margins = torch.zeros(len(data.training.train), dtype=torch.float64, device=trainer.strategy.root_device)
+    for batch in batches:
+        margins[batch["row_id"].to(margins.device)] = (batch["logp_chosen"] - batch["logp_rejected"]).to(margins)
+    return trainer.strategy.reduce(margins, reduce_op="sum").cpu()
 
 
 def folder_of(folder: Path, step: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,9 @@ from lit_dpo.module import PreferenceModule
 from lit_dpo.own_code import refuse_signature
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
+
+DONE = "DONE"
+_PATIENCE = 600  # seconds between the end of the first process's question to a partition and that of another
 
 
 def fit_stepwise(
@@ -70,6 +74,15 @@ def fit_stepwise(
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)
+    policies.connect()
+    restarts = datamodule.partition.restarts
+    if restarts and isinstance(policies.first, nn.Module):
+        raise ValueError(
+            "Each step trains the first model anew, and a `model` given as an object has been training: save it with "
+            "`save_pretrained` and give the folder."
+        )
+    if datamodule.partition.first_reference:
+        _keep_first_reference(module, datamodule.partition, policies)
     more = []
     if first_reference:
         if isinstance(policies.first, nn.Module):
@@ -81,18 +94,18 @@ def fit_stepwise(
     for step in count():
         root = folder_of(folder, step)
         if step:
-            module.restart_from(policies.of(step))
+            module.restart_from(policies.of(0 if restarts else step))
         if not _choose(step, root, datamodule, policies):
             break
         if resume and _is_done(root, datamodule):
             rank_zero_info(f"Step {step} is done")
             continue
         rank_zero_info(f"Step {step}: {len(datamodule.training.rows)} pairs")
-        trainer = make_trainer(root)
+        trainer, start = make_trainer(root), time.perf_counter()
         if not (root / "export").exists():  # else it was stopped between the export and the mark
             trainer.callbacks += [*more, ExportModel(str((root / "export").absolute()))]  # type: ignore[attr-defined]
             trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
-        _note_done(trainer, root, datamodule)
+        _note_done(trainer, root, datamodule, time.perf_counter() - start)
     if not step:
         raise ValueError("The partition has no first step: its `next` must answer more than `None` for step 0.")
     exported = Path(policies.of(step))  # type: ignore[arg-type]  # a folder, as this is no first step
@@ -111,25 +124,62 @@ def _refuse(module: PreferenceModule, partition: Partition, folder: Path, resume
         raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
 
 
+def _keep_first_reference(module: PreferenceModule, partition: Partition, policies: StartingPolicies) -> None:
+    """Have the reference stay at the model that starts the first step, unless it names one, or there is none."""
+    reference = getattr(module.reference, "of", None) or module.reference
+    name = type(partition).__name__
+    if reference is None or (isinstance(reference, FrozenReference) and reference.model is not None):
+        return
+    if not isinstance(reference, FrozenReference):
+        raise ValueError(
+            f"`{name}` keeps the first model as the reference of all steps, which `{type(reference).__name__}` does "
+            "not: set `reference` to `FrozenReference`."
+        )
+    if isinstance(policies.first, nn.Module):
+        raise ValueError(
+            f"`{name}` keeps the first model as the reference of all steps, and a `model` given as an object has been "
+            "training: save it with `save_pretrained` and give the folder."
+        )
+    reference.keep(policies.first, module.init_seed, policies.loading)
+
+
 def _choose(step: int, root: Path, datamodule: PreferenceDataModule, policies: StartingPolicies) -> bool:
     """Have the data module train on what the partition says, or said before; whether there is such a step."""
     path = root / new_pairs.FILE
-    if not from_first(path.exists()):
+    if from_first(path.exists()):
+        if not datamodule.allow_changes:
+            datamodule.partition.resumed(step, policies.pool(step))
+    else:
         answer = datamodule.partition.next(step, policies.pool(step))
         if answer is None:
             return False
         if isinstance(answer, Tensor):
             datamodule.training.use_rows(answer)
             return True
-        content = from_first(new_pairs.as_lines(answer, step))
-        datamodule.use_pairs(new_pairs.rows_of(content, step))  # what is malformed is refused before it is written
+        datamodule.use_pairs(new_pairs.rows_of(answer, step))  # what is malformed is refused before it is written
         if is_first():
-            new_pairs.write(path, content)
+            new_pairs.write(path, answer, step)
         wait_for_all()
-    if path.exists():  # unless the first process has yet to write what this one holds already
-        new_pairs.digest(path, datamodule.allow_changes)
-        datamodule.use_pairs(path)
+        _wait_for(path)
+    new_pairs.digest(path, datamodule.allow_changes)
+    datamodule.use_pairs(path)
     return True
+
+
+def _wait_for(path: Path) -> None:
+    """Wait for what the first process writes, where the processes are not connected: all train on the same pairs.
+
+    Raises:
+        FileNotFoundError: It does not come.
+    """
+    end = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"The first process has not written `{path}` within {_PATIENCE} seconds: look what stopped it, and "
+                "give all processes the same folder."
+            )
+        time.sleep(0.1)
 
 
 def _hold(module: PreferenceModule, exported: Path) -> None:
@@ -149,7 +199,7 @@ def _trained_on(root: Path, datamodule: PreferenceDataModule) -> dict[str, Any]:
 
 def _is_done(root: Path, datamodule: PreferenceDataModule) -> bool:
     """Whether a step is done; raises ValueError if it was one of other rows, or the data have changed since."""
-    mark = root / "DONE"
+    mark = root / DONE
     if not mark.exists():
         return False
     done = json.loads(mark.read_text(encoding="utf-8"))
@@ -161,9 +211,10 @@ def _is_done(root: Path, datamodule: PreferenceDataModule) -> bool:
     return True
 
 
-def _note_done(trainer: Trainer, root: Path, datamodule: PreferenceDataModule) -> None:
+def _note_done(trainer: Trainer, root: Path, datamodule: PreferenceDataModule, seconds: float) -> None:
+    """Mark a step as done, with the time since its training was started, or started again."""
     if trainer.is_global_zero:
-        write_json(root / "DONE", {**_trained_on(root, datamodule), "data": datamodule.state_dict()})
+        write_json(root / DONE, {**_trained_on(root, datamodule), "data": datamodule.state_dict(), "seconds": seconds})
     trainer.strategy.barrier("step done")
 
 

@@ -1,12 +1,15 @@
 """What every test runs under: no network, one thread, the same hypothesis examples each time."""
 
 import os
+import signal
 import socket
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import settings
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, where tests are started by `nohup` too
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which only test modules do
 torch.set_num_threads(1)  # the tensors are tiny, and waiting threads cost more than they bring
 settings.register_profile("lit_dpo", max_examples=150, derandomize=True, deadline=None, database=None)
@@ -16,6 +19,18 @@ settings.load_profile("lit_dpo")
 def pytest_xdist_auto_num_workers():
     """`-n auto`: a worker for each core and one more, since tests wait for disks; eight at most, for their memory."""
     return min(8, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark what `every(n)` leaves out as slow."""
+    seen = Counter()
+    for item in items:
+        if chosen := item.get_closest_marker("every"):
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % chosen.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
 
 
 @pytest.fixture(autouse=True)

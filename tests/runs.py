@@ -134,9 +134,3 @@ def launch(arguments, processes=2, code=0):
             process.kill()
     for process, log in zip(started, logs, strict=True):
         assert process.returncode == code, log[-4000:]
-
-
-def every(number, values):
-    """Parameters of like tests, of which all but every so many-th one are slow."""
-    values = list(values)
-    return [v if i % number == 0 else pytest.param(v, marks=pytest.mark.slow) for i, v in enumerate(values)]

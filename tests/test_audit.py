@@ -52,6 +52,7 @@ def losses_at_rate_0(module, datamodule, batches=4, **options):
 # Randomness
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("kind", "reference", "checkpointing"),  # all of them: test_architectures.py
     [

@@ -252,6 +252,17 @@ def test_chaos(tmp_path, more):
 
 
 @pytest.mark.slow
+def test_chaos_rounds(tmp_path):
+    """A few kills of rounds: pairs, losses and weights are those of rounds that were left alone."""
+    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", "6", "--seed", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [record] = lines(tmp_path / "chaos_rounds.jsonl")
+    assert record["kills"] == sum(record["stages"].values()) == 6
+    assert record["differing"] == []
+
+
+@pytest.mark.slow
 def test_large_data(tmp_path):
     """A small one: what is measured of a million rows, of six thousand."""
     command = [sys.executable, str(FOLDER / "large_data.py"), "--rows", "6000", "--out", str(tmp_path)]
@@ -287,6 +298,59 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
     assert len(record["greedy"]) == 2
     [report] = tmp_path.glob("rounds_*.md")
     assert "SFT on the chosen" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_self_play(benchmarks, tmp_path, monkeypatch):
+    """Two rounds of a few rows against SFT: the counts add up, and the record is written."""
+    import self_play
+
+    methods = ["SFT", "self-play, segments of 3, DPO 0.1"]
+    words = ["--seeds", "1", "--rows", "300", "--prompts", "30", "--steps", "2", "--unseen", "20", "--sft_epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["self_play.py", *words, "--methods", *methods, "--out", str(tmp_path)])
+    self_play.main()
+    plain, record = lines(tmp_path / "self_play.jsonl")
+    assert (plain["rounds"], plain["distance"]) == ([], [])
+    for told in record["rounds"]:
+        assert told["pairs"] + sum(told["without_pair"].values()) == told["prompts"] == 30
+    assert len(record["distance"]) == 2
+    [report] = tmp_path.glob("self_play_*.md")
+    assert methods[1] in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_length(benchmarks, tmp_path, monkeypatch):
+    """The judge is as the task says, and the record is written."""
+    import length
+
+    assert length.judge("50172=", "0125799") == pytest.approx(1.7)
+    assert length.judge("50172=", "0127") == pytest.approx(0.4)
+    words = ["--seeds", "1", "--rounds", "1", "--rows", "300", "--prompts", "20", "--unseen", "20", "--sft_epochs", "1"]
+    monkeypatch.setattr("sys.argv", ["length.py", *words, "--losses", "DPO 0.1", "--out", str(tmp_path)])
+    length.main()
+    [record] = lines(tmp_path / "length.jsonl")
+    assert [one.keys() for one in record["found"]] == [{"length", "right", "begins right"}] * 2
+    [report] = tmp_path.glob("length_*.md")
+    assert "DPO 0.1" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_active(benchmarks, tmp_path, monkeypatch):
+    """Two ways of asking with a small budget, which both spend."""
+    import active
+
+    words = ["--seeds", "1", "--rounds", "2", "--budget", "9", "--rows", "600", "--prompts", "20", "--unseen", "20"]
+    words += ["--samples", "4", "--epochs", "1", "--ways", "random", "entropy + gap", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["active.py", *words])
+    active.main()
+    records = lines(tmp_path / "active.jsonl")
+    assert [record["rounds"][1]["asked_so_far"] for record in records] == [9, 9]
+    assert len({record["greedy"][0] for record in records}) == 1
+    [report] = tmp_path.glob("active_*.md")
+    assert "entropy + gap" in report.read_text()
 
 
 @pytest.mark.slow

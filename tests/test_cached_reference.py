@@ -24,7 +24,6 @@ from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.models import load_model
 from lit_dpo.references.table import LogpsTable, content_keys, fingerprint
 from lit_dpo.tokenizers import load_tokenizer, train_tokenizer
-from tests.runs import every
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*LeafSpec", "ignore:.*is_gradient_checkpointing.* is deprecated"
@@ -90,6 +89,7 @@ def run(place, reference=None, steps=0, module=None, data=None, loss=None):
     return counts, model, metrics
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("loss", [DPOLoss(), IntermediateLoss(layers=(1, 2))], ids=["dpo", "intermediate"])
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2)], ids=["full", "lora"])
 def test_training_is_bit_identical_to_a_live_reference(place, loss, adapter):
@@ -175,7 +175,8 @@ TABLE = {  # what changes: (options of the module, options of the data, rows tha
 }
 
 
-@pytest.mark.parametrize("what", every(2, TABLE))
+@pytest.mark.every(4)
+@pytest.mark.parametrize("what", TABLE)
 def test_changed_inputs_are_missed_and_unchanged_ones_reused(place, monkeypatch, what):
     module, data, expected = TABLE[what]
     assert run(place)[0] == (ALL, 0)
@@ -199,6 +200,7 @@ def damage(path, how):
     path.write_bytes(bytes(content))
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("suffix", ["safetensors", "json"])
 @pytest.mark.parametrize("how", ["cut", "zeroed", "missing"])
 def test_damaged_files_are_rebuilt_with_one_line(place, caplog, how, suffix):

@@ -126,7 +126,7 @@ for round in range(20):
     child = os.fork()
     if not child:
         for step in range(1, 100000):
-            content = {"step": step, "state_dict": {"w": torch.full((1500, 1000), float(step))}}
+            content = {"step": step, "state_dict": {"w": torch.full((500, 1000), float(step))}}
             DurableCheckpointIO().save_checkpoint(content, target)
             os.write(writer, step.to_bytes(4, "big"))
     os.close(writer)

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
 METHODS = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+ROUNDS = ("active", "code", "d2po", "fdpo", "iterative_length", "online", "online_reward_model", "sapo")
 
 
 def command(name, folder, config="dpo", *more):
@@ -89,9 +90,10 @@ def file(folder, name, content):
 
 def test_no_config_is_forgotten():
     assert METHODS == [
-        "adpo", "apo_down", "apo_zero", "bco_pair", "cpo", "dpo", "dpo_norm", "dpo_shift", "dpop", "exo", "fdpo",
-        "hinge", "intermediate", "ipo", "irpo", "lddpo", "minor_dpo", "mpo", "nca_pair", "odpo", "online",
-        "orpo", "quickstart", "rdpo", "robust_dpo", "rpo", "sdpo", "sft", "simpo", "sppo",
+        "active", "adpo", "apo_down", "apo_zero", "bco_pair", "code", "cpo", "d2po", "dpo", "dpo_norm", "dpo_shift",
+        "dpop", "exo", "f_dpo", "fdpo", "hinge", "intermediate", "ipo", "irpo", "iterative_length", "lddpo",
+        "minor_dpo", "mpo", "nca_pair", "odpo", "online", "online_reward_model", "orpo", "quickstart", "rdpo",
+        "robust_dpo", "rpo", "sapo", "sdpo", "sft", "simpo", "sppo",
     ]  # fmt: skip
     overlays = ["bf16", "ddp", "fsdp", "fsdp1", "lora", "synced"]
     assert sorted(path.stem for path in (CONFIGS / "overlays").iterdir()) == overlays
@@ -99,14 +101,14 @@ def test_no_config_is_forgotten():
 
 # Of every pair where the policy is the reference: what a run starts at. The others depend on the pairs.
 LOG_2 = math.log(2)
-STARTS = dict.fromkeys(["dpo", "dpo_norm", "dpo_shift", "dpop", "fdpo", "intermediate", "lddpo", "minor_dpo"], LOG_2)
+STARTS = dict.fromkeys(["dpo", "dpo_norm", "dpo_shift", "dpop", "f_dpo", "intermediate", "lddpo", "minor_dpo"], LOG_2)
 STARTS |= {"adpo": 4 * LOG_2, "bco_pair": 2 * LOG_2, "nca_pair": 2 * LOG_2, "robust_dpo": LOG_2}
 STARTS |= {"apo_down": 1.0, "apo_zero": 1.0, "hinge": 1.0, "exo": 2.76123, "ipo": 25.0, "sppo": 2 * 500.0**2}
 STARTS["odpo"] = math.log(3)  # of a gap of 2
 
 
 # The others are these with another loss, which has its own tests; CI runs them all.
-QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstart", "sft")
+QUICK = ("adpo", "intermediate", "odpo", "quickstart", "sft")
 
 
 @pytest.mark.usefixtures("quick")
@@ -115,7 +117,7 @@ QUICK = ("adpo", "dpo", "dpop", "intermediate", "ipo", "mpo", "odpo", "quickstar
     [
         name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
         for name in METHODS
-        if name not in ("sdpo", "online")
+        if name not in ("sdpo", *ROUNDS)
     ],
 )
 def test_every_config_trains(method, tmp_path):
@@ -179,7 +181,7 @@ def test_the_configs_differ_where_the_methods_do():
         "sdpo": ("/data/train", "/data/partition"),
         "sft": ("/model/optimizer/init_args/lr", "/trainer/callbacks"),
     }
-    for method in set(METHODS) - {"dpo", "quickstart", "online"}:
+    for method in set(METHODS) - {"dpo", "quickstart", *ROUNDS}:
         paths = configs["dpo"].keys() | configs[method].keys()
         different = {path for path in paths if configs["dpo"].get(path) != configs[method].get(path)}
         known = ("/model/loss", "/trainer/default_root_dir", *allowed.get(method, ()))
@@ -193,6 +195,7 @@ def test_every_config_says_how_to_run_it():
         assert f"\n#   lit-dpo fit --config {onto}{path.stem}" in path.read_text()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("overlay", ["lora", "bf16", "synced"])
 def test_overlays_train_on_top_of_a_method(overlay, tmp_path):
     main(command("fit", tmp_path, "dpo", "--config", CONFIGS / "overlays" / f"{overlay}.yaml"))
@@ -619,6 +622,7 @@ def files(tmp_path):
     return folder
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gets_one_sentence_and_leaves_nothing(mistake, files, tmp_path, capsys, quick):
     more, words = MISTAKES[mistake]

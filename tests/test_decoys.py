@@ -155,6 +155,7 @@ def new(before, folder):
     return sorted(after.keys() - before.keys())
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_deletes_nothing_and_leaves_nothing(work, tmp_path, mistake):
     before = seen(tmp_path)
@@ -239,7 +240,8 @@ LATER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("failure", runs.every(2, LATER))
+@pytest.mark.every(4)
+@pytest.mark.parametrize("failure", LATER)
 def test_a_run_that_fails_later_deletes_nothing_of_others(work, tmp_path, monkeypatch, failure):
     runs.pairs_file(work, 12, "one.jsonl")
     runs.pairs_file(work, 12, "two.jsonl", start=20)
@@ -286,6 +288,7 @@ PREDICT = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("failure", PREDICT)
 def test_a_prediction_that_fails_deletes_nothing(work, tmp_path, trained, monkeypatch, failure):
     out, more, code = PREDICT[failure]
@@ -367,6 +370,7 @@ def test_no_path_of_another_folder_is_believed(work, poison):
     assert callback.best_model_path == ""
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", ["BestCheckpoint", "ModelCheckpoint"])
 @pytest.mark.parametrize("poison", ["local://{work}/exp1", "{checkpoints}/../../../exp1/last.ckpt"])
 def test_a_checkpoint_deletes_nothing(work, tmp_path, trained, poison, kind):

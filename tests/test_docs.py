@@ -106,7 +106,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
     for start, name in enumerate(("pairs", "easy", "hard", "train", "test")):
         runs.pairs_file(tmp_path, 24, f"{name}.jsonl", start=24 * start)
     before = dict(sys.modules)

@@ -106,12 +106,19 @@ def test_a_run_is_measured_from_what_it_started_from(made, tmp_path, capsys):
     assert "all pairs" in html.read_text()
 
 
-def test_a_model_against_itself_only_ties(made, tmp_path):
-    data, output = runs.pairs_file(tmp_path), tmp_path / "e.json"
+def test_a_model_against_itself_only_ties(made, tmp_path, capsys):
+    """A pair that is longer than the model's 256 positions is cut to them, and counted."""
+    long = {"prompt": "Long?", "chosen": " yes" * 400, "rejected": " no"}
+    data, output = runs.write(tmp_path / "pairs.jsonl", [*runs.rows(24), long]), tmp_path / "e.json"
     base = str(made / "base")
-    main(["evaluate", base, "--data", data, "--reference", base, "--output", str(output)])
-    found = estimates(output)[1]["all pairs"]
-    assert (found["accuracy"], found["ties"], found["margin"]) == (0.5, 1.0, 0.0)
+    given = ["evaluate", base, "--data", data, "--reference", base, "--output", str(output)]
+    main(given)
+    result, found = estimates(output)
+    assert "25 kept, 0 skipped, 1 truncated (chosen 1)" in result["account"]
+    assert [found["all pairs"][name] for name in ("rows", "accuracy", "ties", "margin")] == [25, 0.5, 1.0, 0.0]
+    said = refused([*given, "--max_length", "300", "--overwrite"], capsys)
+    assert "exceeds the 256 positions" in said
+    assert "`--max_length 256` or less" in said
 
 
 def test_of_best_of_rows_a_chosen_one_must_be_the_best(made, tmp_path):

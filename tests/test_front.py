@@ -34,6 +34,9 @@ AT_ONCE = {
     "version": (["--version"], 0, f"lit-dpo {lit_dpo.__version__}\n"),
     "help of fit": (["fit", "--help"], 0, "--data.batch_size\n"),
     "help of export": (["export", "--help"], 0, "usage: lit-dpo export CHECKPOINT OUTPUT_DIR"),
+    "help of audit": (["audit", "--help"], 0, "about half of the suspects are good rows"),
+    "help of check": (["check", "--help"], 0, "\n  --memory\n"),
+    "help of evaluate": (["evaluate", "--help"], 0, "usage: lit-dpo evaluate MODEL... --data DATA... [options]"),
     "command": (["train"], 2, "there is no command `train`: the commands are {fit,vali"),
     "option": ([*DPO, "--data.batchsize", "4"], 2, "`--data.batchsize`. Did you mean --data.batch_size"),
     "last name": ([*DPO, "--lr", "1e-5"], 2, "there is no option `--lr`. Did you mean --model.optimizer.lr?"),
@@ -41,6 +44,7 @@ AT_ONCE = {
     "usual name": ([*DPO, "--epochs", "3"], 2, "there is no option `--epochs`. Did you mean --trainer.max_epochs?"),
     "config": (["fit", "--config", "configs/dpo.yml"], 2, "file `configs/dpo.yml`. Did you mean configs/dpo.yaml"),
     "config by name": (["fit", "--config", "dpoo"], 2, "no configuration file `dpoo`. Did you mean dpo"),
+    "option of a tool": (["push", "a", "b/c", "--dry-run"], 2, "no option `--dry-run`. Did you mean --dry_run?"),
     "configs": (["configs"], 0, "\ndpo            Direct Preference Optimization, https://arxiv.org/abs/2305.18290\n"),
     "data": ([*DPO, "--data.train", "missing.jsonl"], 2, "There is no `missing.jsonl` in `.`"),
     "one of several": ([*DPO, "--data.train=[quickstart, ./a/b.csv]"], 2, "There is no folder `a`, so no `b.csv`"),
@@ -119,6 +123,20 @@ def test_help_lists_every_option_and_says_what_it_is():
     for parameter in (*signatures.module(), *signatures.data(), *tools):
         assert parameter.help, parameter.name
     assert "CPU threads of torch" in text
+
+
+@pytest.mark.parametrize("name", [*TOOLS, *WHOLE])
+def test_help_of_a_tool_is_for_people(name, monkeypatch):
+    """Within 80 columns, its own options first, types and defaults in words, and nothing that it would refuse."""
+    monkeypatch.setenv("COLUMNS", "80")
+    text = front._help(name)
+    assert max(map(len, text.splitlines())) <= 80
+    if name in TOOLS:
+        assert not re.search(r"\| None|\bstr\b|\bint\b|\bbool\b|Dtype|default: (\[|''|None|True|False)", text)
+    else:
+        assert not re.search(r"--(ckpt_path|predictions|allow-changes|first_reference)\b", text)
+        assert text.index(f"\n  --{'html' if name == 'inspect' else 'memory'}\n") < text.index("\n  -h, --help\n")
+    assert ("\n  --overwrite\n" in text) == (name not in ("export", "check"))
 
 
 @pytest.mark.parametrize(

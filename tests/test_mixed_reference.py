@@ -81,6 +81,7 @@ def test_equal_weights_are_the_default_and_the_weights_count():
     assert not runs.same(*found[1:])
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_the_export(tmp_path):
     """Cached, stopped and resumed it trains what it does live at a stretch; its checkpoint loads as plain values."""
     parts = [{"class_path": "FrozenReference", "init_args": {"model": model}} for model in (OTHER, THIRD)]

@@ -100,6 +100,7 @@ def test_a_few_steps_teach_the_embedded_preferences(adapter):
     assert values["val/rewards/ties"] == 0
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     "loss",
     [IPOLoss(), DPOPLoss(penalty=5.0), SFTLoss(), IntermediateLoss(), HingeLoss()],
@@ -134,6 +135,7 @@ def trained_exactly(pairs, batch_size, accumulate, loss=None, seed=0):
     return run.global_step, runs.weights(module.policy), {k: v.double() for k, v in values.items()}, losses
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("loss", [None, WeightedLoss((IPOLoss(), SFTLoss())), IntermediateLoss()], ids=repr)
 def test_gradient_accumulation_changes_nothing(pairs, loss):
     steps, weights, values, losses = trained_exactly(pairs, 8, 1, loss)
@@ -214,6 +216,7 @@ def test_adapters_alone_train(pairs):
     )
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("loss", [DPOLoss(), IntermediateLoss(layers=(1,))], ids=lambda x: type(x).__name__)
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2)], ids=["full", "lora"])
 def test_gradient_checkpointing_gives_the_same_gradients(pairs, loss, adapter):

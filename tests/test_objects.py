@@ -109,6 +109,7 @@ def test_the_best_policy_of_a_run_is_exported(tmp_path):
     assert not runs.same(runs.weights(written), runs.weights(loaded()))
 
 
+@pytest.mark.slow
 def test_stepwise_starts_from_it(tmp_path):
     def stepwise(model, folder, **options):
         made = module(model, adapter=LoRA(rank=2), kind=torch.optim.AdamW, **options)

@@ -113,6 +113,7 @@ def test_the_checkpoint_is_shown_the_device(monkeypatch):
     assert all(isinstance(tensor, torch.Tensor) for tensor in shown)
 
 
+@pytest.mark.slow
 def test_gradients_of_parts_add_up_in_float32_under_autocast():
     """With one bfloat16 copy of the weights for all parts, their gradients would be summed in bfloat16."""
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +134,7 @@ def test_gradients_of_parts_add_up_in_float32_under_autocast():
     assert parts < 1.1 * whole  # else 1.5 times
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("adapter", [None, LoRA(rank=2, dropout=0.5)], ids=["full", "lora with dropout"])
 @pytest.mark.parametrize("loss", [DPOLoss(), IntermediateLoss(layers=(1,))], ids=lambda x: type(x).__name__)
 def test_a_run_in_parts_is_the_run(tmp_path, loss, adapter):

@@ -60,6 +60,7 @@ def test_a_folder_of_an_encoder_decoder_is_refused(config, model, tmp_path):
         runs.fit(runs.module(str(tmp_path / "model")), runs.data(runs.pairs_file(tmp_path)), max_steps=1)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("body", "got"),
     [

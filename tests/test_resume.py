@@ -63,8 +63,8 @@ CASES = {
     "synced reference beside adapters": {"synced": True, "lora": True, "accumulate": 2, "batch_size": 2},
     "validation within an accumulation": {"accumulate": 4, "batch_size": 1, "val_every": 6},
 }
-# Slow: the first four, since the others hold what these hold, and the longest.
-LONG = ("plain", "workers", "accumulation", "lora with dropout", "synced reference beside adapters")
+# Slow: all but one, since each resumes a run again and again.
+LONG = set(CASES) - {"cached reference"}
 EVERY_STEP = ("plain", "synced reference beside adapters")
 
 
@@ -134,7 +134,8 @@ def test_resuming_again_and_again_is_exact(tmp_path, seed):
     assert runs.same(runs.weights(module.policy), weights)
 
 
-def test_a_partition_resumes_at_every_step(tmp_path):
+@pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_partition_resumes_at_every_step(tmp_path, every):
     """Stopped after any batch of any partition, or between two, stepwise training ends with the same policy."""
     options = {"file": runs.pairs_file(tmp_path, 25), "stepwise": True, "epochs": 1, "val_every": 2}
     whole = tmp_path / "whole"
@@ -153,7 +154,7 @@ def test_a_partition_resumes_at_every_step(tmp_path):
         original, left = interrupted.Log.on_train_batch_end, []
         return on_train_batch_end, original
 
-    for count in range(1, len(batches(expected)) + 1):
+    for count in range(1, len(batches(expected)) + 1, every):
         folder = tmp_path / f"crash_{count}"
         folder.mkdir()
         interrupted.Log.on_train_batch_end, original = crash(count)
@@ -259,6 +260,7 @@ def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number,
     assert runs.same(torch.load(folder / "weights.pt", weights_only=True), weights)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGHUP, 129), (signal.SIGUSR1, 138)])
 def test_other_signals_save_and_exit_as_sigterm_does(tmp_path, number, code):
     """A terminal that is closed, and what Slurm is often told to send before a job's time is up."""
@@ -293,6 +295,7 @@ def test_a_signal_that_is_ignored_or_handled_already_is_left_alone(tmp_path):
         signal.signal(signal.SIGUSR1, before[1])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("moment", ["on_sanity_check_start", "on_sanity_check_end", "on_train_end"])
 def test_lightnings_own_signal_handlers_are_never_there(tmp_path, moment):
     """They exchange messages from within the handler: a SIGTERM to one process of several could hang all."""

@@ -77,9 +77,9 @@ def prompts_file(folder):
     return runs.write(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in [*PROMPTS[:3], *PROMPTS]])
 
 
-def train(folder, judge, resume=False, reference=None, processes=None, **options):
+def train(folder, judge, resume=False, reference=None, processes=None, model=None, **options):
     """Two rounds of six samples; returns the folders of the rounds."""
-    more = {} if reference is None else {"reference": reference}
+    more = {**(model or {}), **({} if reference is None else {"reference": reference})}
     module = runs.module(DESCRIPTION, tokenizer=signs(), lr=1e-2, optimizer=torch.optim.AdamW, **more)
     options = {"rounds": 2, "prompts_per_round": 5, "samples": 6, "max_new_tokens": 20, **options}
     partition = OnPolicy(prompts_file(folder.parent), judge, **options)
@@ -159,13 +159,15 @@ def test_the_first_model_may_be_the_reference_of_all_rounds(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_make_the_pairs_that_one_makes(whole, tmp_path):
-    """The first round before they are connected, the second one shared."""
-    runs.launch(["tests.test_rounds", str(tmp_path / "run"), str(tmp_path / "notes"), "2"])
+    """Both rounds are shared: each prompt is sampled and judged by one process alone."""
+    runs.launch(["tests.test_rounds", str(tmp_path / "run"), str(tmp_path / "notes"), "ddp"])
     root = tmp_path / "run" / "partition_0"
     assert (root / "pairs.jsonl").read_bytes() == (whole[0] / "pairs.jsonl").read_bytes()
     shared = tmp_path / "run" / "partition_1"
-    numbers = [{line[0] for line in lines(shared / f"scores.{rank}.jsonl")} for rank in (0, 1)]
-    assert numbers == [{0, 2, 4}, {1, 3}]
+    for name in ("completions", "scores"):
+        for folder in (root, shared):
+            numbers = [{line[0] for line in lines(folder / f"{name}.{rank}.jsonl")} for rank in (0, 1)]
+            assert numbers == [{0, 2, 4}, {1, 3}]
     together = (shared / "pairs.jsonl").read_bytes()
     shutil.rmtree(shared)
     train(tmp_path / "run", Noting(tmp_path / "notes"), resume=True)
@@ -506,7 +508,7 @@ if __name__ == "__main__":
     notes = Path(sys.argv[2])
     if not sys.argv[3:]:
         train(Path(sys.argv[1]), Noting(notes, PROMPTS[3], "kill"))
-    train(Path(sys.argv[1]), Noting(notes), processes={"strategy": "ddp", "devices": 2})
+    train(Path(sys.argv[1]), Noting(notes), processes={"strategy": sys.argv[3], "devices": 2})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     sys.stdout.flush()

@@ -160,7 +160,7 @@ LOGGERS = {
     ],
     "mlflow": ["--trainer.logger", "MLFlowLogger", "--trainer.logger.tracking_uri", "file:./own"],
 }
-SHORT = ("default", "csv in a fixed folder", "no folder")  # the others are like one of these
+SHORT = ("default", "csv in a fixed folder")  # the others are like one of these
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 
 

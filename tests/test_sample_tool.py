@@ -18,7 +18,8 @@ pytestmark = [
 
 @pytest.fixture
 def prompts(tmp_path):
-    rows = [{"prompt": f"Tell me about {word}."} for word in ("tea", "rain <b>now</b>", "bread", "tea")]
+    words = ("tea", "rain <b>now</b>\x1b[2J", f"{'rain or ' * 60}bread", "tea")
+    rows = [{"prompt": f"Tell me about {word}."} for word in words]
     return runs.write(tmp_path / "prompts.jsonl", rows)
 
 
@@ -43,11 +44,14 @@ def test_base_and_run_answer_side_by_side(made, prompts, tmp_path, capsys):
         expected = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
         assert row["ids"] == expected
         assert row["finished"] == (tokenizer.eos_token_id in expected)
-    assert shown.count("Tell me about bread.") == 1
+    assert shown.count("rain or bread.") == 1
+    assert shown.count("rain or") < 60  # of a long prompt its end
+    assert f"Wrote {file}" in shown.replace("\n", "")
     assert f"{names[0]}: 4 completions of " in shown
     assert max(map(len, shown.splitlines())) <= 80 or "[" not in shown.replace("[no end", "").replace("[repeats", "")
     assert "\x1b" not in shown
     page = html.read_text(encoding="utf-8")
+    assert page.count('<div class="beside">') == 4  # the models of each prompt
     assert "rain &lt;b&gt;now&lt;/b&gt;" in page
     assert "<b>now" not in page
     assert not any(word in page for word in ("http://", "https://", "<script"))
@@ -99,7 +103,7 @@ def test_mistakes_are_one_sentence_with_a_remedy(made, prompts, tmp_path, capsys
         ([base, "--prompts", empty], "holds no prompt: give a file with at least one"),
         ([base, "--prompts", tmp_path / "no.jsonl"], "no.jsonl"),
         ([base, "--prompts", prompts, "--temperature", "-1"], "`temperature` must be at least 0"),
-        ([base, "--prompts", prompts, "--max_new_tokens", "500"], "exceed the 256 positions of the model"),
+        ([base, "--prompts", prompts, "--max_new_tokens", "500"], f"{prompts}:1: A prompt of "),
         ([base, "--prompts", prompts, "--count", "-1"], "`count` must be at least 0"),
         ([base, "--prompts", prompts, "--sampels", "2"], "sampels"),
     ):

@@ -48,6 +48,7 @@ def step_by_step(model, prompt, tokens, pick):
     return tuple(line[len(prompt) :])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mamba"])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"samples": 2, "top_p": 0.9}], ids=["greedy", "drawn"])
 def test_the_batch_size_changes_nothing(name, options):
@@ -93,6 +94,36 @@ def test_top_p_draws_among_the_fewest_tokens_that_make_it_up():
         total += probability
     [found] = Sampler(600, top_p=0.6, max_new_tokens=1, rows=600)(model, Tokenizer(), [prompt])
     assert {completion.ids[0] for completion in found} == allowed
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (4, 1.0), (12, 0.5), (10_000, 1.0)])
+def test_top_k_draws_among_the_most_likely_tokens_and_top_p_among_these(top_k, top_p):
+    """Which tokens come, and how often by the chi-square statistic; the oracle renormalizes by plain loops."""
+    model, prompt, count = tiny_model("llama"), [5, 6, 7], 2000
+    with torch.no_grad():
+        probabilities = (model(torch.tensor([prompt])).logits[0, -1].double() / 0.7).softmax(-1).tolist()
+    best = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])[:top_k]
+    total, kept = sum(probabilities[token] for token in best), {}
+    for token in best:
+        if sum(kept.values()) >= top_p:
+            break
+        kept[token] = probabilities[token] / total
+    expected = {token: value / sum(kept.values()) * count for token, value in kept.items()}
+    sampler = Sampler(count, 0.7, top_p, max_new_tokens=1, rows=1000, top_k=top_k)
+    seen = Counter(one.ids[0] for one in next(sampler(model, Tokenizer(), [prompt])))
+    assert seen.keys() <= expected.keys()
+    common = [token for token, number in expected.items() if number > 5]
+    statistic = sum((seen[token] - expected[token]) ** 2 / expected[token] for token in common)
+    assert statistic < len(common) + 4 * (2 * len(common)) ** 0.5
+    assert min(top_k, 2) <= len(common) <= top_k
+
+
+def test_names_decide_the_random_numbers_in_the_place_of_prompts():
+    model, prompts = tiny_model("llama"), [[5, 6, 7], [5, 6, 7], [8, 9]]
+    sampler = Sampler(max_new_tokens=12, rows=2)
+    first, second, third = sampler(model, Tokenizer(), prompts, [b"a", b"b", b"c"])
+    assert first != second
+    assert list(sampler(model, Tokenizer(), prompts[::-1], [b"c", b"b", b"a"])) == [third, second, first]
 
 
 def test_occurrence_sample_round_and_seed_each_draw_anew():
@@ -141,6 +172,7 @@ def test_what_cannot_be_sampled_is_refused():
         ({"temperature": -1.0}, "`temperature` must be at least 0"),
         ({"temperature": float("nan")}, "`temperature` must be at least 0"),
         ({"top_p": 0.0}, "`top_p` must be in"),
+        ({"top_k": 0}, "`top_k` must be at least 1, got 0"),
         ({"temperature": 0.0, "samples": 2}, "`samples` must be 1 at `temperature` 0"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -329,6 +329,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_wrong_with_a_model_folder_is_said_in_one_sentence(name, capsys, tmp_path, monkeypatch, copied):
     monkeypatch.chdir(tmp_path)

@@ -116,6 +116,7 @@ def test_held_out_pairs_stay_held_out(tmp_path, sources):
     assert len(rows) == len(set(rows)) == 26 - 5
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("partition", [OneShot(), RandomSplit(1), EasyToHard(parts=1)], ids=lambda x: type(x).__name__)
 def test_one_partition_is_plain_training_bit_for_bit(tmp_path, sources, partition):
     _, module, exported = stepwise(tmp_path / "run", sources, partition)

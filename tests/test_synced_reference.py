@@ -104,6 +104,7 @@ def test_it_is_what_a_loop_by_hand_makes_of_it(every, mix, options):
         torch.testing.assert_close(*alike, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_the_export(tmp_path, capsys):
     """A run that stopped between two updates goes on as if it had not; a validation measures from the moved one."""
 

@@ -100,6 +100,7 @@ def trained(loss, reference=None, steps=3, train="quickstart", **options):
     return runs.weights(module.policy), {k: float(v) for k, v in run.callback_metrics.items() if "tokens" not in k}
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("loss", [ADPOLoss(segments=1), LDDPOLoss(alpha=1.0)], ids=["adpo", "lddpo"])
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 60, "form": "padded"}], ids=["flat", "padded parts"])
 def test_the_special_case_of_a_loss_over_tokens_is_dpo_bit_for_bit(loss, options):
@@ -110,6 +111,7 @@ def test_the_special_case_of_a_loss_over_tokens_is_dpo_bit_for_bit(loss, options
     assert metrics["train/loss"] != pytest.approx(0.6931, abs=1e-3)  # it has moved
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("base", "adapter"), [(ADPOLoss(), None), (LDDPOLoss(beta=0.5), LoRA(rank=2))], ids=["adpo", "lddpo with lora"]
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 _STEP = 0.01  # an accuracy that changes by less stays the same
@@ -10,17 +11,19 @@ _CHANCE = 0.5  # the accuracy of implicit rewards before the first step: every p
 Validation = tuple[int, Mapping[str, float]]  # the optimizer step, and metrics by name
 
 
-def findings(history: Sequence[Validation]) -> list[str]:
+def findings(history: Sequence[Validation], pairs: int | None = None) -> list[str]:
     """Sentences for what was seen, or none.
 
     - More than half of the chosen completions are less likely than under the reference, and so is their mean.
-    - The accuracy still rose by 0.01 or more at the last validation, to its highest value.
+    - The last accuracy is 0.01 or more above all earlier ones.
     - The accuracy is 0.01 or more below its highest value, which came earlier.
     - Of what the accuracy gained over 1/2, less than half is left when pairs whose chosen completion is longer and
       pairs whose chosen one is shorter count alike. A policy that only prefers length gains nothing then.
 
     Args:
         history: The validations in their order.
+        pairs: How many pairs each is over, if that is known. An accuracy that changes by less than its standard error
+            then stays the same, too.
 
     >>> values = [{"val/rewards/accuracies": a} for a in (0.5, 0.7, 0.6)]
     >>> findings(list(enumerate(values)))
@@ -29,7 +32,7 @@ def findings(history: Sequence[Validation]) -> list[str]:
     measured = [(step, values) for step, values in history if "val/rewards/accuracies" in values]
     if not measured:
         return []
-    found = [_displaced(measured[-1][1]), _moved(measured), _length(measured[-1][1])]
+    found = [_displaced(measured[-1][1]), _moved(measured, pairs), _length(measured[-1][1])]
     return [sentence for sentence in found if sentence]
 
 
@@ -55,17 +58,19 @@ def _displaced(last: Mapping[str, float]) -> str:
     )
 
 
-def _moved(measured: Sequence[Validation]) -> str:
+def _moved(measured: Sequence[Validation], pairs: int | None) -> str:
     values = [(values["val/rewards/accuracies"], step) for step, values in measured]
     (last, _), (best, when) = values[-1], max(values, key=lambda value: value[0])
-    if best - last >= _STEP:
+    least = _STEP if pairs is None else max(_STEP, math.sqrt(best * (1 - best) / pairs))
+    over = "" if pairs is None else f" over {pairs:,} pairs"
+    if best - last >= least:
         return (
-            f"Accuracy fell after step {when}, from {best:.3f} to {last:.3f}: train for fewer steps, or export the "
-            "best checkpoint."
+            f"Accuracy fell after step {when}, from {best:.3f} to {last:.3f}{over}: train for fewer steps, or export "
+            "the best checkpoint."
         )
-    before = values[-2] if len(values) > 1 else None
-    if before and last >= best and last - before[0] >= _STEP:
-        return f"Accuracy still rises, from {before[0]:.3f} at step {before[1]} to {last:.3f}: more steps may help."
+    before, when = max(values[:-1], key=lambda value: value[0], default=(last, 0))
+    if last - before >= least:
+        return f"Accuracy still rises, to {last:.3f} from {before:.3f} at step {when}{over}: more steps may help."
     return ""
 
 

@@ -49,7 +49,7 @@ class RunSummary(Callback):
         if trainer.is_global_zero and self._history:
             console = Console()
             console.print(self._table(trainer))
-            for sentence in findings(self._history):
+            for sentence in findings(self._history, _validated(trainer)):
                 console.print(sentence, highlight=False, markup=False)
             console.print(self._next(trainer), soft_wrap=True, highlight=False)
 
@@ -74,6 +74,12 @@ class RunSummary(Callback):
         if not path:
             return "No best checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
         return f"Best checkpoint: {path}\nNext: {shlex.join(['lit-dpo', 'export', path, 'OUTPUT_DIR'])}"
+
+
+def _validated(trainer: Trainer) -> int | None:
+    """How many pairs a validation is over, if all of a known split."""
+    split = getattr(getattr(getattr(trainer, "datamodule", None), "training", None), "validation", None)
+    return len(split) if split is not None and trainer.limit_val_batches == 1.0 else None
 
 
 class PolicyLine(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -107,6 +108,25 @@ def _is_alive(process: int) -> bool:
     except OSError:  # it is somebody else's
         return True
     return True
+
+
+@contextmanager
+def naming(folder: Path, kept: str) -> Iterator[None]:
+    """Say in one sentence where a file could not be written for want of room.
+
+    Args:
+        folder: Where it was to go.
+        kept: What is not lost, such as `what was judged is kept`.
+
+    Raises:
+        OSError: The disk is full, or a file may not grow.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(f"`{folder}` cannot be written to ({error.strerror}): make room and go on; {kept}.") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -270,10 +270,9 @@ class PreferenceCLI(CheckpointsSetNoOptions):
 _IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
     *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
-    *(
-        f"lit_dpo.{name}"
-        for name in ("data.partition", "adapters.LoRA", "LoRA", "strategies.FSDP2Strategy", "WarmupDecay")
-    ),
+    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play", "active")),
+    *(f"lit_dpo.{name}" for name in ("data.partition", "data.splits", "adapters.LoRA", "LoRA", "WarmupDecay")),
+    "lit_dpo.strategies.FSDP2Strategy",
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
     *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined
     *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),
@@ -337,9 +336,11 @@ def _run_tool(name: str, args: list[str], flags: Flags) -> None:
     """Call the function that a command is."""
     tool = TOOLS[name]
     function = getattr(importlib.import_module(tool.module), tool.function)
-    if flags.overwrite and "overwrite" not in inspect.signature(function).parameters:
+    parameters = inspect.signature(function).parameters
+    if flags.overwrite and "overwrite" not in parameters:
         raise ValueError(f"`{name}` has no `--overwrite`: name a new file or folder instead.")
-    given = [*as_options(tool, args), *(["--overwrite", "true"] if flags.overwrite else [])]
+    switches = [parameter.name for parameter in parameters.values() if isinstance(parameter.default, bool)]
+    given = [*as_options(tool, args, switches), *(["--overwrite", "true"] if flags.overwrite else [])]
     jsonargparse.auto_cli(function, args=given, prog=f"lit-dpo {name}", parser_class=Parser)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from lit_dpo.checkpoints.run import Run
 from lit_dpo.cli.configs import shipped
 from lit_dpo.tools import page
+from lit_dpo.tools.before import without_news
 from lit_dpo.tools.compare import compare, html, read_predictions, show
 from lit_dpo.tools.runs import config_file, config_of, find_run
 
@@ -53,9 +54,7 @@ def compare_runs(
     if seeds < 1:
         raise ValueError(f"`seeds` must be at least 1, got {seeds}.")
     if output is not None:
-        if Path(output).suffix != ".html":
-            raise ValueError(f"`output` must end in .html, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=[".html"])
     if train:
         settings = {config: [_trained(config, Path(folder), seed) for seed in range(seeds)] for config in _named(train)}
     else:
@@ -108,7 +107,9 @@ def _predictions(path: Path) -> Path:
     run = find_run(path)
     checkpoint = Run(run.folder).best or Run(run.folder).last
     if checkpoint is None:
-        raise FileNotFoundError(f"`{run.folder}` has no checkpoint yet: wait until it has saved one.")
+        raise FileNotFoundError(
+            f"`{run.folder}` has no checkpoint yet: wait until it has saved one, or start it again if it was stopped."
+        )
     config = config_of(run)
     time = max(file.stat().st_mtime_ns for file in (checkpoint, *checkpoint.glob("*")))  # a folder of shards, too
     name = f"validation-{re.sub(r'[^A-Za-z0-9.=_-]', '_', checkpoint.stem)}-{time}.jsonl"
@@ -118,5 +119,7 @@ def _predictions(path: Path) -> Path:
         words += ["--predictions", str(file), "--data.predict", "null", "--data.test", "null", *_ALONE]
         if not config["data"].get("validation") and not config["data"].get("validation_fraction", 0.1):
             raise ValueError(f"`{run.folder}` has no validation rows: predict other rows, and give the files.")
-        main(words)
+        print(f"Predicting the validation rows of {run.folder} with {checkpoint.name}", flush=True)
+        with without_news():
+            main(words)
     return file

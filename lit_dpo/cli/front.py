@@ -11,6 +11,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +58,7 @@ _FLAGS = {  # on the command line only, never in a file
     "--overwrite": "Replace a file, where a command writes one.",
     "--trust-remote-code": "Let a model or tokenizer run the Python code that comes with it.",
 }
+_RUNS_OWN = {"--ckpt_path", "--predictions", "--first_reference", "--allow-changes"}  # of no use before a run
 _USUAL_NAMES = {"learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "seed": "seed_everything"}
 _SOURCES: dict[
     str, tuple[tuple[str, ...], ...]
@@ -111,7 +113,7 @@ def answer(args: Sequence[str]) -> None:
         _say(_help(command))
     if command == "configs":
         _configs(args[1:])
-    if command in _SOURCES:
+    if command in _SOURCES or command in TOOLS:
         _check_options(command, args[1:])
     given = [(name, configs.meant(value) if name in configs.OPTIONS else value) for name, value in _values(args)]
     for option, value in given:
@@ -128,6 +130,9 @@ def answer(args: Sequence[str]) -> None:
 def options(command: str) -> dict[str, Parameter | None]:
     """Every option of a command, with what is known of it; those that may have options of their own say so."""
     found: dict[str, Parameter | None] = {}
+    if command in TOOLS:  # whose parser brings two options of its own
+        found |= {f"--{parameter.name}": parameter for parameter in signatures.tool(command)}
+        return found | dict.fromkeys(["--config", "--print_config", *signatures.flags()])
     for group, parameters in _groups().items():
         found |= {f"--{group}.{parameter.name}": parameter for parameter in parameters}
         found[f"--{group}"] = None
@@ -145,7 +150,8 @@ def _check_options(command: str, args: Sequence[str]) -> None:
     for argument in args:
         name = argument.partition("=")[0]
         if name.startswith("--") and not _is_known(name.removesuffix("+"), known):
-            _refuse(f"there is no option `{name}`", near_options(name, known))
+            near = did_you_mean(name, known) if command in TOOLS else near_options(name, known)
+            _refuse(f"there is no option `{name}`", near)
 
 
 def _is_known(name: str, known: dict[str, Parameter | None]) -> bool:
@@ -239,40 +245,59 @@ def _help(command: str) -> str:
     if command == "configs":
         return f"usage: lit-dpo configs [NAME FILE]\n\n{_wrapped(_ABOUT_CONFIGS)}"
     if command in TOOLS:
-        parameters = signatures.tool(command)
-        several = TOOLS[command].several
-        front = {p.name: p.name.upper() for p in parameters if p.default is None}  # given without a name
-        front |= {name: f"{name.upper().removesuffix('S')}..." for name in several[:1]}
-        words = " ".join(front.values())
-        entries = (_entry(front.get(parameter.name, f"--{parameter.name}"), parameter) for parameter in parameters)
-        about = f"usage: lit-dpo {command} {words} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"
-        return "\n".join([about, *entries])
-    lines = [f"usage: lit-dpo {command} [options]\n\n`lit-dpo {command}`: {COMMANDS[command]}.\n"]
-    lines += [f"  {name}\n{_wrapped(text)}" for name, text in _LIGHTNINGS.items()]
+        return _help_of_tool(command)
     own = {name: text for name, (text, *commands) in _OWN.items() if command in commands}
+    lines = [f"usage: lit-dpo {command} [options]\n", _wrapped(f"`lit-dpo {command}`: {COMMANDS[command]}.", 0), ""]
+    if command in WHOLE:
+        lines += [f"  {name}\n{_wrapped(text)}" for name, text in own.items()]
+        lines += ["", _wrapped("The other options are those of `lit-dpo fit`, which say what would be trained.", 0), ""]
+        own = {}
+    left_out = {"fit": (), "check": _RUNS_OWN | {"--overwrite"}}.get(command, _RUNS_OWN if command in WHOLE else ())
+    general = {**_LIGHTNINGS, **dict(sorted({**signatures.flags(), **_FLAGS, **own}.items()))}
     lines += [
-        f"  {name}\n{_wrapped(text)}" for name, text in sorted({**signatures.flags(), **_FLAGS, **own}.items()) if text
+        f"  {name}\n{_wrapped(text)}" for name, text in general.items() if text and name.split()[0] not in left_out
     ]
     for group, parameters in _groups().items():
         lines.append(f"\n{group}:")
         lines += [_entry(f"--{group}.{parameter.name}", parameter) for parameter in parameters]
-    lines.append(
-        "\nA class has options of its own, such as `--model.loss.beta`: `--model.loss.help DPOLoss` lists them."
-    )
+    own_options = "A class has options of its own, such as `--model.loss.beta`: `--model.loss.help DPOLoss` lists them."
+    lines += ["", _wrapped(own_options, 0)]
+    return "\n".join(lines)
+
+
+def _help_of_tool(command: str) -> str:
+    tool, parameters = TOOLS[command], signatures.tool(command)
+    front = {p.name: p.name.upper() for p in parameters if p.default is None}  # given without a name
+    front |= {name: f"{name.upper().removesuffix('S')}..." for name in tool.several[:1]}
+    named = [name for name in tool.required if name not in front]
+    words = [*front.values(), *(f"--{name} {name.upper()}{'...' * (name in tool.several)}" for name in named)]
+    lines = [f"usage: lit-dpo {command} {' '.join(words)} [options]\n"]
+    lines += [f"{_wrapped(paragraph, 0)}\n" for paragraph in signatures.about(command)]
+    for parameter in parameters:
+        needed = parameter.name in tool.required
+        name = front.get(parameter.name, f"--{parameter.name}")
+        lines.append(_entry(name, replace(parameter, default=None) if needed else parameter))
     return "\n".join(lines)
 
 
 def _entry(name: str, parameter: Parameter) -> str:
     classes = signatures.pluggable().get(name.removeprefix("--"), {})
-    facts = [parameter.type, "required" if parameter.default is None else f"default: {parameter.default}"]
+    facts = [signatures.in_words(parameter.type)]
+    if parameter.default not in ("None", "[]"):
+        facts.append("required" if parameter.default is None else f"default: {_literal(parameter.default)}")
     facts += [f"classes: {', '.join(sorted(classes))}"] if classes else []
     separated = "; ".join(facts)
     return f"  {name}\n{_wrapped(f'{parameter.help} ({separated})')}"
 
 
-def _wrapped(text: str) -> str:
+def _literal(default: str) -> str:
+    """A default as a person would type it."""
+    return {"True": "true", "False": "false"}.get(default, default.strip("'\""))
+
+
+def _wrapped(text: str, indent: int = 6) -> str:
     width = min(120, shutil.get_terminal_size().columns)
-    return textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return textwrap.fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * indent)
 
 
 def _say(text: str) -> NoReturn:

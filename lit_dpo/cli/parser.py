@@ -34,6 +34,8 @@ _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
     "of": Reference,
     "partition": Partition,
     "judge": Judge,
+    "gold": Judge,
+    "discriminator": Judge,
     "picker": Picker,
     "adapter": LoRA,
     "optimizer": Optimizer,

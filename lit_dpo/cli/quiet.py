@@ -24,7 +24,8 @@ _ONLY_FOR_TRAINING = (  # is what a checkpoint knows of callbacks
     "The dirpath has changed from.*",
     "Be aware that when using `ckpt_path`.*",
 )
-_LOGGED = re.compile(r"💡|TPU available|Loading `\w+` to estimate number of stepping batches")  # by Lightning
+_LOGGED = r"💡|TPU available|Loading `\w+` to estimate number of stepping batches"  # by Lightning
+_LOGGED_FOR_TRAINING = r"so the best checkpoint is found anew"
 
 
 @contextmanager
@@ -39,16 +40,17 @@ def quiet(training: bool) -> Iterator[None]:
         for message in (*_NO_NEWS, *(() if training else _ONLY_FOR_TRAINING)):
             warnings.filterwarnings("ignore", message)
         before, warnings.formatwarning = warnings.formatwarning, _format
-        logger.addFilter(_is_news)
+        no_news = re.compile(_LOGGED if training else f"{_LOGGED}|{_LOGGED_FOR_TRAINING}")
+
+        def is_news(record: logging.LogRecord) -> bool:
+            return not no_news.search(record.getMessage())
+
+        logger.addFilter(is_news)
         try:
             yield
         finally:
-            logger.removeFilter(_is_news)
+            logger.removeFilter(is_news)
             warnings.formatwarning = before
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    return not _LOGGED.search(record.getMessage())
 
 
 def _format(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:

@@ -59,11 +59,48 @@ def data() -> tuple[Parameter, ...]:
 
 def tool(name: str) -> tuple[Parameter, ...]:
     """Parameters of a command that is one function."""
+    function = _function(name)
+    return _parameters(function, ast.get_docstring(function) or "")
+
+
+def about(name: str) -> tuple[str, ...]:
+    """What a command that is one function does, a text a paragraph: its docstring up to the arguments."""
+    text = re.split(r"^Args:$", ast.get_docstring(_function(name)) or "", maxsplit=1, flags=re.MULTILINE)[0]
+    return tuple(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+
+
+def _function(name: str) -> ast.FunctionDef:
     found = TOOLS[name]
     path = _PACKAGE.parent.joinpath(*found.module.split(".")).with_suffix(".py")
     [function] = (node for node in _nodes(path) if getattr(node, "name", "") == found.function)
     assert isinstance(function, ast.FunctionDef)
-    return _parameters(function, ast.get_docstring(function) or "")
+    return function
+
+
+def in_words(annotation: str) -> str:
+    """A type as a person names it, where it is a plain one; nothing is said of `None`, which a default tells.
+
+    >>> in_words("int | None"), in_words("Dtype"), in_words("Reference | None")
+    ('whole number', 'float32, bfloat16, float16, float64', 'Reference | None')
+    """
+    names = [name for name in annotation.split(" | ") if name != "None"]
+    known = {
+        "int": "whole number",
+        "float": "number",
+        "bool": "true or false",
+        "str": "text",
+        "list[str]": "one or more",
+    }
+    known |= {name: choices for name, choices in _choices().items() if name in names}
+    return " or ".join(known[name] for name in names) if names and {*names} <= {*known} else annotation
+
+
+@cache
+def _choices() -> dict[str, str]:
+    """Names that stand for a choice between texts, wherever the package defines them, with the texts."""
+    pattern = re.compile(r"^(\w+) = Literal\[(.*?)\]$", re.MULTILINE)
+    found = [match for path in _PACKAGE.rglob("*.py") for match in pattern.finditer(path.read_text(encoding="utf-8"))]
+    return {match[1]: ", ".join(re.findall(r'"(.*?)"', match[2])) for match in found}
 
 
 @cache
@@ -104,7 +141,7 @@ def pluggable() -> dict[str, dict[str, tuple[str, ...]]]:
         "model.reference": ("references/*.py", "Reference"),
         "model.adapter": ("adapters.py", "LoRA"),
         "model.lr_scheduler": ("schedules.py", "WarmupDecay"),
-        "data.partition": ("data/partition.py", "Partition"),
+        "data.partition": ("data/splits.py", "Partition"),
     }
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     for option, (pattern, kind) in places.items():

@@ -17,19 +17,28 @@ class Tool:
         about: What it does, for the list of commands.
         several: Parameters that take several words, each a list whose default is empty. Of these the first is given
             without its name, before all options.
+        required: Those that must be given, although the function has a default for them.
     """
 
     module: str
     function: str
     about: str
     several: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
 
 
-def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
+def as_options(tool: Tool, args: Sequence[str], switches: Sequence[str] = ()) -> list[str]:
     """The same arguments, with the words of each parameter that takes several joined to one list.
+
+    Args:
+        tool: The command.
+        args: What stands behind it.
+        switches: Parameters that are true if they are given without a value.
 
     >>> as_options(Tool("m", "f", "", ("runs", "train")), ["a", "b", "--train", "x.yaml", "y.yaml", "--seeds", "5"])
     ['--runs', '["a", "b"]', '--train', '["x.yaml", "y.yaml"]', '--seeds', '5']
+    >>> as_options(Tool("m", "f", ""), ["folder", "--dry_run"], ["dry_run"])
+    ['folder', '--dry_run', 'true']
     """
     groups: list[list[str]] = [[f"--{tool.several[0]}"] if tool.several else []]
     for argument in args:
@@ -38,7 +47,8 @@ def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
         groups[-1].append(argument)
     first, *rest = groups
     groups = rest if len(first) < 2 and tool.several else groups
-    names = {f"--{name}" for name in tool.several}
+    names, alone = {f"--{name}" for name in tool.several}, [[f"--{name}"] for name in switches]
+    groups = [[*group, "true"] if group in alone else group for group in groups]
     return [
         word
         for group in groups
@@ -48,17 +58,23 @@ def as_options(tool: Tool, args: Sequence[str]) -> list[str]:
 
 TOOLS = {
     "export": Tool("lit_dpo.export", "export_run", "write a checkpoint's policy as a folder that transformers loads"),
-    "plot": Tool("lit_dpo.tools.plot", "plot_runs", "draw what runs have logged", ("runs",)),
+    "plot": Tool("lit_dpo.tools.plot", "plot_runs", "draw what runs have logged", ("runs",), ("runs",)),
     "compare": Tool("lit_dpo.cli.comparing", "compare_runs", "tell whether runs differ", ("runs", "train")),
+    "rounds": Tool("lit_dpo.tools.rounds", "show_rounds", "show what each round of a run's own pairs did"),
     "audit": Tool("lit_dpo.tools.audit", "audit_run", "list training rows whose label is probably wrong"),
     "sample": Tool(
-        "lit_dpo.tools.sample", "sample_models", "show what models say to the same prompts", several=("models",)
+        "lit_dpo.tools.sample",
+        "sample_models",
+        "show what models say to the same prompts",
+        several=("models",),
+        required=("models", "prompts"),
     ),
     "evaluate": Tool(
         "lit_dpo.tools.evaluate",
         "evaluate_models",
         "measure how often a model prefers the right completion, with intervals",
         several=("models", "data"),
+        required=("models", "data"),
     ),
     "push": Tool("lit_dpo.tools.push", "push_folder", "upload an exported folder to the Hugging Face hub"),
 }

@@ -19,9 +19,10 @@ from lit_dpo.data.encode import PairEncoder, Truncation, read_template
 from lit_dpo.data.load import OnBadRow, Rows, sources_of
 from lit_dpo.data.loader import pair_loader, step_layout
 from lit_dpo.data.options import check_shares, check_sizes, check_values
-from lit_dpo.data.partition import OneShot, Partition
+from lit_dpo.data.partition import Partition
 from lit_dpo.data.read import MAX_LINE_BYTES
 from lit_dpo.data.rows import PairPolicy, Reading, RowMap
+from lit_dpo.data.splits import OneShot
 from lit_dpo.data.token_cache import read_pairs
 from lit_dpo.data.token_store import TokenStore
 from lit_dpo.data.training import TrainingPairs
@@ -48,8 +49,7 @@ class PreferenceDataModule(LightningDataModule):
         test: Sources for `test`, and for `predict` unless `predict` is given; without any, the validation pairs.
         predict: Sources for `predict`. `train` means the pairs that are trained on, in their order; a folder
             of that name is `./train`.
-        validation_fraction: Share of training pairs to hold out, in [0, 1); pairs of one prompt stay together. With 0
-            all are trained on, and there is no validation unless `validation` names sources.
+        validation_fraction: Share of training pairs to hold out, in [0, 1), those of one prompt together; 0 for none.
         batch_size: Pairs a batch on each process.
         eval_batch_size: The same for validation, test and predict; `None` means twice `batch_size`.
         max_length: Most tokens of prompt and one completion together.

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_dpo.data.load import EncodedRow
-from lit_dpo.data.token_store import Array, TokenStore
+from lit_dpo.data.token_blocks import Array
+from lit_dpo.data.token_store import TokenStore
 from lit_dpo.data.token_writer import TokenWriter, digest
 from lit_dpo.pairs import PairBatch
 

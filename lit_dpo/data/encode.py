@@ -138,6 +138,35 @@ class PairEncoder:
                 results.append(error)
         return results
 
+    def spelled(self, pair: Pair) -> tuple[Prepared, list[int], list[tuple[int, int]]]:
+        """The chosen sequence before it is cut to the limit: its texts, its ids, and which characters each stands for.
+
+        Ids that are put behind the text are left out; those before it stand for no characters.
+
+        Raises:
+            RowError: The pair cannot be encoded faithfully.
+            ValueError: The tokenizer cannot tell which characters a token stands for.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"`{type(self.tokenizer).__name__}` cannot tell which characters a token stands for, so answers cannot "
+                "be cut at a token: use a fast tokenizer (one with a `tokenizer.json`)."
+            )
+        whole = self._prepare(pair)
+        found = self.tokenizer(
+            whole.chosen,
+            add_special_tokens=False,
+            split_special_tokens=not whole.rendered,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        ids: list[int] = found.input_ids
+        spans = [(int(start), int(end)) for start, end in found.offset_mapping]
+        if whole.rendered:
+            doubled = len(ids) - len(self._one_bos(ids))
+            return whole, ids[doubled:], spans[doubled:]
+        return whole, self._start + ids, [(0, 0)] * len(self._start) + spans
+
     def identity(self) -> dict[str, object] | None:
         """Everything that decides a pair's ids besides the pair, as plain values; None where it cannot be told."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)

@@ -10,7 +10,7 @@ from lit_dpo.data.encode import Encoded
 from lit_dpo.data.read import MAX_LINE_BYTES, read_rows, source_name
 from lit_dpo.data.report import LoadReport
 from lit_dpo.data.rows import Arranged, LayoutError, NoPreferenceError, Pair, Reading, RowError, arrange, pairs_of
-from lit_dpo.data.token_store import enough
+from lit_dpo.data.token_blocks import enough
 from lit_dpo.data.values import with_values
 
 OnBadRow = Literal["error", "warn", "skip"]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from lit_dpo.data.opening import Opening
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lit_dpo.data.encode import PairEncoder
+    from lit_dpo.data.pair import Pair
     from lit_dpo.sampling import Completion, Sampler
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -34,9 +40,17 @@ class Pool:
         complete: Gives completions; called with the arguments of `complete`.
         processes: Number of this process, and how many there are that can talk to each other.
         gather: Makes one of what they have found, each under its own numbers.
+        encoder: Makes what encodes rows as they are trained on.
+        pairs: Gives the pairs as texts.
+        model: Loads the model that starts a step.
+        logps: Gives log-probs; called with the arguments of `logps`.
+        progress: Whether this process draws on a terminal how far it is.
+        allow_changes: Whether the user lets a run go on whose data have changed.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
+        progress: As given.
+        allow_changes: As given.
     """
 
     def __init__(
@@ -45,11 +59,19 @@ class Pool:
         folder: Path | None = None,
         score: Callable[[int | None], Tensor] | None = None,
         generate: Callable[..., list[list[str]]] | None = None,
-        complete: Callable[[Sequence[Prompt], Sampler], Iterator[list[Completion]]] | None = None,
+        complete: Callable[[Sequence[Prompt | Opening], Sampler], Iterator[list[Completion]]] | None = None,
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
+        encoder: Callable[[], PairEncoder] | None = None,
+        pairs: Callable[[], list[Pair]] | None = None,
+        model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
+        logps: Callable[..., Iterator[list[float]]] | None = None,
+        progress: bool = False,
+        allow_changes: bool = False,
     ) -> None:
-        self.sources = sources
+        self.sources, self.progress, self.allow_changes = sources, progress, allow_changes
+        self._encoder = encoder
+        self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
 
@@ -71,6 +93,36 @@ class Pool:
             raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
+
+    def at(self, step: int) -> Pool:
+        """This pool, with the folder of an earlier step."""
+        found = copy.copy(self)
+        found._folder = self._folder and self._folder.with_name(f"partition_{step}")
+        return found
+
+    def folder_of(self, step: int) -> Path:
+        """The folder of an earlier step, which holds what it has left."""
+        return self.folder.with_name(f"partition_{step}")
+
+    def pairs(self) -> list[Pair]:
+        """The pairs as texts, by row number; the data are read again for it.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if self._pairs is None:
+            raise ValueError("This pool has no texts: run the partition through `fit_stepwise`.")
+        return self._pairs()
+
+    def model(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model that starts a step, this one or an earlier one, and its tokenizer; a copy that may be changed.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._model is None:
+            raise ValueError("Models need `fit_stepwise`: run the partition through it.")
+        return self._model(step)
 
     def margins(self, step: int | None = None) -> Tensor:
         """Log-prob of chosen minus that of rejected under the policy that starts the step, in nats.
@@ -134,11 +186,23 @@ class Pool:
             raise ValueError("At `temperature` 0 all samples are equal: ask for one, or set it above 0.")
         return self._generate(prompts, samples, temperature, max_new_tokens, seed, batch_size)
 
-    def complete(self, prompts: Sequence[Prompt], sampler: Sampler) -> Iterator[list[Completion]]:
+    @property
+    def encoder(self) -> PairEncoder:
+        """What encodes rows as they are trained on.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self._encoder is None:
+            raise ValueError("This pool encodes no rows: run the partition through `fit_stepwise`.")
+        return self._encoder()
+
+    def complete(self, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """Completions of prompts with their token ids, one prompt after the other, by this process alone.
 
         Args:
-            prompts: Texts, or lists of chat messages, which the chat template renders.
+            prompts: Texts, or lists of chat messages, which the chat template renders; or openings alone, which are
+                gone on with as they are.
             sampler: How to sample.
 
         Returns:
@@ -150,6 +214,26 @@ class Pool:
         if self._complete is None:
             raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
         return self._complete(prompts, sampler)
+
+    def logps(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int
+    ) -> Iterator[list[float]]:
+        """Log-probs of completions, one prompt after the other, by this process alone; no prompt changes another's.
+
+        Args:
+            prompts: As of `complete`.
+            completions: For each prompt its completions as token ids, at least one; none of them empty.
+            step: The model that starts this step scores: this one or an earlier one.
+
+        Returns:
+            An iterator over the sums over tokens, in nats, of each prompt's completions.
+
+        Raises:
+            ValueError: There is no such model.
+        """
+        if self._logps is None:
+            raise ValueError("Log-probs need the model that starts a step: run the partition through `fit_stepwise`.")
+        return self._logps(prompts, completions, step)
 
     def share(self, count: int) -> range:
         """Of so many numbers from 0 those that are this process's; all until the processes are connected."""
@@ -169,9 +253,13 @@ class Partition(ABC):
 
     Attributes:
         other_reference: Whether a model of its own may be the reference in every step instead.
+        first_reference: Whether the model that starts the first step is the reference of all of them.
+        restarts: Whether each step trains that model anew; samples are those of what the step before has made.
     """
 
     other_reference: ClassVar[bool] = False
+    first_reference: ClassVar[bool] = False
+    restarts: bool = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:
@@ -193,127 +281,13 @@ class Partition(ABC):
             ValueError: The pool cannot be divided in this way.
         """
 
+    def resumed(self, step: int, pool: Pool) -> None:  # noqa: B027 - most have nothing to compare
+        """Look at a step whose new pairs an earlier run has written, which are going to be trained on as they are.
 
-class OneShot(Partition):
-    """Everything at once: plain training."""
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """All pairs in a single step."""
-        return _nth([torch.arange(pool.rows)], step)
-
-
-class BySource(Partition):
-    """One step for each data source, as in the sDPO paper.
-
-    Args:
-        order: Names of the sources in training order; empty means the order in which they are given to the data
-            module. Names are those that the load report prints.
-    """
-
-    def __init__(self, order: Sequence[str] = ()) -> None:
-        self.order = tuple(order)
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """The pairs of one source.
+        Args:
+            step: Number of the step, from 0.
+            pool: As for `next`.
 
         Raises:
-            ValueError: `order` does not name every source once.
+            ValueError: They were made under other options, so that this run must not go on with them.
         """
-        found = list(dict.fromkeys(pool.sources))
-        if self.order and sorted(self.order) != sorted(found):
-            raise ValueError(
-                f"`order` names {', '.join(self.order)}, but the data have the sources {', '.join(found)}."
-            )
-        names = self.order or found
-        return _rows_of(names[step], pool.sources) if step < len(names) else None
-
-
-class RandomSplit(Partition):
-    """Steps of equal size drawn at random: the sDPO paper's ablation.
-
-    Args:
-        parts: Number of steps, at least 1.
-        seed: Seed of the random split.
-    """
-
-    def __init__(self, parts: int = 2, seed: int = 0) -> None:
-        self.parts, self.seed = _positive(parts), seed
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """An equal share of the pairs; the first steps take the remainder.
-
-        Raises:
-            ValueError: There are fewer pairs than steps.
-        """
-        _refuse_empty(self.parts, pool)
-        order = torch.randperm(pool.rows, generator=torch.Generator().manual_seed(self.seed))
-        return _nth([rows.sort().values for rows in order.tensor_split(self.parts)], step)
-
-
-class EasyToHard(Partition):
-    """Steps ordered from what the first model already prefers to what it does not.
-
-    Args:
-        parts: `None` orders whole sources by the first model's accuracy, the share of pairs with a positive margin,
-            as in the sDPO paper. A number cuts the pool into that many equal steps by margin, large to small, whatever
-            the source; that form is ours.
-    """
-
-    def __init__(self, parts: int | None = None) -> None:
-        self.parts = None if parts is None else _positive(parts)
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """The easiest pairs that are left.
-
-        Raises:
-            ValueError: There are fewer pairs than steps, or no policy.
-        """
-        return _nth(_easy_to_hard(self.parts, pool), step)
-
-
-class HardToEasy(Partition):
-    """The steps of `EasyToHard` in the opposite order: first what the first model prefers least.
-
-    Args:
-        parts: As of `EasyToHard`: `None` orders whole sources, a number cuts the pool into that many equal steps.
-    """
-
-    def __init__(self, parts: int | None = None) -> None:
-        self.parts = None if parts is None else _positive(parts)
-
-    def next(self, step: int, pool: Pool) -> Tensor | None:
-        """The hardest pairs that are left.
-
-        Raises:
-            ValueError: There are fewer pairs than steps, or no policy.
-        """
-        return _nth(_easy_to_hard(self.parts, pool)[::-1], step)
-
-
-def _easy_to_hard(parts: int | None, pool: Pool) -> list[Tensor]:
-    _refuse_empty(parts or 1, pool)
-    margins = pool.margins(0)
-    if parts is not None:
-        order = margins.argsort(descending=True, stable=True)
-        return [rows.sort().values for rows in order.tensor_split(parts)]
-    by_source = [_rows_of(name, pool.sources) for name in dict.fromkeys(pool.sources)]
-    return sorted(by_source, key=lambda rows: -(margins[rows] > 0).double().mean().item())
-
-
-def _nth(steps: Sequence[Tensor], step: int) -> Tensor | None:
-    return steps[step] if step < len(steps) else None
-
-
-def _rows_of(name: str, sources: Sequence[str]) -> Tensor:
-    return torch.tensor([i for i, source in enumerate(sources) if source == name])
-
-
-def _refuse_empty(parts: int, pool: Pool) -> None:
-    if parts > pool.rows:
-        raise ValueError(f"`parts` is {parts}, but there are only {pool.rows} pairs to split.")
-
-
-def _positive(parts: int) -> int:
-    if parts < 1:
-        raise ValueError(f"`parts` must be at least 1, got {parts}.")
-    return parts

@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence, Sized
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ from lit_dpo.data.report import LoadReport
 from lit_dpo.data.rows import Pair, RowError
 from lit_dpo.data.token_store import TokenStore, names_of, open_blocks
 from lit_dpo.data.token_writer import FLAGS, TokenWriter, of_flags
+from lit_dpo.data.unchanged import Sources, stamp
 from lit_dpo.files import read_json, refuse_special
 from lit_dpo.processes import rank_zero_info, rank_zero_warn
 
 _LAYOUT = 3  # of the files
 WORTH_KEEPING = 2000  # rows; fewer are encoded in about a second
-_PIECE = 32 << 20  # bytes of a data file that are hashed together
+_PIECE = 32 << 20  # bytes of a data file in which lines are counted at a time
 _LABELS = ("source", "row", "values", "layout", "notes")  # of a pair: they do not decide its ids
 
 
@@ -67,7 +67,7 @@ class TokenCache:
         self.encoder, self.reused = encoder, 0
         self._through = through or encoder
         self._files = self._open(encoder, specs)
-        self._load = None if self._files is None or load is None else _source(specs, load)
+        self._sources: Sources | None = None
         self._kept: list[TokenStore] = []
         self._complete: TokenStore | None = None
         self._header: dict[str, Any] = {}
@@ -76,7 +76,7 @@ class TokenCache:
         if self._files is None:
             self._writer = TokenWriter()
             return
-        self._read()
+        self._read(specs, load)
         folder, key = self._files.folder, self._files.key
         self._writer = TokenWriter(folder, key, key.encode(), self._kept, WORTH_KEEPING)
 
@@ -99,27 +99,31 @@ class TokenCache:
         assert self._files is not None
         return self._files.data.with_suffix(".tokens")
 
-    def _read(self) -> None:
+    def _read(self, specs: Sequence[str], load: Mapping[str, object] | None) -> None:
         """Find what is there: a whole file, and parts that were left behind or are still being written."""
         assert self._files is not None
         key, problem = self._files.key, None
         vocabulary = len(self.encoder.tokenizer)
         try:
-            if self._data.exists():
-                store, whole = open_blocks(self._data, key.encode(), vocabulary)
-                problem = None if whole else "its checksum does not match"
-                self._kept += [store] if store else []
-                self._complete = store if whole else None
+            self._header = read_json(self._files.header) if self._files.header.exists() else {}
         except (OSError, ValueError) as error:
             problem = str(error)
-        if self._complete is not None and self._files.header.exists():
-            try:
-                self._header = read_json(self._files.header)
+        if load is not None:
+            self._sources = Sources(specs, load, self._header.get("files"))
+        try:
+            if self._data.exists():
+                known = stamp(self._data)
+                later = self._is_meant() and known is not None and known == self._header.get("stamp")
+                store, whole = open_blocks(self._data, key.encode(), vocabulary, later)
+                problem = problem if whole else "its checksum does not match"
+                self._kept += [store] if store else []
+                self._complete = store if whole else None
+            if self._complete is not None and self._header:
                 self._complete.names = names_of(self._header, self._complete)
                 if not isinstance(self._header.get("report"), str):
                     raise ValueError("it has no report")
-            except (OSError, ValueError) as error:
-                self._header, problem = {}, str(error)
+        except (OSError, ValueError) as error:
+            self._header, problem = {}, str(error)
         if problem:
             rank_zero_info(f"Token cache {self._data} is damaged ({problem}): tokenizing anew what is not there.")
         for path in sorted(self._files.folder.glob(f"{key}.????????.part")):
@@ -134,11 +138,21 @@ class TokenCache:
     def whole(self) -> tuple[TokenStore, str] | None:
         """All rows and what was reported of them, if the data files are those that they were read from."""
         header, store = self._header, self._complete
-        same = self._load is not None and header.get("load") == self._load and header.get("identity") == self._identity
-        if not same or store is None or header.get("sums") != _sums(store):
+        if not self._is_meant() or store is None or header.get("sums") != _sums(store):
             return None
         self.reused = len(store)
+        with suppress(OSError):
+            self._write_header(store, header["report"])
         return store, "".join(sign for sign in header["report"] if sign.isprintable() or sign == "\n")
+
+    def _is_meant(self) -> bool:
+        """Whether the header is that of these data files and of what is done with them."""
+        load, header = self._digest, self._header
+        return load is not None and header.get("load") == load and header.get("identity") == self._identity
+
+    @property
+    def _digest(self) -> str | None:
+        return None if self._sources is None else self._sources.digest
 
     @property
     def _identity(self) -> dict[str, object] | None:
@@ -185,18 +199,24 @@ class TokenCache:
         if store.path is not None and store.path != self._data:
             put(store.path, self._data)
             store.path = self._data
-        names = {name: getattr(store.names, name) for name in ("sources", "places", "values")}
-        header = {"identity": self._identity, "load": self._load, "sums": _sums(store), "report": report, **names}
-        content = json.dumps(header, indent=1).encode()
-        if json.loads(content) != self._header:
-            with replace_file(self._files.header) as file:
-                file.write(content)
+        self._write_header(store, report)
         self._writer.abandon()
         for path, size in self._parts.items():
             with suppress(OSError), path.open("rb") as part:
                 if _lock(part, exclusive=True) and os.fstat(part.fileno()).st_size == size:
                     path.unlink()
         return store
+
+    def _write_header(self, store: TokenStore, report: str) -> None:
+        """Say what the file holds, unless the header does so already."""
+        assert self._files is not None
+        names = {name: getattr(store.names, name) for name in ("sources", "places", "values")}
+        header = {"identity": self._identity, "load": self._digest, "sums": _sums(store), "report": report, **names}
+        header |= {"stamp": stamp(self._data), "files": self._sources.stamps if self._sources else {}}
+        content = json.dumps(header, indent=1).encode()
+        if json.loads(content) != self._header:
+            with replace_file(self._files.header) as file:
+                file.write(content)
 
     def close(self) -> None:
         """Go no further: what is encoded already serves a later run."""
@@ -299,40 +319,3 @@ def _key(pair: Pair) -> bytes:
 def _sums(store: TokenStore) -> str:
     """A hash over the sums of all blocks."""
     return hashlib.sha256(b"".join(block.sum for block in store.blocks)).hexdigest()
-
-
-def _source(specs: Sequence[str], load: Mapping[str, object]) -> str | None:
-    """A hash of the content of data files and of all that is done with them; None where that cannot be told."""
-    try:
-        found = [files_of(spec) for spec in specs]
-        options = json.dumps(load, sort_keys=True)
-        files = [path for group in found for path in group or ()]
-        for path in files:
-            refuse_special(path)
-        pieces = [(path, start) for path in files for start in range(0, path.stat().st_size or 1, _PIECE)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            sums = list(threads.map(_piece, pieces))
-    except (OSError, ValueError, TypeError):
-        return None  # whoever reads the rows says what is wrong
-    if not files or None in found:
-        return None
-    content = [(str(path), start, found) for (path, start), found in zip(pieces, sums, strict=True)]
-    record = [options, list(specs), _code(), content]
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
-
-
-def _piece(of: tuple[Path, int]) -> str:
-    path, start = of
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        return hashlib.sha256(file.read(_PIECE)).hexdigest()
-
-
-@cache
-def _code() -> str:
-    """A hash of the code that makes rows of data files, so that another release reads them anew."""
-    folder = Path(__file__).parent
-    found = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        found.update(path.read_bytes())
-    return found.hexdigest()

@@ -1,111 +1,24 @@
-"""Encoded rows in one file that is mapped into memory: 4 bytes a token, and one fixed record a row.
-
-A file is a sequence of blocks. A block is a head, the records of up to `BLOCK` rows, and their token ids one after the
-other (a token that is not scored as `~id`, below 0); the head says how many there are and carries a sum over them. So
-a file that was cut short by a kill holds every block that was finished, and damage costs the block it is in. Nothing in
-a file is executed, and every number in it that says where to read is checked before it is used.
-"""
+"""Encoded rows in one file that is mapped into memory: 4 bytes a token, and one fixed record a row."""
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
-import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lit_dpo.data.places import join_place
+from lit_dpo.data.token_blocks import BLOCK, HEAD, MAGIC, Array, Block, Check, record
 from lit_dpo.files import refuse_special
 
-BLOCK = 1024  # rows
-_HEAD = struct.Struct("<8sIIQ16s")  # magic, rows, numbers a row, tokens, sum
-_MAGIC = b"litdpo\0\1"
 _RELEASE = 1024  # rows read before the pages that they touched are given back: a touched row maps up to 64 KiB more
-
-Array = NDArray[Any]
-
-
-def record(values: int) -> np.dtype[Any]:
-    """The layout of a row's record.
-
-    Args:
-        values: Numbers that each row has.
-    """
-    return np.dtype(
-        [
-            ("key", "<u8", 2),  # of what was encoded: prompt and completions as text or turns; 0 if it is not known
-            ("prompt", "<u8", 2),  # of the prompt before it was cut
-            ("digest", "<u8", 2),  # of token ids, boundaries and numbers
-            ("plain", "<u8", 2),  # of token ids and boundaries
-            ("content", "<i8", 2),  # of token ids and boundaries, as reference log-probs are found by
-            ("lengths", "<i4", 3),  # tokens of prompt, chosen, rejected
-            ("largest", "<i4"),  # of its token ids
-            ("flags", "<u4"),  # 4 bits for each small number and truth value of `Encoded`
-            ("source", "<i4"),  # number of the data set's name
-            ("place", "<i4"),  # number of the text around the numbers in the row's location
-            ("numbers", "<i8", 2),  # the last two numbers in the row's location
-            ("values", "<f8", (values,)),
-        ]
-    )
-
-
-class Block(NamedTuple):
-    """One block of a file: where it begins, how many rows, numbers a row and tokens it has, and its sum."""
-
-    start: int
-    rows: int
-    values: int
-    tokens: int
-    sum: bytes
-
-    @property
-    def records(self) -> int:
-        """Where its records begin, in bytes."""
-        return self.start + _HEAD.size
-
-    @property
-    def ids(self) -> int:
-        """Where its token ids begin, in bytes."""
-        return self.records + self.rows * record(self.values).itemsize
-
-    @property
-    def end(self) -> int:
-        """Where the next one begins, in bytes."""
-        return self.ids + 4 * self.tokens
-
-
-def enough(done: int) -> int:
-    """How many rows make a chunk or a block, after so many: few at first, so that a kill never costs a large share."""
-    return max(64, min(BLOCK, done // 32))
-
-
-def pack(records: Array, ids: Array, seal: bytes) -> tuple[bytes, Block]:
-    """The bytes of a block, and what it is at the start of a file.
-
-    Args:
-        records: Of `record`'s type, one a row.
-        ids: Token ids of these rows one after the other, int32.
-        seal: Goes into the sum: what the file belongs to.
-    """
-    body = records.tobytes() + ids.tobytes()
-    values = records["values"].shape[1]
-    block = Block(0, len(records), values, len(ids), _sum(body, seal))
-    return _HEAD.pack(_MAGIC, block.rows, values, block.tokens, block.sum) + body, block
-
-
-def _sum(body: bytes, seal: bytes) -> bytes:
-    found = hashlib.sha256(seal)  # for which processors have instructions
-    found.update(body)
-    return found.digest()[:16]
 
 
 @dataclass(frozen=True)
@@ -132,6 +45,7 @@ class TokenStore:
         blocks: Those to use, in order.
         names: What the numbers in the records stand for.
         path: The file; `None` if the bytes are in memory.
+        check: What the token ids of a block have to fulfil when they are first read; `None` if they are known to.
 
     Attributes:
         starts: Where the token ids of each row begin, in units of 4 bytes, shape `(rows,)` int64.
@@ -142,10 +56,12 @@ class TokenStore:
     blocks: Sequence[Block]
     names: Names = field(default_factory=Names)
     path: Path | None = None
+    check: Check | None = None
 
     def __post_init__(self) -> None:
         self._words = np.frombuffer(self.content, "<i4", len(self.content) // 4) if self.blocks else np.empty(0, "<i4")
         self._touched = 0
+        self._checked = np.full(len(self.blocks), self.check is None)
         self._by_key: tuple[Array, Array] | None = None
         self._firsts = [0, *accumulate(block.rows for block in self.blocks)]
         self.lengths: Array = self.column("lengths").astype(np.int64)
@@ -205,12 +121,30 @@ class TokenStore:
         return np.split(self.ids([row]), self.lengths[row].cumsum()[:2])
 
     def ids(self, rows: Sequence[int]) -> Array:
-        """Token ids of these rows one after the other, int32, copied out of the file."""
+        """Token ids of these rows one after the other, int32, copied out of the file.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        if not self._checked.all():
+            self._look_at(rows)
         sizes = self.lengths[rows].sum(1)
         spans = zip(self.starts[rows].tolist(), sizes.tolist(), strict=True)
         found = np.concatenate([self._words[start : start + size] for start, size in spans])
         self._touch(len(rows))
         return found
+
+    def _look_at(self, rows: Sequence[int]) -> None:
+        """Compare the blocks of these rows with their sums, once each."""
+        assert self.check is not None
+        for number in np.unique(np.searchsorted(self._firsts, rows, side="right") - 1).tolist():
+            if self._checked[number]:
+                continue
+            block = self.blocks[number]
+            if not self.check.passes(bytes(self.content[block.records : block.end]), block):
+                raise ValueError(f"`{self.path}` is damaged: remove it, and start again to have its rows encoded anew.")
+            self._checked[number] = True
+            self._touch(block.rows)
 
     def bytes_of(self, block: Block) -> bytes:
         """A block as it stands in the file."""
@@ -232,15 +166,15 @@ class TokenStore:
         """For a process that is spawned: the file's name in the place of its bytes."""
         if self.path is None:
             return TokenStore, (self.content, self.blocks, self.names)
-        return _reopened, (self.path, self.blocks, self.names)
+        return _reopened, (self.path, self.blocks, self.names, self.check)
 
 
-def _reopened(path: Path, blocks: Sequence[Block], names: Names) -> TokenStore:
+def _reopened(path: Path, blocks: Sequence[Block], names: Names, check: Check | None) -> TokenStore:
     content = map_file(path)
     heads = (content[block.start : block.records] for block in blocks)
-    if any(_HEAD.unpack(head)[1:] != block[1:] for head, block in zip(heads, blocks, strict=True)):
+    if any(HEAD.unpack(head)[1:] != block[1:] for head, block in zip(heads, blocks, strict=True)):
         raise ValueError(f"The token ids in `{path}` were replaced by another run: start this one again.")
-    return TokenStore(content, blocks, names, path)
+    return TokenStore(content, blocks, names, path, check)
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -258,16 +192,16 @@ def map_file(path: Path) -> mmap.mmap:
         os.close(handle)
 
 
-def open_blocks(path: Path, seal: bytes, vocabulary: int) -> tuple[TokenStore | None, bool]:
+def open_blocks(path: Path, seal: bytes, vocabulary: int, later: bool = False) -> tuple[TokenStore | None, bool]:
     """The rows of a file that are fit for use: those of the blocks before the first one that is torn or damaged.
 
-    Every byte is read and compared with the sums, by all processors. Sums are no signatures, and a file may be
-    somebody else's; so whatever is used as a place or a token id is also looked at.
+    Every byte is read and compared with the sums, by all processors.
 
     Args:
         path: The file.
         seal: As in `pack`.
         vocabulary: Token ids are below it.
+        later: Look at the records alone, and at each block as a whole when one of its rows is first read.
 
     Returns:
         The rows, none if there are none, and whether that is all of the file.
@@ -276,39 +210,32 @@ def open_blocks(path: Path, seal: bytes, vocabulary: int) -> tuple[TokenStore | 
         OSError: It cannot be read.
         ValueError: It is no regular file, or empty.
     """
-    content = map_file(path)
+    content, check = map_file(path), Check(seal, vocabulary)
     blocks: list[Block] = []
     place = 0
-    while place + _HEAD.size <= len(content):
-        magic, rows, values, tokens, found = _HEAD.unpack_from(content, place)
+    while place + HEAD.size <= len(content):
+        magic, rows, values, tokens, found = HEAD.unpack_from(content, place)
         block = Block(place, rows, values, tokens, found)
         first = blocks[0] if blocks else block
-        if magic != _MAGIC or not 0 < rows <= BLOCK or values != first.values or block.end > len(content):
+        if magic != MAGIC or not 0 < rows <= BLOCK or values != first.values or block.end > len(content):
             break
         blocks.append(block)
         place = block.end
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
 
         def fit(block: Block) -> bool:
-            if not hasattr(os, "pread"):
-                return _fit(content[block.records : block.end], block, seal, vocabulary)
-            return _fit(os.pread(file.fileno(), block.end - block.records, block.records), block, seal, vocabulary)
+            end = block.ids if later else block.end
+            if hasattr(os, "pread"):
+                body = os.pread(file.fileno(), end - block.records, block.records)
+            else:
+                body = content[block.records : end]
+            return check.fits(body, block) if later else check.passes(body, block)
 
         good = list(threads.map(fit, blocks))
     if False in good:
         blocks = blocks[: good.index(False)]
-    store = TokenStore(content, blocks, path=path) if blocks else None
+    store = TokenStore(content, blocks, path=path, check=check if later else None) if blocks else None
     return store, store is not None and store.size == len(content)
-
-
-def _fit(body: bytes, block: Block, seal: bytes, vocabulary: int) -> bool:
-    if len(body) != block.end - block.records or _sum(body, seal) != block.sum:
-        return False
-    rows = np.frombuffer(body, record(block.values), block.rows)
-    ids = np.frombuffer(body, "<i4", block.tokens, block.ids - block.records)
-    lengths = rows["lengths"].astype(np.int64)
-    whole = bool((lengths > 0).all()) and int(lengths.sum()) == block.tokens
-    return whole and -vocabulary <= int(ids.min()) and int(ids.max()) < vocabulary and int(rows["largest"].min()) >= 0
 
 
 def names_of(given: Mapping[str, Any], store: TokenStore) -> Names:

@@ -17,7 +17,8 @@ from lit_dpo.checkpoints.tensor_store import _lock
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow
 from lit_dpo.data.places import split_place
-from lit_dpo.data.token_store import Array, Block, Names, TokenStore, enough, map_file, pack, record
+from lit_dpo.data.token_blocks import Array, Block, enough, pack, record
+from lit_dpo.data.token_store import Names, TokenStore, map_file
 from lit_dpo.pairs import PairBatch
 from lit_dpo.references.table import content_keys
 

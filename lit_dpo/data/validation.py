@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_dpo.data.dataset import PairDataset
-from lit_dpo.data.token_store import Array
+from lit_dpo.data.token_blocks import Array
 
 
 def held_out(dataset: PairDataset, fraction: float, seed: int) -> Tensor:

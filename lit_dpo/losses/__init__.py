@@ -18,7 +18,7 @@ from lit_dpo.losses.dpo import DPOLoss
 from lit_dpo.losses.dpo_shift import DPOShiftLoss
 from lit_dpo.losses.dpop import DPOPLoss
 from lit_dpo.losses.exo import EXOLoss
-from lit_dpo.losses.fdpo import FDPOLoss
+from lit_dpo.losses.f_dpo import FDPOLoss
 from lit_dpo.losses.hinge import HingeLoss
 from lit_dpo.losses.intermediate import IntermediateLoss
 from lit_dpo.losses.ipo import IPOLoss

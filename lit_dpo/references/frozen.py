@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_dpo.models import Dtype, ModelDescription, empty_model, load_model
 from lit_dpo.pairs import PairBatch, PairLogps
+from lit_dpo.pretrained import Loading
 from lit_dpo.references.base import Filling, Reference
 from lit_dpo.scoring.score import Scorer
 
@@ -29,14 +30,26 @@ class FrozenReference(Reference):
 
     def __post_init__(self) -> None:
         self._built: nn.Module | None = None
+        self._how: tuple[int, Loading] = (0, Loading())
+
+    def keep(self, model: str | ModelDescription, seed: int, loading: Loading) -> None:
+        """Stay at a model in all steps of a run: the first one, loaded as the policy was.
+
+        Args:
+            model: Hub name, folder or description.
+            seed: Of the random weights of a description.
+            loading: Revision, attention and quantization.
+        """
+        self.model, self._how = model, (seed, loading)
 
     def build(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: Dtype) -> None:
         """Copy or load the model and freeze it."""
         if self.model is None:
             model = copy.deepcopy(policy)
         else:
-            model = (empty_model if policy.device.type == "meta" else load_model)(self.model, tokenizer, dtype)
-            self._load = partial(load_model, self.model, tokenizer, dtype)
+            self._load = partial(load_model, self.model, tokenizer, dtype, *self._how)
+            empty = policy.device.type == "meta"
+            model = empty_model(self.model, tokenizer, dtype, self._how[1]) if empty else self._load()
         self._built = model.requires_grad_(False).eval()
 
     def fill(self, policy: nn.Module, filling: Filling) -> None:

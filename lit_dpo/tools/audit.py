@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.text import Text
 
 from lit_dpo.data.rows import Pair
@@ -21,6 +23,8 @@ LIMITS = (
     "Read them; nothing is dropped, and training without them was seldom better than plain DPO. Three epochs or more "
     "tell most."
 )
+_HIGH = 0.7  # rank correlation from which the list is mostly one of lengths
+_MOSTLY_LENGTH = ", so that this list is mostly one of lengths"
 _SHOWN = 10  # rows in the terminal
 _CUT = 300  # characters of a text in the terminal
 
@@ -73,17 +77,15 @@ def audit_run(
     if rows < 1:
         raise ValueError(f"`rows` must be at least 1, got {rows}.")
     if output is not None:
-        if Path(output).suffix not in (".html", ".jsonl"):
-            raise ValueError(f"`output` must end in .html or .jsonl, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=(".html", ".jsonl"))
     found = find_run(run)
     everything = recorded(found) if predictions is None else predicted(Path(predictions))
     suspects = sorted(everything, key=lambda suspect: suspect.area)[:rows]
     pairs = pairs_at(config_of(found)["data"], [suspect.row for suspect in suspects])
-    _print(suspects, pairs, len(everything))
+    _print(suspects, pairs, everything)
     if output is None:
         return
-    text = _lines(suspects, pairs) if output.endswith(".jsonl") else _html(run, suspects, pairs, len(everything))
+    text = _lines(suspects, pairs) if output.endswith(".jsonl") else _html(run, suspects, pairs, everything)
     print(f"Wrote {len(suspects)} rows to {page.write(output, text, overwrite)}")
 
 
@@ -140,19 +142,55 @@ def predicted(path: Path) -> list[Suspect]:
 
 
 def _facts(suspect: Suspect) -> str:
-    parts = [f"area {suspect.area:+.3g}", f"margins {' '.join(f'{margin:.3g}' for margin in suspect.margins)}"]
-    if suspect.reference_margin is not None:
-        parts.append(f"reference {suspect.reference_margin:.3g}")
+    parts = [f"area {suspect.area:+.1f}", f"margins {' '.join(f'{margin:.1f}' for margin in suspect.margins)}"]
+    if suspect.reference_margin is None:
+        parts = [f"margin {suspect.area:+.3g}"]
+    else:
+        parts.append(f"reference {suspect.reference_margin:.1f}")
     if suspect.length_difference is not None:
         parts.append(f"chosen {suspect.length_difference:+d} tokens")
     return ", ".join(parts)
 
 
-def _print(suspects: Sequence[Suspect], pairs: dict[str, Pair], rows: int) -> None:
+def _head(count: int, everything: Sequence[Suspect]) -> str:
+    """What the list is of, how often its rows were seen, and how much of it is length."""
+    most = f"The {count:,} most suspicious of {len(everything):,} rows"
+    if everything[0].reference_margin is None:
+        said = f"{most}, by the margins of implicit rewards in the predictions."
+    else:
+        epochs = sorted({len(suspect.margins) for suspect in everything})
+        times = " to ".join(str(n) for n in dict.fromkeys((epochs[0], epochs[-1])))
+        said = f"{most}, each seen {times} time{'s' * (epochs[-1] > 1)} in training; area and margins in nats."
+    known = [(s.area, s.length_difference) for s in everything if s.length_difference is not None]
+    correlation = _rank_correlation(*np.array(known).T) if len(known) > 2 else None
+    if correlation is None:
+        return said
+    return (
+        f"{said} Rank correlation of {'area' if everything[0].reference_margin is not None else 'margin'} and length "
+        f"difference: {correlation:+.2f}{_MOSTLY_LENGTH if abs(correlation) >= _HIGH else ''}."
+    )
+
+
+def _rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> float | None:
+    """Spearman's, where equal values have the mean of their ranks; nothing where all values are equal.
+
+    >>> _rank_correlation(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0]))
+    0.8
+    """
+    ranks = []
+    for values in (first, second):
+        _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[places])
+    if any(np.ptp(rank) == 0 for rank in ranks):
+        return None
+    return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 12)
+
+
+def _print(suspects: Sequence[Suspect], pairs: dict[str, Pair], everything: Sequence[Suspect]) -> None:
     console = page.terminal()
-    console.print(f"The {min(_SHOWN, len(suspects))} most suspicious of {rows:,} rows; margins in nats.\n")
+    console.print(f"{_head(min(_SHOWN, len(suspects)), everything)}\n")
     for number, suspect in enumerate(suspects[:_SHOWN], 1):
-        console.print(Text(f"{number}. {suspect.row}", style="bold"))
+        console.print(Text(f"{number}. {page.plain(suspect.row)}", style="bold"))
         console.print(f"   {_facts(suspect)}")
         pair = pairs.get(suspect.row)
         texts = {} if pair is None else {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
@@ -161,7 +199,9 @@ def _print(suspects: Sequence[Suspect], pairs: dict[str, Pair], rows: int) -> No
             text = page.plain(shown(content))
             text = f"...{text[-_CUT:]}" if name == "prompt" and len(text) > _CUT else text
             text = f"{text[:_CUT]}..." if len(text) > _CUT + 3 else text
-            console.print(Text.assemble((f"   {name}: ", styles[name]), text))
+            for line in Text.assemble((f"{name}: ", styles[name]), text).wrap(console, console.width - 3):
+                line.rstrip()
+                console.print(Text("   ") + line)
         console.print("")
     console.print(_missing(suspects, pairs) + LIMITS)
 
@@ -188,9 +228,9 @@ def _lines(suspects: Sequence[Suspect], pairs: dict[str, Pair]) -> str:
     return "".join(lines)
 
 
-def _html(run: str, suspects: Sequence[Suspect], pairs: dict[str, Pair], rows: int) -> str:
+def _html(run: str, suspects: Sequence[Suspect], pairs: dict[str, Pair], everything: Sequence[Suspect]) -> str:
     parts = [
-        page.paragraph(f"The {len(suspects)} most suspicious of {rows:,} training rows of {run}; margins in nats."),
+        page.paragraph(f"Run: {run}. {_head(len(suspects), everything)}"),
         page.paragraph(_missing(suspects, pairs) + LIMITS),
     ]
     for number, suspect in enumerate(suspects, 1):

@@ -27,13 +27,15 @@ def set_up(module: PreferenceModule, data: PreferenceDataModule, trainer: Traine
 @contextmanager
 def without_news() -> Iterator[None]:
     """Leave out what a run says of itself, which a tool says in its own order; warnings stay."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    names = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed")
+    before = {logger: logger.level for logger in map(logging.getLogger, names)}
+    for logger in before:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in before.items():
+            logger.setLevel(level)
 
 
 def special_ids(tokenizer: Any) -> set[int]:

@@ -76,7 +76,8 @@ def check(
     console, levels = page.terminal(), {"fine"}
     for finding in _findings(module, data, trainer, make_trainer, callbacks, saves, memory):
         levels.add(finding.level)
-        console.print(Text.assemble((f"{finding.level:9}", _COLOURS[finding.level]), finding.text), soft_wrap=True)
+        line = Text.assemble((f"{finding.level:9}", _COLOURS[finding.level]), finding.text)
+        console.print(line, soft_wrap=not console.is_terminal)
     return 2 if "fails" in levels else 1 if "warning" in levels else 0
 
 
@@ -231,7 +232,7 @@ def _started(module: PreferenceModule, found: Measuring, cached: CachedReference
 
 
 def _gib(count: float) -> str:
-    return f"{count / _GIB:.2f} GiB"
+    return f"{count / _GIB:.{'2f' if count >= _GIB / 10 else '2g'}} GiB"
 
 
 def _least(module: PreferenceModule) -> dict[str, int]:

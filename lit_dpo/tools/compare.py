@@ -240,8 +240,9 @@ def sentences(found: Sequence[Difference], runs: int) -> list[str]:
     for each in (each for each in found if each.what == "accuracy"):
         numbers = f"{each.values[1]:.3f} against {each.values[0]:.3f} over {each.rows:,} rows"
         interval = f"difference {each.difference:+.3f}, 95 % interval {each.low:+.3f} to {each.high:+.3f}"
-        others = [d.what for d in found if (d.first, d.second) == (each.first, each.second) and d.found and d != each]
-        more = f" Differences in: {'; '.join(others)}." if others else ""
+        others = [d for d in found if (d.first, d.second) == (each.first, each.second) and d.found and d != each]
+        named = "; ".join(f"{d.what} ({d.verdict})" for d in others)
+        more = f" Differences in: {named}." if others else ""
         if each.found:
             better = "better" if each.difference > 0 else "worse"
             said.append(f"{each.second} is {better} than {each.first}: accuracy {numbers} ({interval}).{more}")
@@ -270,21 +271,27 @@ def show(found: Sequence[Difference], runs: int) -> None:
         for column in table.columns[1:7]:
             column.justify = "right"
         for each in (each for each in found if (each.first, each.second) == pair):
-            table.add_row(each.what, *map(str, _cells(each)), each.verdict)
+            table.add_row(page.plain(each.what), *map(str, _cells(each)), each.verdict)
         console.print(f"first: {pair[0]}\nsecond: {pair[1]}")
         console.print(table)
     for sentence in sentences(found, runs):
-        console.print(sentence)
+        console.print(page.plain(sentence))
 
 
 def _cells(each: Difference) -> list[Any]:
-    values = [f"{value:.3g}" for value in each.values]
-    return [each.rows, *values, f"{each.difference:+.3g}", f"{each.low:+.3g} {each.high:+.3g}", f"{each.corrected:.2g}"]
+    values = [f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}" for value in each.values]
+    difference, low, high = (
+        f"{value:+.3f}" if abs(value) < 1 else f"{value:+.2f}" for value in (each.difference, each.low, each.high)
+    )
+    return [each.rows, *values, difference, f"{low} {high}", f"{each.corrected:.2g}"]
 
 
 def html(found: Sequence[Difference], runs: int) -> str:
     """The same as a page."""
-    head = ("first", "second", "what", "rows", "of first", "of second", "difference", "95 % interval", "p", "")
-    rows = [(each.first, each.second, each.what, *_cells(each), each.verdict) for each in found]
-    parts = [*map(page.paragraph, sentences(found, runs)), page.table(head, rows)]
+    head = ("", "second is", "change", "95 % interval", "p", "rows", "first", "second")
+    parts = [*map(page.paragraph, sentences(found, runs))]
+    for first, second in dict.fromkeys((each.first, each.second) for each in found):
+        mine = [(each, *_cells(each)) for each in found if (each.first, each.second) == (first, second)]
+        rows = [(each.what, each.verdict, *cells[3:], *cells[:3]) for each, *cells in mine]
+        parts += [page.heading(f"first: {first}, second: {second}"), page.table(head, rows)]
     return page.page("Comparison of runs", parts)

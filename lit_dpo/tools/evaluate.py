@@ -25,7 +25,7 @@ from lit_dpo.scoring.decoder import adapters_off
 from lit_dpo.scoring.score import Scorer
 from lit_dpo.tools import page
 from lit_dpo.tools.intervals import Array, share
-from lit_dpo.tools.opened import Opened, open_model, open_start
+from lit_dpo.tools.opened import Opened, open_model, open_start, positions
 
 _BUCKETS = (32, 64, 128, 256, 512, 1024)  # tokens of the longer completion
 
@@ -34,7 +34,7 @@ def evaluate_models(
     models: list[str] = [],  # noqa: B006
     data: list[str] = [],  # noqa: B006
     reference: str | None = None,
-    max_length: int = 2048,
+    max_length: int | None = None,
     truncation: Truncation = "keep_start",
     on_bad_row: OnBadRow = "error",
     batch_size: int = 16,
@@ -52,7 +52,8 @@ def evaluate_models(
             RewardBench 2 has them, of which the best must be a chosen one.
         reference: The model that rewards are measured from, with the same tokenizer; `none` compares log-probs
             alone. By default the one that a run names, or else the model that it started from.
-        max_length: Most tokens of prompt and one completion together.
+        max_length: Most tokens of prompt and one completion together; by default 2048, or fewer where the model has
+            fewer positions.
         truncation: `keep_start` cuts completions' ends and refuses longer prompts; `keep_end` cuts prompts' starts
             first.
         on_bad_row: `error` stops at the first malformed row, `skip` leaves them out and says how many.
@@ -74,16 +75,18 @@ def evaluate_models(
     results = []
     for given in models:
         opened = open_model(given, dtype)
-        loaded = _load(data, opened, PairEncoder(opened.tokenizer, max_length, truncation), on_bad_row)
+        most = max_length or min(2048, positions(opened.model) or 2048)
+        loaded = _load(data, opened, PairEncoder(opened.tokenizer, most, truncation), on_bad_row)
         start = _reference_of(opened, reference, dtype)
         margins, name = _margins(opened, start, loaded.pairs, batch_size)
         results.append(Result(given, name, loaded.account, _estimates(loaded, margins)))
         _show(page.terminal(), results[-1])
         del opened, start
     if output is not None:
-        page.write(output, json.dumps([asdict(result) for result in results], indent=1) + "\n", overwrite)
+        text = json.dumps([asdict(result) for result in results], indent=1) + "\n"
+        print(f"Wrote {page.write(output, text, overwrite)}")
     if html is not None:
-        page.write(html, _page(results), overwrite)
+        print(f"Wrote {page.write(html, _page(results), overwrite)}")
 
 
 @dataclass(frozen=True)
@@ -252,12 +255,11 @@ def _scored(model: nn.Module, name: str, pairs: PairDataset, batch_size: int) ->
     """Log-prob of chosen minus that of rejected of each pair, shape `(pairs,)`, float64, in nats."""
     weights = next(model.parameters())
     longest = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1).values
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    most = positions(model)
     if most and int(longest.max()) > most:
         raise ValueError(
             f"A pair of {int(longest.max())} tokens exceeds the {most} positions of `{name}`: set "
-            f"`--max_length {most}` "
-            "or less."
+            f"`--max_length {most}` or less."
         )
     order = longest.argsort(stable=True)
     found = torch.empty(len(pairs), dtype=torch.float64)
@@ -335,8 +337,9 @@ def _show(console: Console, result: Result) -> None:
     for name in _HEAD:
         table.add_column(name, justify="left" if name == "rows" else "right", overflow="fold")
     for estimate in result.estimates:
-        table.add_row(*map(Text, _cells(estimate)))
+        table.add_row(*(Text(page.plain(cell)) for cell in _cells(estimate)))
     console.print(table)
+    console.print(f"\n{_NOTE}")
 
 
 def _page(results: Sequence[Result]) -> str:

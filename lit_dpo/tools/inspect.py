@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_dpo.data import PreferenceDataModule
-from lit_dpo.losses import SimPOLoss
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
+from lit_dpo.starting import training_margins
 from lit_dpo.tools import page
 from lit_dpo.tools.before import set_up, special_ids, without_news
 
@@ -114,33 +114,36 @@ def inspect(
     with without_news():
         set_up(module, data, trainer)
     training = data.training
-    said = [f"train: {training.train.report}", *training.said]
+    said = [f"train: {_account(training.train.report)}", *training.said]
     if training.validation is not None:
-        said.append(f"validation: {training.validation.report}")
+        said.append(f"validation: {_account(training.validation.report)}")
     if data.stepwise:
         said.append("train: the pairs of all steps together, since the partition divides them only as training goes on")
     found = list(first_pairs(module.tokenizer, data, pairs))
     rows = data.training_rows()
     lengths = training.dataset.lengths[rows]  # (rows, 3)
     sources = [training.dataset.sources[row] for row in rows.tolist()]
-    margins = start_margins(module, data, trainer, rows) if score else None
+    margins = None
+    if score:
+        with without_news():
+            margins = training_margins(module, data, trainer)[rows]
     head, table = by_source(sources, lengths, data.max_length, margins)
     console = page.terminal()
     for line in said:
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=not console.is_terminal)
     console.print()
     console.print(_table(head, table, "By source", _COLOURS))
     console.print(f"\n{_ABOUT_SOURCES}{_ABOUT_SCORES if score else ''}\n")
-    console.print(_histogram(lengths))
+    console.print(_table(["tokens", *SIDES], _bars(lengths), "Lengths", _COLOURS))
     if found:
         console.print(f"\n{_MARKS}")
     for pair in found:
         _print(console, pair)
     if html is not None:
-        parts = [page.paragraph(line) for text in said for line in text.splitlines()]
+        parts = [page.block("\n".join(said))]
         parts += [page.heading("By source"), page.table(head, table)]
         parts += [page.paragraph(_ABOUT_SOURCES + (_ABOUT_SCORES if score else "")), page.heading("Lengths")]
-        parts += [page.table(("tokens", *SIDES), [[name, *counts] for name, counts in histogram(lengths)])]
+        parts += [page.table(("tokens", *SIDES), _bars(lengths))]
         parts += [page.heading("Pairs"), page.paragraph(_MARKS)]
         for pair in found:
             blocks = [
@@ -149,7 +152,12 @@ def inspect(
             ]
             parts.append(page.details(pair.title, blocks, opened=True))
         page.write(html, page.page("What is trained", parts), overwrite)
-        console.print(f"\nWritten: {html}", soft_wrap=True)
+        console.print(f"\nWrote {html}", soft_wrap=True)
+
+
+def _account(report: str) -> str:
+    """What a load says of its rows, without the first pair, as pairs are shown here anyway."""
+    return re.split(r"\n[^\n]*, as it is trained on;", report)[0]
 
 
 # -- pairs ------------------------------------------------------------------------------------------------------------
@@ -236,8 +244,7 @@ def _print(console: Console, pair: ShownPair) -> None:
         text = Text()
         for shown_as, piece in marked(pieces):
             how = f"{' reverse' if piece.special else ''}{'' if piece.scored else ' dim'}"
-            shown_as = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in shown_as)  # nothing it would obey
-            text.append(shown_as, style=f"{_COLOURS[name]}{how}")
+            text.append(page.obeyed_by_none(shown_as), style=f"{_COLOURS[name]}{how}")
         fork, left = Text("┃", style="bold"), len(text) - _SHOWN
         if left > 0:
             more = Text(f"... ({left} more characters) ...", style="italic")
@@ -248,29 +255,6 @@ def _print(console: Console, pair: ShownPair) -> None:
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-class _Training(LightningDataModule):
-    """The training pairs, for a Trainer that scores them."""
-
-    def __init__(self, data: PreferenceDataModule) -> None:
-        super().__init__()
-        self.data = data
-
-    def predict_dataloader(self) -> DataLoader[PairBatch]:
-        self.data.trainer = self.trainer
-        return self.data.pool_dataloader()
-
-
-def start_margins(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer, rows: Tensor) -> Tensor:
-    """Chosen minus rejected log-prob of training rows under the model that training starts from, in nats, (rows,)."""
-    module.loss, module.reference = SimPOLoss(), None  # the policy alone is asked
-    with without_news():
-        batches: Any = trainer.predict(module, datamodule=_Training(data))
-    margins = torch.zeros(len(data.training.train), dtype=torch.float64)
-    for batch in batches:
-        margins[batch["row_id"]] = (batch["logp_chosen"] - batch["logp_rejected"]).double()
-    return margins[rows]
 
 
 def by_source(
@@ -302,7 +286,13 @@ def by_source(
 
 
 def _share(of: Tensor) -> str:
-    return f"{float(of.double().mean()):.0%}"
+    """In percent; what is neither none nor all never looks like it.
+
+    >>> _share(torch.arange(300) < 1), _share(torch.arange(300) < 299), _share(torch.arange(300) < 150)
+    ('<1%', '>99%', '50%')
+    """
+    share, among = f"{float(of.double().mean()):.0%}", bool(of.any()) and not bool(of.all())
+    return {"0%": "<1%", "100%": ">99%"}.get(share, share) if among else share
 
 
 def histogram(lengths: Tensor) -> list[tuple[str, list[int]]]:
@@ -320,11 +310,11 @@ def histogram(lengths: Tensor) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _histogram(lengths: Tensor) -> Table:
+def _bars(lengths: Tensor) -> list[list[str]]:
+    """The rows of a histogram, with bars of text."""
     found = histogram(lengths)
     most = max(count for _, counts in found for count in counts)
-    rows = [[name, *(f"{'█' * round(_BAR * n / most)} {n}" for n in counts)] for name, counts in found]
-    return _table(["tokens", *SIDES], rows, "Lengths", _COLOURS)
+    return [[name, *(f"{'█' * round(_BAR * n / most)} {n}".strip() for n in counts)] for name, counts in found]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], title: str, styles: Any = {}) -> Table:  # noqa: B006

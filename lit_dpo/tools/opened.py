@@ -65,7 +65,7 @@ def open_model(given: str, dtype: Dtype = "float32") -> Opened:
     if path.is_dir() and Run.named(path) is not None and not any(path.rglob("*.ckpt")):
         raise FileNotFoundError(
             f"`{given}` holds neither a model (`config.json` and weights) nor a run with a checkpoint: give the folder "
-            "of one of them, or wait for the run's first checkpoint."
+            "of one of them, or wait for the run's first checkpoint; a run that was stopped before has to start again."
         )
     trained = load_policy(str(meant_checkpoint(given, None)[0]))
     quantized = trained.options.get("quantization") is not None  # whose weights have a type of their own
@@ -86,3 +86,9 @@ def open_start(opened: Opened, dtype: Dtype = "float32") -> Opened | None:
 def on_device(model: nn.Module) -> nn.Module:
     """The model in eval mode, on a GPU if there is one."""
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def positions(model: nn.Module) -> int | None:
+    """How many positions a model has, if they are limited."""
+    config: Any = model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -38,9 +39,13 @@ pre.tokens.chosen { color: var(--good); } pre.tokens.rejected { color: var(--bad
 .label { color: var(--soft); font-size: .85rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 img { max-width: 100%; height: auto; } details { margin: .5rem 0; } summary { cursor: pointer; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .3rem .35rem; } }
 footer { color: var(--soft); font-size: .85rem; margin-top: 2rem; }
 """
 _NUMBER = ' class="number"'
+# A number, a share, two lengths, or an interval.
+_NUMERIC = re.compile(r"[-+<>]?\d[\d.,e%/+-]*(( to)? [-+]?[\d.,e-]+)?")
 
 
 def page(title: str, parts: Iterable[str], refresh: int = 0) -> str:
@@ -93,6 +98,11 @@ def details(summary: str, parts: Iterable[str], opened: bool = False) -> str:
     return f"<details{' open' if opened else ''}><summary>{escape(summary)}</summary>{''.join(parts)}</details>"
 
 
+def beside(columns: Iterable[Iterable[str]]) -> str:
+    """Columns of parts beside each other, below each other where the page is narrow."""
+    return "\n".join(['<div class="beside">', *(f"<div>{''.join(parts)}</div>" for parts in columns), "</div>"])
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table that scrolls by itself where the page is narrow; numbers are aligned at the right."""
     lines = [[_cell(value) for value in row] for row in rows]
@@ -106,7 +116,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def _cell(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"<td{_NUMBER}>{number(value)}</td>"
-    return f"<td>{escape(str(value))}</td>"
+    return f"<td{_NUMBER if _NUMERIC.fullmatch(str(value)) else ''}>{escape(str(value))}</td>"
 
 
 def number(value: float) -> str:
@@ -147,16 +157,33 @@ def plain(text: str) -> str:
     >>> plain("one\ntwo \x1b[31m")
     'one two ?[31m'
     """
-    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    return obeyed_by_none(" ".join(text.split()))
 
 
-def refuse_taken(path: str | Path, overwrite: bool = False) -> Path:
+def obeyed_by_none(text: str) -> str:
+    r"""Text with its lines and tabs, and without anything else that a terminal would obey.
+
+    >>> obeyed_by_none("one\ntwo \x1b[31m")
+    'one\ntwo ?[31m'
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
+
+
+def refuse_taken(path: str | Path, overwrite: bool = False, *, endings: Sequence[str] = ()) -> Path:
     """The path of a file to write, found out before anything is computed.
 
+    Args:
+        path: Its name.
+        overwrite: Whether a regular file of that name may be replaced.
+        endings: What the name must end in; any will do if there are none.
+
     Raises:
+        ValueError: The name ends in something else.
         FileExistsError: Something is there; with `overwrite`, something that is no regular file.
     """
     target = Path(path)
+    if endings and target.suffix not in endings:
+        raise ValueError(f"`output` must end in {' or '.join(endings)}, got `{target}`.")
     plain = target.is_file() and not target.is_symlink()
     if os.path.lexists(target) and not (plain and overwrite):
         remedy = "name another file, or add `--overwrite`" if plain else "name a file"

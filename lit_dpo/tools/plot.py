@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -73,9 +72,7 @@ def plot_runs(
     if watch < 0:
         raise ValueError(f"`watch` must be 0 or more seconds, got {watch}.")
     if output is not None:
-        if Path(output).suffix not in (".html", ".png"):
-            raise ValueError(f"`output` must end in .html or .png, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=(".html", ".png"))
         _matplotlib()
     while True:
         # Told apart by as much of their paths as the user gave.
@@ -103,6 +100,11 @@ def with_lengths(found: Mapping[str, Series]) -> dict[str, Series]:
     return more
 
 
+def _full(stage: str, name: str) -> str:
+    """The name that a metric is logged by."""
+    return name if name == "lr" else f"{stage}/{name}"
+
+
 def _of(found: Mapping[str, Series], name: str) -> dict[str, Series]:
     """The series of a metric by stage; the learning rate has none."""
     names = {"train": name} if name in found else {stage: f"{stage}/{name}" for stage in _STAGES}
@@ -116,14 +118,16 @@ def _print(found: Mapping[str, Mapping[str, Series]]) -> None:
     console = page.terminal()
     width = max(8, min(40, console.width - 60))  # of a curve
     for run, values in found.items():
-        table = Table("", "", "first", "last", title=run, title_justify="left", box=None, pad_edge=False)
+        steps = [series[place][0] for series in values.values() for place in (0, -1)]
+        title = f"{page.plain(run)}, steps {min(steps):,} to {max(steps):,}"
+        table = Table("metric", "curve", "first", "last", title=title, title_justify="left", box=None, pad_edge=False)
         for column in table.columns[2:]:
             column.justify = "right"
         for panel in PANELS:
             for name in panel.names:
                 for stage, series in _of(values, name).items():
                     first, last = (page.number(series[place][1]) for place in (0, -1))
-                    table.add_row(name if name == "lr" else f"{stage}/{name}", curve(series, width), first, last)
+                    table.add_row(_full(stage, name), curve(series, width), first, last)
         console.print(table)
 
 
@@ -164,7 +168,7 @@ def _file(found: Mapping[str, Mapping[str, Series]], output: str, watch: float) 
         return draw(found, panels)
     drawn = [(panel.title, draw(found, [panel]), draw(found, [panel], dark=True)) for panel in panels]
     rows = [
-        (run, f"{stage}/{name}", series[0][1], series[-1][1], series[-1][0])
+        (run, _full(stage, name), series[0][1], series[-1][1], series[-1][0])
         for run, values in found.items()
         for panel in panels
         for name in panel.names
@@ -190,6 +194,8 @@ def draw(found: Mapping[str, Mapping[str, Series]], panels: Sequence[Panel], dar
         figure = Figure(figsize=(5.0 * columns, 3.2 * lines), dpi=120, facecolor=back, layout="constrained")
         for number, panel in enumerate(panels):
             axes = figure.add_subplot(lines, columns, number + 1, title=panel.title, xlabel="step")
+            axes.locator_params(axis="x", integer=True)
+            stages = {stage for values in found.values() for name in panel.names for stage in _of(values, name)}
             drawn = 0
             for run, values in found.items():
                 for name in panel.names:
@@ -198,12 +204,12 @@ def draw(found: Mapping[str, Mapping[str, Series]], panels: Sequence[Panel], dar
                         label = ", ".join(
                             [
                                 *([run] if len(found) > 1 else []),
-                                *([name.rpartition("/")[2]] if len(panel.names) > 1 else []),
-                                *([stage] if len(series) > 1 else []),
+                                *([name.rpartition("/")[2].removeprefix("accuracy, ")] if len(panel.names) > 1 else []),
+                                *([stage] if len(stages) > 1 else []),
                             ]
                         )
                         style = _STAGES[stage] if len(points) > 1 else "."
-                        style = "-" if len(series) == 1 and len(points) > 1 else style
+                        style = "-" if len(stages) == 1 and len(points) > 1 else style
                         colour = colours[drawn % len(colours)]
                         axes.plot(*zip(*points, strict=True), style, color=colour, label=label or None)
                     drawn += 1

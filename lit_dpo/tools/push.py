@@ -50,7 +50,7 @@ def push_folder(
     for name in names:
         console.print(Text(f"  {name} ({(folder / name).stat().st_size:,} bytes)"))
     if left_out:
-        console.print(Text(f"Left out, as no export writes them: {', '.join(left_out)}"))
+        console.print(Text(page.plain(f"Left out, as no export writes them: {', '.join(left_out)}")))
     if not dry_run:
         console.print(Text(f"Uploaded: {_upload(folder, names, repository, private, overwrite)}"))
 

@@ -16,7 +16,7 @@ from lit_dpo.data.read import read_rows, source_name
 from lit_dpo.data.rows import Message, Pair, parse_row
 from lit_dpo.files import refuse_special
 
-Series = list[tuple[int, float]]  # steps and values, in the order of the steps
+Series = list[tuple[int, float]]  # optimizer steps done and values, in the order of the steps
 _LARGEST = 256 << 20  # bytes of a file of metrics
 
 
@@ -72,7 +72,7 @@ def _runs_in(path: Path) -> list[Path]:
 
 
 def metrics(run: FinishedRun) -> dict[str, Series]:
-    """Every metric that a run has logged, by name.
+    """Every metric that a run has logged, by name, with the optimizer steps that were done then, as checkpoints say it.
 
     A step that was done again after a stop counts as it was done last. The partitions of a stepwise run follow each
     other.
@@ -88,9 +88,10 @@ def metrics(run: FinishedRun) -> dict[str, Series]:
         last = offset
         for file in [*earlier, *([part / "metrics.csv"] if (part / "metrics.csv").exists() else [])]:
             for step, values in _table(file):
-                last = max(last, offset + step + 1)
+                done = offset + step + 1  # Lightning counts from 0
+                last = max(last, done)
                 for name, value in values.items():
-                    found.setdefault(name, {})[offset + step] = value
+                    found.setdefault(name, {})[done] = value
         offset = last
     if not found:
         raise FileNotFoundError(

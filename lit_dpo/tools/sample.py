@@ -19,6 +19,7 @@ from lit_dpo.tools import page
 from lit_dpo.tools.opened import Opened, open_model, open_start
 
 _COLUMN = 38  # characters; models stand beside each other where each has so many
+_PROMPT = 400  # characters of a prompt on the terminal, its last ones
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,9 @@ def sample_models(
     said = [_ask(opened, asked, sampler) for opened in _opened(models, base, dtype)]
     _show(page.terminal(), asked, said)
     if jsonl is not None:
-        page.write(jsonl, _lines(asked, said), overwrite)
+        print(f"Wrote {page.write(jsonl, _lines(asked, said), overwrite)}")
     if html is not None:
-        page.write(html, _page(asked, said), overwrite)
+        print(f"Wrote {page.write(html, _page(asked, said), overwrite)}")
 
 
 def _opened(models: Sequence[str], base: bool, dtype: Dtype) -> Iterator[Opened]:
@@ -103,7 +104,9 @@ def _opened(models: Sequence[str], base: bool, dtype: Dtype) -> Iterator[Opened]
 
 def _ask(opened: Opened, asked: Sequence[Prompt], sampler: Sampler) -> _Said:
     """All completions of one model; a terminal shows how far it is."""
-    ids = (prompt_ids(opened.tokenizer, prompt) for prompt in asked)
+    ids = [prompt_ids(opened.tokenizer, prompt) for prompt in asked]
+    for prompt, each in zip(asked, ids, strict=True):
+        sampler.check(opened.model, [each], f"{prompt.row}: ")
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(opened.name, total=len(asked))
@@ -116,7 +119,8 @@ def _ask(opened: Opened, asked: Sequence[Prompt], sampler: Sampler) -> _Said:
 
 def _shown(completion: Completion) -> str:
     """A completion's text, and what is wrong with it."""
-    marks = [] if completion.finished else ["no end"]
+    marks = [] if completion.text.strip() else ["no text"]
+    marks += [] if completion.finished else ["no end"]
     marks += ["repeats"] if repetition(completion.ids) >= REPEATING else []
     return completion.text.strip() + (f" [{', '.join(marks)}]" if marks else "")
 
@@ -139,18 +143,21 @@ _HEAD = ("model", "completions", "tokens each", "without an end", "repeating")
 def _show(console: Console, asked: Sequence[Prompt], said: Sequence[_Said]) -> None:
     beside = console.is_terminal and console.width // len(said) > _COLUMN
     for number, prompt in enumerate(asked):
-        console.print(Text(f"\n{prompt.row}\n{prompt.text}", style="dim"))
+        text, cut = page.obeyed_by_none(prompt.text), len(prompt.text) - _PROMPT
+        text = f"... ({cut} more characters) ...{text[cut:]}" if cut > 0 else text
+        console.print(Text(f"\n{page.plain(prompt.row)}", style="bold"))
+        console.print(Text(text, style="dim"))
         if beside:
             grid = Table(box=None, padding=(0, 2, 0, 0), expand=True)
             for one in said:
                 grid.add_column(Text(one.name), ratio=1)
             for found in zip(*(one.completions[number] for one in said), strict=True):
-                grid.add_row(*(Text(_shown(completion)) for completion in found))
+                grid.add_row(*(Text(page.obeyed_by_none(_shown(completion))) for completion in found))
             console.print(grid)
         else:
             for one in said:
                 for completion in one.completions[number]:
-                    console.print(Text(f"{one.name}: ", style="bold") + Text(_shown(completion)))
+                    console.print(Text(f"{one.name}: ", style="bold") + page.obeyed_by_none(_shown(completion)))
     console.print()
     for row in _rows(said):
         name, completions, tokens, unfinished, repeats = row
@@ -183,7 +190,8 @@ def _page(asked: Sequence[Prompt], said: Sequence[_Said]) -> str:
     parts = [page.table(_HEAD, _rows(said))]
     for number, prompt in enumerate(asked):
         parts += [page.heading(prompt.row), page.block(prompt.text, "prompt")]
-        parts += [
-            page.block(_shown(completion), label=one.name) for one in said for completion in one.completions[number]
-        ]
+        columns = (
+            [page.block(_shown(completion), label=one.name) for completion in one.completions[number]] for one in said
+        )
+        parts.append(page.beside(columns))
     return page.page("Completions", parts)

@@ -3,6 +3,7 @@
 import pytest
 
 from lit_dpo.callbacks import RunSummary
+from lit_dpo.callbacks.findings import findings
 from tests import runs
 from tests.callbacks.test_summary import printed
 
@@ -29,6 +30,8 @@ LENGTH["length__shorter_won"] = 0.05
         (history(0.5, 0.5, **{**FELL, "displacement": 0.5}), "Chosen log-probs fell", None),
         (history(0.5, 0.5, rewards__chosen=-0.5, logps__chosen=-80.0), "Chosen log-probs fell", None),
         (history(0.5, 0.6, 0.62), "Accuracy still rises", ["0.600", "step 10", "0.620"]),
+        (history(0.5, 0.6, 0.55, 0.62), "Accuracy still rises", ["0.600", "step 10", "0.620"]),
+        (history(0.54, 0.567, 0.525, 0.567), "Accuracy still rises", None),
         (history(0.5, 0.6, 0.605), "Accuracy still rises", None),
         (history(0.5, 0.7, 0.6, 0.65), "Accuracy still rises", None),
         (history(0.6), "Accuracy", None),
@@ -43,6 +46,15 @@ def test_a_sentence_stands_where_its_reason_is(validations, said, numbers, capsy
     text = " ".join(printed(capsys, validations).split())
     assert (said in text) == (numbers is not None)
     assert all(number in text for number in numbers or ())
+
+
+def test_a_change_within_the_standard_error_is_none():
+    """Over 36 pairs one pair is 0.028, and the standard error of 0.75 is 0.072."""
+    fell, rose = history(0.5, 0.75, 0.722), history(0.5, 0.722, 0.75)
+    assert findings(fell, 36) == findings(rose, 36) == []
+    assert "from 0.750 to 0.722 over 36,000 pairs" in findings(fell, 36_000)[0]
+    assert "to 0.750 from 0.722 at step 10 over 36,000 pairs" in findings(rose, 36_000)[0]
+    assert "from 0.750 to 0.650 over 36 pairs" in findings(history(0.5, 0.75, 0.65), 36)[0]
 
 
 def test_a_run_whose_data_are_about_length_says_so(tmp_path, capsys, monkeypatch):

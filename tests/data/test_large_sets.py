@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from lit_dpo import PreferenceDataModule
-from lit_dpo.data import encoding, token_writer
+from lit_dpo.data import encoding, token_writer, unchanged
 from lit_dpo.data.dataset import BatchPlan, PairDataset
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.encoding import SpreadEncoder
 from lit_dpo.data.load import EncodedRow
 from lit_dpo.data.places import join_place, split_place
+from lit_dpo.data.token_blocks import Check
 from lit_dpo.references.table import content_keys
 
 from . import tokenizers as tk
@@ -243,3 +244,76 @@ def test_what_is_kept_of_a_row_is_what_its_batch_gives():
 def test_a_place_is_kept_as_it_is(place):
     assert join_place(*split_place(place)) == place
     assert max(split_place(place)[1]) < 2**63
+
+
+# -- files that are not read again ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(path, folder, monkeypatch):
+    """A set whose second start would trust the times of its files; what is read of them then."""
+    monkeypatch.setattr(unchanged, "_SETTLED", 0)
+    expected = batches(data(path))
+    seen, piece, passes = [], unchanged._piece, Check.passes
+    monkeypatch.setattr(unchanged, "_piece", lambda of: [seen.append("data"), piece(of)][1])
+    monkeypatch.setattr(Check, "passes", lambda *args: [seen.append("ids"), passes(*args)][1])
+    return expected, seen
+
+
+def test_a_start_reads_no_file_that_the_system_says_is_unchanged(path, settled):
+    expected, seen = settled
+    module = data(path)
+    assert seen == []
+    assert batches(module) == expected
+    assert seen == ["ids"] * len(module.training.dataset.store.blocks)  # each block once, when it is first needed
+    copy = pickle.loads(pickle.dumps(module.training.dataset.store))
+    assert copy.ids([0]).tolist() == module.training.dataset.store.ids([0]).tolist()
+    assert len(seen) == len(copy.blocks) + 1
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "touched"])
+def test_a_file_that_was_written_to_is_read_whatever_its_size_and_time(path, settled, how):
+    expected, seen = settled
+    times, content = path.stat().st_mtime_ns, path.read_bytes()
+    if how == "replaced":
+        path.rename(path.with_name("old.jsonl"))
+    if how != "touched":
+        path.write_bytes(content.replace(b'"7+7="', b'"7-7="'))
+    os.utime(path, ns=(times, times))
+    module = data(path)
+    assert "data" in seen
+    assert tk.build().decode(module._sets["train"].pair(7)[0]) == ("7+7=" if how == "touched" else "7-7=")
+    assert (batches(module) == expected) is (how == "touched")
+
+
+def test_a_file_of_ids_that_was_written_to_is_checked_at_the_start(path, folder, settled, caplog):
+    expected, _ = settled
+    (file,) = folder.glob("*.tokens")
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with caplog.at_level(logging.INFO):
+        assert batches(data(path)) == expected
+    assert "checksum does not match" in caplog.text
+
+
+@pytest.mark.usefixtures("settled")
+def test_damage_that_no_time_tells_of_is_one_sentence_when_it_is_met(path, folder):
+    (file,) = folder.glob("*.tokens")
+    (header,) = folder.glob("*.json")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    known = json.loads(header.read_text())
+    known["stamp"] = unchanged.stamp(file)
+    header.write_text(json.dumps(known))
+    with pytest.raises(ValueError, match=r"tokens` is damaged: remove it, and start again"):
+        batches(data(path))
+
+
+def test_a_file_that_has_just_changed_is_read_again(path):
+    """Another change could have the same time."""
+    assert unchanged.stamp(path) is None
+    os.utime(path, (1, 1))
+    assert unchanged.stamp(path) is None

@@ -15,8 +15,9 @@ from lit_dpo.data.dataset import PairDataset
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.load import EncodedRow, load_pairs
 from lit_dpo.data.rows import Pair, RowError
+from lit_dpo.data.token_blocks import pack, record
 from lit_dpo.data.token_cache import TokenCache
-from lit_dpo.data.token_store import open_blocks, pack, record
+from lit_dpo.data.token_store import open_blocks
 from lit_dpo.data.token_writer import of_flags
 
 from . import tokenizers as tk

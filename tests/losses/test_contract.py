@@ -190,6 +190,7 @@ def test_no_gradient_reaches_the_reference(loss):
     assert all(grad is None or not grad.any() for grad in grads)
 
 
+@pytest.mark.every(2)
 @every_loss
 def test_gradient_is_that_of_the_value(loss):
     start, reference = random_logps(2, batch=3), random_logps(3, batch=3)

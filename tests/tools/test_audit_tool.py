@@ -33,6 +33,10 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
+def words(text):
+    return " ".join(text.split())
+
+
 def refused(capsys, *words):
     with pytest.raises(SystemExit) as stop:
         main(["audit", *map(str, words)])
@@ -55,9 +59,23 @@ def test_the_most_suspicious_rows_come_first_with_place_and_pair(run, capsys, mo
     assert joined.index("pairs.jsonl:2") < joined.index("pairs.jsonl:1") < joined.index("pairs.jsonl:3")
     assert "good <b>1</b>" in text
     assert "chosen +0 tokens" in text
+    assert "3 most suspicious of 3 rows, each seen 2 times in training; area and margins in nats." in words(text)
+    assert "Rank correlation of area and length difference: +0.50." in words(text)
     assert "nothing is dropped" in " ".join(text.split())
     assert "\x1b" not in text  # neither colours in a pipe nor what a row brings
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_list_of_lengths_is_called_one(run, capsys):
+    lines = [json.loads(line) for line in (run / "margins.jsonl").read_text().splitlines()]
+    for line, tokens in zip(lines, (20, 30, 10), strict=True):  # against the areas -1, -2, 2.5
+        line["length_difference"] = tokens
+    lines[0]["margins"] = [1.0, -2.0, -0.5]
+    runs.write(run / "margins.jsonl", lines)
+    main(["audit", str(run)])
+    said = words(capsys.readouterr().out)
+    assert "each seen 2 to 3 times in training" in said
+    assert "length difference: -1.00, so that this list is mostly one of lengths." in said
 
 
 def test_the_page_needs_nothing_else_and_no_row_becomes_markup(run):
@@ -81,6 +99,7 @@ def test_predictions_serve_where_nothing_was_recorded(run, capsys):
     runs.write(run / "predictions.jsonl", lines)
     main(["audit", str(run), "--predictions", str(run / "predictions.jsonl")])
     text = capsys.readouterr().out
+    assert "of 2 rows, by the margins of implicit rewards in the predictions." in words(text)
     assert text.index("pairs.jsonl:2") < text.index("pairs.jsonl:1")
     assert "2 of the rows are not where they were trained from" in " ".join(text.split())
 

@@ -59,9 +59,8 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    "more", runs.every(3, [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
-)
+@pytest.mark.every(3)
+@pytest.mark.parametrize("more", [(), ("--model.reference", "CachedReference"), ("--model.adapter", "{rank: 2}")])
 def test_a_run_that_is_fine_is_found_so_and_nothing_is_written(more, here, capsys, monkeypatch):
     monkeypatch.setenv("LIT_DPO_CACHE", str(here / "cache"))
     before = everything(here)
@@ -90,6 +89,7 @@ def test_the_weights_stay_as_they_are(here, capsys, monkeypatch):
         assert weight.equal(module.policy.get_parameter(name)), name
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -112,6 +112,7 @@ def test_what_is_known_to_go_wrong_is_a_warning_with_a_remedy(more, text, here, 
     assert ": " in line.partition(text)[2] or "raise" in line
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("more", "text"),
     [
@@ -138,6 +139,7 @@ def test_a_reference_that_is_another_model_is_told_from_a_broken_one(here, capsy
     assert any("the reference is another model: up to" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_batch_that_would_not_fit_is_not_tried(here, capsys, monkeypatch):
     """On a machine where every batch takes a tenth of a GiB more than the one before."""
     asked = []

@@ -1,6 +1,7 @@
 """`lit-dpo compare`: how often it is wrong, what it finds, and what it says of bad input."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,10 @@ def test_it_says_plainly_which_is_better_and_where_there_is_no_difference(files,
     assert "\x1b" not in text
     page = (files / "out.html").read_text()
     assert "better.jsonl is better than a.jsonl" in page
+    heads = re.findall(r"<h2>first: (.*?), second: (.*?)</h2>", page)  # not in each line, where a phone shows no more
+    assert heads == [(f"{a}.jsonl", f"{b}.jsonl") for a, b in (("a", "again"), ("a", "better"), ("again", "better"))]
+    assert re.search(r"<td>accuracy</td><td>higher</td><td class=\"number\">\+", page)
+    assert "Differences in: log-prob chosen (higher)" in words or "(higher)" in words
     assert "exists already" in refused(capsys, "a.jsonl", "better.jsonl", "--output", "out.html")
     assert (files / "beside.html").read_text() == "mine"
 

@@ -53,6 +53,7 @@ def test_the_terminal_shows_what_is_trained(rows, tmp_path, capsys):
     assert "\x1b" not in said
     assert max(len(line) for line in said[said.index("By source") :].splitlines() if "/" not in line) <= 80
     assert "1 rows read, 1 kept" in said
+    assert "as it is trained on" not in said  # the pair is shown once
     shown = said[said.index("\nprompt  ") :]
     assert re.match(
         r"\nprompt   «<\|im_start\|>»user\nWhere is the <b>sea</b>\?«<\|im_end\|>»\n«<\|im_start\|>»assistant\n┃\n"

@@ -41,10 +41,10 @@ def refused(capsys, *words):
 
 def test_a_step_that_was_done_again_counts_once_and_as_it_was_done_last(run):
     found = metrics(find_run(run))
-    assert found["train/loss"][:3] == [(0, 0.7), (10, 0.6), (20, 0.5)]
+    assert found["train/loss"][:3] == [(1, 0.7), (11, 0.6), (21, 0.5)]
     assert len(found["train/loss"]) == 3
-    assert found["val/rewards/accuracies"] == [(0, 0.5), (20, 0.75)]
-    assert with_lengths(found)["val/accuracy, chosen longer"] == [(20, pytest.approx(0.6))]
+    assert found["val/rewards/accuracies"] == [(1, 0.5), (21, 0.75)]
+    assert with_lengths(found)["val/accuracy, chosen longer"] == [(21, pytest.approx(0.6))]
 
 
 def test_partitions_follow_each_other(tmp_path):
@@ -52,7 +52,7 @@ def test_partitions_follow_each_other(tmp_path):
         folder = tmp_path / "version_3" / f"partition_{number}" / "version_0"
         folder.mkdir(parents=True)
         (folder / "metrics.csv").write_text(text)
-    assert metrics(find_run(tmp_path / "version_3"))["train/loss"] == [(0, 3), (4, 2), (5, 1.5), (9, 1)]
+    assert metrics(find_run(tmp_path / "version_3"))["train/loss"] == [(1, 3), (5, 2), (6, 1.5), (10, 1)]
 
 
 @pytest.mark.parametrize("columns", [80, 160])

@@ -1,0 +1,71 @@
+"""What is measured in every round beside its pairs: greedy answers to fixed prompts, and a judge on trusted pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lit_dpo.data.partition import Pool
+from lit_dpo.data.prompts import read_prompts
+from lit_dpo.data.read import read_rows
+from lit_dpo.data.rows import parse_row
+from lit_dpo.rounds.rows import answer_of, digest_of
+from lit_dpo.sampling import Sampler
+
+if TYPE_CHECKING:
+    from lit_dpo.rounds.base import Rounds
+
+_Z = 1.959964  # of the normal distribution at 97.5 %
+
+
+def greedy(rounds: Rounds, step: int, pool: Pool, source: str) -> dict[str, Any]:
+    """What the first judge says of the likeliest completions of fixed prompts by the policy that starts a step.
+
+    Args:
+        rounds: The partition, whose journals keep completions and scores.
+        step: Whose starting policy answers.
+        pool: Its folder keeps them.
+        source: A data set of prompts, as for sampling.
+
+    Returns:
+        `prompts`, `score` (the mean), `error` (half of its 95 % interval), `finished` (share), and `no_opinion`.
+    """
+    prompts: list[Any] = [prompt.content for prompt in read_prompts(source)]
+    judge, sampler = rounds.judges[0], rounds.sampler
+    key = digest_of(step, prompts, judge.identity())[:8]  # others are measured anew
+    one = Sampler(temperature=0.0, max_new_tokens=sampler.max_new_tokens, rows=sampler.rows)
+    said = rounds.sample(step, pool, prompts, one, f"greedy_{key}")
+    texts = [[completion["text"] for completion in found] for found in said]
+    scores = [score for [score] in rounds.judged(pool, judge, prompts, texts, f"greedy_scores_{key}")]
+    finished = sum(completion["finished"] for [completion] in said) / len(prompts) if prompts else 0.0
+    return {"prompts": len(prompts), **_mean(scores, "score"), "finished": finished}
+
+
+def agreement(rounds: Rounds, pool: Pool, source: str) -> dict[str, Any]:
+    """How often the first judge prefers the chosen completion of pairs whose label is trusted; a tie is one half.
+
+    Returns:
+        `pairs`, `share`, `error` (half of its 95 % interval), and `no_opinion`.
+    """
+    rows = [parse_row(row, source, where) for where, row in read_rows(source)]
+    prompts: list[Any] = [row.prompt for row in rows]
+    texts = [[answer_of(row.chosen, source), answer_of(row.rejected, source, "rejected")] for row in rows]
+    judge = rounds.judges[0]
+    key = digest_of(prompts, texts, judge.identity())[:8]
+    given = rounds.judged(pool, judge, prompts, texts, f"trusted_{key}")
+    wins = [None if a is None or b is None else (1.0 if a > b else 0.5 if a == b else 0.0) for a, b in given]
+    return {"pairs": len(rows), **_mean(wins, "share")}
+
+
+def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether a judge agrees less with trusted pairs than in an earlier round, by more than chance."""
+    return bool(now["share"] < before["share"] - max(now["error"], before["error"]))
+
+
+def _mean(values: Sequence[float | None], name: str) -> dict[str, Any]:
+    known = [value for value in values if value is not None]
+    mean = sum(known) / len(known) if known else 0.0
+    spread = sum((value - mean) ** 2 for value in known) / max(1, len(known) - 1)
+    error = _Z * math.sqrt(spread / max(1, len(known)))
+    return {name: mean, "error": error, "no_opinion": len(values) - len(known)}

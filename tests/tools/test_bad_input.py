@@ -1,0 +1,197 @@
+"""Every tool on what a person gives by mistake: one sentence with a remedy, and nothing written, over or beside."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_dpo.cli import main
+from lit_dpo.tokenizers import quickstart_tokenizer
+from tests import runs
+from tests.test_cli import built, quick  # noqa: F401 - fixtures
+from tests.trained import model_folder
+
+pytestmark = [
+    *runs.QUIET,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.usefixtures("quick"),
+]
+
+TINY = str(Path(__file__).parents[1] / "conf" / "tiny.yaml")
+EXPORTED = ("README.md", "config.json", "model.safetensors", "tokenizer_config.json")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model, and one with another tokenizer."""
+    folder, other = tmp_path_factory.mktemp("models"), quickstart_tokenizer()
+    other.add_tokens(["elsewhere"])
+    return model_folder(folder / "base"), model_folder(folder / "other", tokenizer=other)
+
+
+@pytest.fixture
+def folder(models, tmp_path, monkeypatch):
+    """A folder with everything that the cases name; `killed` is what `kill -9` leaves before the first checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path.parent / f"{tmp_path.name}_cache"))
+    for name, path in zip(("base", "other"), models, strict=True):
+        Path(name).symlink_to(path)
+    runs.pairs_file(tmp_path, 4)
+    config = yaml.safe_dump({"model": {}, "data": {"train": "pairs.jsonl"}})
+    margins = '{"row": "pairs.jsonl:1", "row_id": 0, "margins": [1], "reference_margin": 0, "length_difference": 0}\n'
+    for name in ("killed", "no_config", "empty_run"):
+        Path(name, "version_0").mkdir(parents=True)
+    Path("killed/version_0/config.yaml").write_text(config)
+    Path("killed/version_0/metrics.csv").write_text("epoch,step,train/lo")
+    Path("no_config/version_0/checkpoints").mkdir()
+    Path("no_config/version_0/checkpoints/last.ckpt").write_text("cut off")
+    Path("no_config/version_0/margins.jsonl").write_text(margins)
+    Path("no_config/version_0/metrics.csv").write_bytes(b"\xff\xfe\x00")
+    Path("empty.jsonl").touch()
+    Path("empty.txt").write_text("\n \n")
+    Path("binary.jsonl").write_bytes(bytes(range(256)) * 8)
+    os.mkfifo("pipe.jsonl")
+    for number in (1, 2):
+        rows = [{"row": f"set_{number}.jsonl:{n}", "margin": 1.0, "logp_chosen": -1.0} for n in range(20)]
+        runs.write(Path(f"predicted_{number}.jsonl"), rows)
+    Path("export").mkdir()
+    for name in EXPORTED:
+        Path("export", name).write_text("{}")
+    for ending in ("html", "jsonl", "json", "png"):
+        Path(f"mine.{ending}").write_text("mine")
+    return tmp_path
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def answer(words, capsys):
+    """The sentence that a command ends with, an error or what `check` finds to fail, which exits with 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert "Traceback" not in out + err
+    [line] = re.findall(r"^(?:lit-dpo: error: |fails +)(.*)$", out + err, re.MULTILINE)
+    return line
+
+
+FIT = ("--config", TINY, "--data.train")
+SAID = ("--max_new_tokens", "2", "--prompts")
+CASES = {
+    "inspect": [
+        ([*FIT, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
+        ([*FIT, "empty.jsonl"], ""),
+        ([*FIT, "binary.jsonl"], ""),
+        ([*FIT, "pipe.jsonl"], ""),
+        ([*FIT, "killed/version_0"], ""),
+        ([*FIT, "pairs.jsonl", "--html", "mine.html"], "exists already"),
+        ([*FIT, "pairs.jsonl", "--ckpt_path", "last"], "leave `--ckpt_path` out"),
+        ([*FIT, "pairs.jsonl", "--pairs", "-1"], "must be at least 0"),
+        ([*FIT, "pairs.jsonl", "--model.tokenizer", "killed"], ""),
+        (["--config", "killed/version_0"], ""),
+    ],
+    "check": [
+        ([*FIT, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
+        ([*FIT, "empty.jsonl"], ""),
+        ([*FIT, "binary.jsonl"], ""),
+        ([*FIT, "pipe.jsonl"], ""),
+        ([*FIT, "pairs.jsonl", "--memory", "0"], "must be above 0"),
+        ([*FIT, "pairs.jsonl", "--overwrite"], "leave `--overwrite` out"),
+        (["--config", "nothing.yaml"], "there is no configuration file"),
+    ],
+    "sample": [
+        (["nothing", *SAID, "pairs.jsonl"], ""),
+        (["killed/version_0", *SAID, "pairs.jsonl"], "or wait for the run's first checkpoint"),
+        (["no_config/version_0", *SAID, "pairs.jsonl"], ""),
+        (["pairs.jsonl", *SAID, "pairs.jsonl"], ""),
+        (["base", *SAID, "empty.jsonl"], ""),
+        (["base", *SAID, "empty.txt"], "holds no prompt"),
+        (["base", *SAID, "binary.jsonl"], ""),
+        (["base", *SAID, "pipe.jsonl"], ""),
+        (["base", *SAID, "nothing.jsonl"], ""),
+        (["base", *SAID, "killed"], ""),
+        (["base", *SAID, "pairs.jsonl", "--html", "mine.html"], "exists already"),
+        (["base", *SAID, "pairs.jsonl", "--jsonl", "mine.jsonl"], "exists already"),
+        (["base"], "needs at least one model and a file of prompts"),
+    ],
+    "evaluate": [
+        (["nothing", "--data", "pairs.jsonl"], ""),
+        (["killed/version_0", "--data", "pairs.jsonl"], "or wait for the run's first checkpoint"),
+        (["no_config/version_0", "--data", "pairs.jsonl"], ""),
+        (["base", "--data", "pairs.jsonl"], "add `--reference MODEL`"),
+        (["base", "--data", "pairs.jsonl", "--reference", "other"], "has another tokenizer than `base`"),
+        (["base", "--data", "empty.jsonl", "--reference", "none"], ""),
+        (["base", "--data", "binary.jsonl", "--reference", "none"], ""),
+        (["base", "--data", "pipe.jsonl", "--reference", "none"], ""),
+        (["base", "--data", "nothing.jsonl", "--reference", "none"], ""),
+        (["base", "--data", "pairs.jsonl", "--reference", "killed"], ""),
+        (["base", "--data", "pairs.jsonl", "--html", "mine.html"], "exists already"),
+        (["base", "--data", "pairs.jsonl", "--output", "mine.json"], "exists already"),
+        ([], "needs at least one model and one file of pairs"),
+    ],
+    "compare": [
+        (["nothing", "killed"], "No run `nothing`"),
+        (["killed/version_0", "predicted_1.jsonl"], "has no checkpoint yet"),
+        (["no_config/version_0", "predicted_1.jsonl"], "has no `config.yaml`"),
+        (["no_config/version_0/checkpoints/last.ckpt", "predicted_1.jsonl"], "is no folder of a run"),
+        (["empty_run", "predicted_1.jsonl"], ""),
+        (["empty.jsonl", "predicted_1.jsonl"], "is empty"),
+        (["binary.jsonl", "predicted_1.jsonl"], "is no line of"),
+        (["pairs.jsonl", "predicted_1.jsonl"], "is no line of"),
+        (["pipe.jsonl", "predicted_1.jsonl"], ""),
+        (["predicted_1.jsonl", "predicted_2.jsonl"], "have no validation row in common"),
+        (["predicted_1.jsonl"], "takes two or more"),
+        (["predicted_1.jsonl", "predicted_1.jsonl"], "not the same"),
+        (["predicted_1.jsonl", "predicted_2.jsonl", "--output", "mine.html"], "exists already"),
+        (["--train", "dpo", "nothing.yaml"], "There is no configuration `nothing.yaml`"),
+        ([], "Give either runs to compare"),
+    ],
+    "plot": [
+        (["nothing"], "No run `nothing`"),
+        (["last"], ""),
+        (["killed/version_0"], "has logged no metrics yet"),
+        (["killed"], "has logged no metrics yet"),
+        (["empty_run"], ""),
+        (["no_config/version_0"], ""),
+        (["no_config/version_0/checkpoints/last.ckpt"], "is no folder of a run"),
+        (["killed", "--output", "mine.png"], "exists already"),
+        (["killed", "--output", "mine.html"], "exists already"),
+        (["killed", "--output", "new.pdf"], "must end in .html or .png"),
+        ([], "No run is given"),
+    ],
+    "audit": [
+        (["nothing"], "No run `nothing`"),
+        (["killed/version_0"], "has no `margins.jsonl`"),
+        (["no_config/version_0"], "has no `config.yaml`"),
+        (["no_config/version_0/checkpoints/last.ckpt"], "is no folder of a run"),
+        (["killed", "--predictions", "empty.jsonl"], "is empty"),
+        (["killed", "--predictions", "binary.jsonl"], "is no line of"),
+        (["killed", "--predictions", "pipe.jsonl"], ""),
+        (["killed", "--predictions", "killed"], ""),
+        (["killed", "--output", "mine.html"], "exists already"),
+        (["killed", "--output", "mine.jsonl"], "exists already"),
+        ([], ""),
+    ],
+    "push": [
+        (["nothing", "a/b", "--dry_run", "true"], "There is no folder `nothing`"),
+        (["killed/version_0", "a/b", "--dry_run", "true"], "holds no whole model"),
+        (["no_config/version_0/checkpoints/last.ckpt", "a/b", "--dry_run", "true"], "There is no folder"),
+        (["export", "b", "--dry_run", "true"], "of the form `organization/name`"),
+        (["export"], ""),
+        ([], ""),
+    ],
+}
+
+
+@pytest.mark.parametrize(("tool", "number"), [(tool, n) for tool, cases in CASES.items() for n in range(len(cases))])
+def test_a_mistake_is_one_sentence_and_nothing_is_written(tool, number, folder, capsys):
+    words, expected = CASES[tool][number]
+    before = everything(folder)
+    said = answer([tool, *words], capsys)
+    print("CASE", tool, words, "->", said)
+    assert expected in said
+    assert everything(folder) == before
