@@ -301,7 +301,7 @@ def test_a_line_on_a_terminal_says_how_far_a_round_is(shown, tmp_path, monkeypat
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stdout", Terminal())
     partition = round_of(tmp_path, Verifier(lambda prompt, text: float(text[-1])), 30)
-    assert len(partition.next(0, Saying(tmp_path / "step", progress=shown))) == 30
+    assert len(partition.next(0, Saying(tmp_path / "step", progress=lambda: shown))) == 30
     text = sys.stdout.getvalue()
     for part in ("Sampling", "Judging", "completions/s", "/30"):
         assert (part in text) == shown

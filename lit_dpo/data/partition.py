@@ -28,6 +28,7 @@ class Pool:
 
     `fit_stepwise` makes one for each step. To try a partition by itself, make one of names and functions:
 
+    >>> import torch
     >>> pool = Pool(["easy", "hard"], score=lambda step: torch.tensor([1.5, -0.5]))
     >>> pool.rows, pool.margins()
     (2, tensor([ 1.5000, -0.5000]))

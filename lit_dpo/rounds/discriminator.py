@@ -193,7 +193,7 @@ def _with_head(start: PreTrainedModel, seed: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = AutoModelForSequenceClassification.from_config(config).float()
+            model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).float()
         own = getattr(start, start.base_model_prefix).state_dict()
         getattr(model, model.base_model_prefix).load_state_dict(own)
     except (ValueError, AttributeError, RuntimeError) as error:
