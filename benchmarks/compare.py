@@ -7,6 +7,7 @@ labels is flipped. A tiny model of random weights is trained on them, and scores
 does. Two runs of equal settings differ in their seed, which draws the weights and the order of rows. They are compared
 with one run of each setting (intervals over rows alone) and with several (over rows and seeds). A difference is found
 where any of those that `compare` looks at is below 5 % after Holm's correction; an A/A that finds one is a false alarm.
+The runs of an A/A are divided in two ways, which gives two comparisons a set, from the same runs.
 
 The known effect of the A/B comparisons is the share of flipped labels: `--noise` under A, none under B.
 """
@@ -80,12 +81,17 @@ def measure(kind: str, number: int, options: argparse.Namespace) -> list[Record]
         b = write(folder / "b.jsonl", rows[: options.rows], 0.0, draw) if kind == "A/B" else a
         first = [train(folder, a, 1000 * number + seed, options) for seed in range(options.seeds)]
         second = [train(folder, b, 1000 * number + 500 + seed, options) for seed in range(options.seeds)]
+    splits = [(first, second)]
+    if kind == "A/A" and options.seeds > 1:  # the runs of both are equal in all but their seeds: divided in another way
+        six = [*first, *second]
+        splits.append((six[1::2], six[0::2]))
     records = []
     for runs in sorted({1, options.seeds}):
-        found = compare({"A": first[:runs], "B": second[:runs]}, seed=number)
-        differences = {each.what: _told(each) for each in found}
-        record = {"kind": kind, "number": number, "runs": runs, "differences": differences}
-        records.append({**record, "found": [each.what for each in found if each.found]})
+        for split, (one, other) in enumerate(splits):
+            found = compare({"A": one[:runs], "B": other[:runs]}, seed=number)
+            differences = {each.what: _told(each) for each in found}
+            record = {"kind": kind, "number": number, "split": split, "runs": runs, "differences": differences}
+            records.append({**record, "found": [each.what for each in found if each.found]})
     return records
 
 
@@ -110,8 +116,8 @@ HEADER += ["mean difference of accuracy", "its spread (s.d.)", "half the width o
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--same", type=int, default=20, help="A/A comparisons")
-    parser.add_argument("--other", type=int, default=5, help="A/B comparisons")
+    parser.add_argument("--same", type=int, default=10, help="sets for A/A, each compared twice")
+    parser.add_argument("--other", type=int, default=5, help="sets for A/B")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting where there are several")
     parser.add_argument("--rows", type=int, default=320)
     parser.add_argument("--held-out", type=int, default=200)
@@ -128,8 +134,8 @@ def main() -> None:
     for kind, count in (("A/A", options.same), ("A/B", options.other)):
         for number in range(count):
             records += measure(kind, number, options)
-            print(kind, number, {r["runs"]: r["found"] for r in records if (r["kind"], r["number"]) == (kind, number)},
-                  flush=True)  # fmt: skip
+            new = [r for r in records if (r["kind"], r["number"]) == (kind, number)]
+            print(kind, number, [(r["runs"], r["found"]) for r in new], flush=True)
     groups = sorted({(record["kind"], record["runs"]) for record in records})
     lines = [line(*group, [r for r in records if (r["kind"], r["runs"]) == group]) for group in groups]
     table = markdown_table(HEADER, lines)

@@ -405,11 +405,14 @@ def test_comparisons_of_runs(benchmarks, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["compare.py", *words])
     compare.main()
     records = lines(tmp_path / "compare.jsonl")
-    assert [(record["kind"], record["runs"]) for record in records] == [("A/A", 1), ("A/A", 2), ("A/B", 1), ("A/B", 2)]
+    assert [record["kind"] + str(record["runs"]) for record in records] == ["A/A1"] * 2 + ["A/A2"] * 2 + [
+        "A/B1",
+        "A/B2",
+    ]
     assert records[0]["differences"]["accuracy"]["rows"] == 12
     monkeypatch.setattr("compare.Trainer", None)
     compare.main()
-    again = lines(tmp_path / "compare.jsonl")[4:]
+    again = lines(tmp_path / "compare.jsonl")[6:]
     assert [record["differences"] for record in again] == [record["differences"] for record in records]
 
 
