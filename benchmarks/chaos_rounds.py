@@ -137,7 +137,7 @@ def train(folder: Path) -> None:
     few = [{"prompt": f"{number}=", "chosen": "1", "rejected": "2"} for number in range(2)]
     options = {"rounds": 2, "prompts_per_round": PROMPTS, "samples": 6, "max_new_tokens": 20, "batch_size": 24}
     module = PreferenceModule(
-        LLAMA, tokenizer=tokenizer(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2), lr_scheduler=None
+        LLAMA, tokenizer=tokenizer(), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3), lr_scheduler=None
     )
     partition = Noting(str(prompts), Watched(), **options)
     data = PreferenceDataModule(few, validation=few, partition=partition, batch_size=2, max_length=32)
@@ -181,6 +181,7 @@ class Run:
 
     def finish(self) -> None:
         """Let it come to its end, undisturbed."""
+        PLACE.arm(None)
         process = self.start()
         process.join()
         said = (self.folder / f"said_{self.starts}.txt").read_text()
@@ -205,7 +206,7 @@ def disturb(run: Run, draw: random.Random, stage: str | None, seconds: float) ->
     most = {"sampling": PROMPTS, "judging": PROMPTS, "merging": 2 * PROMPTS, "training": 12, "between rounds": 3}
     PLACE.arm(stage, draw.randrange(most[stage]) if stage else 0)
     process = run.start()
-    process.join(None if stage else draw.uniform(0, seconds))
+    process.join(None if stage else draw.uniform(0, seconds / 2))
     if process.is_alive():
         process.kill()
         process.join()

@@ -93,7 +93,8 @@ def main() -> None:
             words = ["--prompts", str(prompts), "--model", model]
             records.append(run_child(__file__, words, Path(folder) / f"{prompts}.json", 1, 3600))
             assert "error" not in records[-1], records[-1]
-    append_lines(given.out / "rounds_memory.jsonl", [about | record for record in records])
+            append_lines(given.out / "rounds_memory.jsonl", [about | records[-1]])
+            print(records[-1], flush=True)
     header = ["prompts", "completions a second", "judged a second", "floor MB", "peak above it MB", "with training MB"]
     rows = []
     for record in records:

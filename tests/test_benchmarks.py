@@ -302,6 +302,27 @@ def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
+def test_rounds_learned(benchmarks, tmp_path, monkeypatch):
+    """Filtered DPO in small: all pairs, filtered, replaced, and an oracle; D2PO's table from records."""
+    import rounds_learned
+
+    pairs = rounds_learned.noisy(400, 0)
+    right = sum(rounds_learned.is_right(row["prompt"], row["chosen"]) for row in pairs) / len(pairs)
+    assert 0.6 < right < 0.75
+    words = ["--seeds", "1", "--tasks", "fdpo", "--rows", "600", "--pairs", "40", "--unseen", "20"]
+    monkeypatch.setattr("sys.argv", ["rounds_learned.py", *words, "--out", str(tmp_path)])
+    rounds_learned.main()
+    found = lines(tmp_path / "rounds_learned.jsonl")
+    assert len(found) == 4
+    assert all(len(record["greedy"]) == 3 for record in found)
+    kept = [record["rounds"][0]["pairs"] for record in found]
+    assert kept[0] == 40 > kept[1]
+    [report] = tmp_path.glob("rounds_learned_*.md")
+    assert "paired by seed" in report.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
 def test_self_play(benchmarks, tmp_path, monkeypatch):
     """Two rounds of a few rows against SFT: the counts add up, and the record is written."""
     import self_play

@@ -5,6 +5,7 @@ import math
 import re
 import resource
 import shutil
+import sys
 import tracemalloc
 from contextlib import contextmanager, nullcontext
 
@@ -16,6 +17,7 @@ from lit_dpo.cli import main
 from lit_dpo.models import load_model
 from lit_dpo.sampling import Completion, Sampler
 from tests import runs
+from tests.terminal import Terminal
 from tests.test_rounds import DESCRIPTION, PROMPTS, Noting, lines, signs, train
 
 pytestmark = runs.QUIET
@@ -288,3 +290,19 @@ def test_a_sharded_model_makes_the_rounds_of_a_whole_one(tmp_path):
     root = tmp_path / "run" / "partition_0"
     assert (root / "pairs.jsonl").read_bytes() == (one / "pairs.jsonl").read_bytes()
     assert lines(tmp_path / "run" / "partition_1" / "pairs.jsonl")
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_line_on_a_terminal_says_how_far_a_round_is(shown, tmp_path, monkeypatch):
+    """With completions a second; it is gone in the end. Nothing of it where the Trainer shows no progress."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", Terminal())
+    partition = round_of(tmp_path, Verifier(lambda prompt, text: float(text[-1])), 30)
+    assert len(partition.next(0, Saying(tmp_path / "step", progress=lambda: shown))) == 30
+    text = sys.stdout.getvalue()
+    for part in ("Sampling", "Judging", "completions/s", "/30"):
+        assert (part in text) == shown
+    assert text.endswith("\x1b[2K") or not shown

@@ -87,7 +87,7 @@ def _trajectory(trained: Path, stage: str) -> list[list[float]]:
 
 def _tokens(start: Path, trained: Path, path: Path, rows: Sequence[support.Row]) -> dict[str, Any]:
     """Change of the chosen completion's log-prob by place: summed over a pair, and a token's mean around the edit."""
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=False)
     sums, around = [], {offset: [0.0] for offset in WINDOW}
     for line, row in zip(predict(trained, path, tokens=True), rows, strict=True):
         change = np.subtract(line["tokens_chosen"], line["reference_tokens_chosen"])

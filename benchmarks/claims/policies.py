@@ -14,14 +14,14 @@ from lit_dpo.sampling import Completion, Sampler
 
 def completions(folder: Path, prompts: Sequence[str], sampler: Sampler) -> list[list[Completion]]:
     """What an exported policy says to prompts of plain text."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return list(sampler(_model(folder), tokenizer, (tokenizer(prompt).input_ids for prompt in prompts)))
 
 
 def _model(folder: Path) -> PreTrainedModel:
     """An exported policy, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).to(device).eval()
 
 
 def greedy(folder: Path, prompts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
@@ -38,7 +38,7 @@ def drift(folder: Path, base: Path, prompts: Sequence[str], seed: int, max_new_t
     divided by their number.
     """
     said = completions(folder, prompts, Sampler(max_new_tokens=max_new_tokens, seed=seed))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     models = [_model(path) for path in (folder, base)]
     end, total, count = [tokenizer.eos_token_id], 0.0, 0
     for start in range(0, len(prompts), 32):

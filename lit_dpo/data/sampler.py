@@ -66,11 +66,11 @@ class PairSampler(DistributedSampler[BatchPlan]):
         left_out, self.start = self.start, 0
         steps, rest = divmod(left_out, self.accumulate)
         numbered = itertools.islice(enumerate(self.steps()), steps, None)
-        plans = (plan for number, step in numbered for plan in self._share(step, number))
+        plans = (plan for number, step in numbered for plan in self._share(step.tolist(), number))
         yield from itertools.islice(plans, rest, None)
 
-    def steps(self) -> list[list[int]]:
-        """Row numbers of each optimizer step of this epoch, over all processes."""
+    def steps(self) -> list[Tensor]:
+        """Row numbers of each optimizer step of this epoch, over all processes, shape `(pairs,)`."""
         per_step = self.batch_size * self.num_replicas * self.accumulate
         if not self.shuffle:
             return self._chunks(self._by_length(self.rows), per_step)
@@ -86,8 +86,8 @@ class PairSampler(DistributedSampler[BatchPlan]):
         return rows[self.sizes[rows].argsort(descending=True, stable=True)]
 
     @staticmethod
-    def _chunks(rows: Tensor, size: int) -> list[list[int]]:
-        return [chunk.tolist() for chunk in rows.split(size)] if len(rows) else []
+    def _chunks(rows: Tensor, size: int) -> list[Tensor]:
+        return list(rows.split(size)) if len(rows) else []
 
     def _share(self, step: list[int], number: int) -> Iterator[BatchPlan]:
         """This process's batches of the n-th optimizer step: equally many pairs and nearly as many tokens in each."""

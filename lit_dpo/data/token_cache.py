@@ -112,7 +112,7 @@ class TokenCache:
             self._sources = Sources(specs, load, self._header.get("files"))
         try:
             if self._data.exists():
-                known = stamp(self._data)
+                known = stamp(self._data, settled=False)  # its blocks are checked, if later
                 later = self._is_meant() and known is not None and known == self._header.get("stamp")
                 store, whole = open_blocks(self._data, key.encode(), vocabulary, later)
                 problem = problem if whole else "its checksum does not match"
@@ -212,7 +212,7 @@ class TokenCache:
         assert self._files is not None
         names = {name: getattr(store.names, name) for name in ("sources", "places", "values")}
         header = {"identity": self._identity, "load": self._digest, "sums": _sums(store), "report": report, **names}
-        header |= {"stamp": stamp(self._data), "files": self._sources.stamps if self._sources else {}}
+        header |= {"stamp": stamp(self._data, settled=False), "files": self._sources.stamps if self._sources else {}}
         content = json.dumps(header, indent=1).encode()
         if json.loads(content) != self._header:
             with replace_file(self._files.header) as file:

@@ -19,21 +19,25 @@ _PIECE = 32 << 20  # bytes of a data file that are hashed together
 _SETTLED = 2_000_000_000  # nanoseconds; no file system's clock is coarser
 
 
-def stamp(path: Path) -> list[int] | None:
+def stamp(path: Path, settled: bool = True) -> list[int] | None:
     """Numbers of a file that are others once it was written to or replaced; nothing of it is read.
 
     They are its device, its inode, its size, and the times at which its content and its entry last changed. A program
     can set the former time, and not the latter, which version control relies on in the same way.
 
+    Args:
+        path: The file.
+        settled: Give no numbers of a file that changed in the last two seconds, because another change could have the
+            same time.
+
     Returns:
-        The numbers; `None` where they cannot be relied on: for a file that changed in the last two seconds, because
-        another change could have the same time, and on Windows, which keeps no such time.
+        The numbers; `None` where they cannot be relied on, as on Windows, which keeps no such time.
 
     Raises:
         OSError: There is no such file.
     """
     found = path.stat()
-    if os.name != "posix" or time.time_ns() - found.st_ctime_ns < _SETTLED:
+    if os.name != "posix" or (settled and time.time_ns() - found.st_ctime_ns < _SETTLED):
         return None
     return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 

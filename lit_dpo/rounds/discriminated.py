@@ -144,6 +144,8 @@ class Discriminated(Rounds):
             found = read_json(folder / AGREEMENT)
             self.discriminator.load(folder)
             return float(found["agreement"]), int(found["of"])
+        if is_first() and folder.exists():
+            raise FileExistsError(f"`{folder}` holds something that is no discriminator of this round: move it away.")
         with self.seconds("training the discriminator"):
             agreement, of = self.discriminator.fit(labelled, pool.model(0))
             if is_first():

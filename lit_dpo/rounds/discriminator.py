@@ -193,14 +193,14 @@ def _with_head(start: PreTrainedModel, seed: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: Any = AutoModelForSequenceClassification.from_config(config).float()
-    except ValueError as error:
+            model: Any = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False).float()
+        own = getattr(start, start.base_model_prefix).state_dict()
+        getattr(model, model.base_model_prefix).load_state_dict(own)
+    except (ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"A {start.config.model_type} has no form with a scalar output, which a discriminator needs: name another "
-            "model as its `base`."
+            f"A {start.config.model_type} cannot be given a scalar output, which a discriminator needs "
+            f"({str(error).splitlines()[0]}): name another model as its `base`."
         ) from error
-    own = getattr(start, start.base_model_prefix).state_dict()
-    getattr(model, model.base_model_prefix).load_state_dict({name: value.float() for name, value in own.items()})
     _pad(model.config, -1)
     return model.eval().to(start.device)  # in evaluation mode dropout is off
 

@@ -100,10 +100,10 @@ def read_rounds(run: str) -> tuple[Path, list[dict[str, Any]]]:
 def _read(root: Path) -> dict[str, Any]:
     path = root / RECORD
     record = read_json(path)
-    if not isinstance(record.get("round"), int):
+    if not isinstance(record.get("round"), int) or not isinstance(record.setdefault("seconds", {}), dict):
         raise ValueError(f"`{path}` is no record of a round: restore it.")
     if (root / DONE).exists() and isinstance(seconds := read_json(root / DONE).get("seconds"), int | float):
-        record["seconds"] = {**record.get("seconds", {}), "training": seconds}
+        record["seconds"]["training"] = seconds
     try:
         found = metrics(FinishedRun(root, tuple(sorted(root.glob("version_*"), key=number_of)[-1:])))
     except FileNotFoundError:

@@ -306,7 +306,7 @@ def test_damage_that_no_time_tells_of_is_one_sentence_when_it_is_met(path, folde
     content[-2] ^= 1
     file.write_bytes(content)
     known = json.loads(header.read_text())
-    known["stamp"] = unchanged.stamp(file)
+    known["stamp"] = unchanged.stamp(file, settled=False)
     header.write_text(json.dumps(known))
     with pytest.raises(ValueError, match=r"tokens` is damaged: remove it, and start again"):
         batches(data(path))
