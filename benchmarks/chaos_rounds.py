@@ -181,6 +181,7 @@ class Run:
 
     def finish(self) -> None:
         """Let it come to its end, undisturbed."""
+        PLACE.arm(None)
         process = self.start()
         process.join()
         said = (self.folder / f"said_{self.starts}.txt").read_text()
@@ -205,7 +206,7 @@ def disturb(run: Run, draw: random.Random, stage: str | None, seconds: float) ->
     most = {"sampling": PROMPTS, "judging": PROMPTS, "merging": 2 * PROMPTS, "training": 12, "between rounds": 3}
     PLACE.arm(stage, draw.randrange(most[stage]) if stage else 0)
     process = run.start()
-    process.join(None if stage else draw.uniform(0, seconds))
+    process.join(None if stage else draw.uniform(0, seconds / 2))
     if process.is_alive():
         process.kill()
         process.join()

@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.lsf import LSFEnvironment
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -42,6 +46,8 @@ from lit_dpo.scoring.score import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_CLUSTERS = (LSFEnvironment, MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # which start all processes
 
 
 class StartingPolicies:
@@ -91,7 +97,7 @@ class StartingPolicies:
             pairs=partial(pool_pairs, self.data),
             model=self.load,
             logps=self.logps,
-            progress=is_first() and self._scoring.progress_bar_callback is not None,
+            progress=lambda: is_first() and self._scoring.progress_bar_callback is not None,
             allow_changes=self.data.allow_changes,
         )
 
@@ -116,6 +122,8 @@ class StartingPolicies:
 
         Those that Lightning starts itself find what the first process has written by then.
         """
+        if not any(cluster.detect() for cluster in _CLUSTERS):
+            return
         strategy = self._scoring.strategy
         cluster = getattr(strategy, "cluster_environment", None)
         started = cluster is not None and cluster.creates_processes_externally

@@ -130,7 +130,10 @@ def _read(path: Path) -> dict[str, Any]:
         content = read_shards(path, f"state_dict.{_PREFIX}") if path.is_dir() else _read_file(path)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError) as error:
         reason = [*str(error).splitlines(), type(error).__name__][0]
-        raise ValueError(f"`{path}` does not load as a checkpoint: {reason}") from error
+        raise ValueError(
+            f"`{path}` does not load as a checkpoint ({reason[:80]}): give a .ckpt file that `lit-dpo fit` has written "
+            "whole."
+        ) from error
     check_content(content, path)
     if "model" not in content.get("hyper_parameters", {}):
         raise ValueError(f"`{path}` is no checkpoint of a `PreferenceModule`; give one written by `lit-dpo fit`.")

@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -143,6 +145,17 @@ class TestVerdicts:
         assert _edit(chosen, rejected) == edit
 
 
+class TestLog:
+    def test_steps_that_were_done_again_count_once(self, tmp_path):
+        """A run that was stopped after step 2 and went on from step 1 leaves two files."""
+        from commands import logged
+
+        (tmp_path / "metrics_0.csv").write_text("step,train/loss,val/loss\n0,3.0,\n0,,9.0\n1,2.0,\n")
+        (tmp_path / "metrics.csv").write_text("step,lr,train/loss,val/loss\n1,,2.0,\n1,,,8.0\n2,,1.0,\n")
+        assert [line["train/loss"] for line in logged(tmp_path) if "train/loss" in line] == [3.0, 2.0, 1.0]
+        assert [line["val/loss"] for line in logged(tmp_path) if "val/loss" in line] == [9.0, 8.0]
+
+
 class TestTable:
     def test_words_around_the_table_stay(self, tmp_path):
         import run
@@ -155,6 +168,21 @@ class TestTable:
         assert text.endswith("\n\nafter\n")
         assert "old" not in text
         assert "not run" in text
+
+    def test_the_manual_quotes_what_was_measured(self):
+        quoted = re.findall(r"-?[\d.]+ ± [\d.]*\d", (ROOT / "docs" / "methods.md").read_text())
+        table = (RUN.parent / "README.md").read_text()
+        assert len(quoted) >= 4
+        assert [number for number in quoted if number not in table] == []
+
+    def test_the_table_is_that_of_the_results(self, tmp_path):
+        """Judged again from the committed results, which a change of a rule has to show in."""
+        import run
+
+        shutil.copytree(RUN.parent / "results", tmp_path / "results")
+        shutil.copy(RUN.parent / "README.md", tmp_path)
+        run.show(run.experiments("cpu"), tmp_path, draw=False)
+        assert (tmp_path / "README.md").read_text() == (RUN.parent / "README.md").read_text()
 
     def test_a_smoke_run_spoils_no_result(self, tmp_path, capsys):
         import run

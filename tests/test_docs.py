@@ -6,6 +6,7 @@ folder a page. ``no-run`` is for what needs a GPU, several nodes, the hub or ano
 block that starts with ``# name.py`` is also written to that file.
 """
 
+import inspect
 import json
 import re
 import runpy
@@ -199,6 +200,10 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), (page.name, target)
 
 
+def is_partition(thing):
+    return isinstance(thing, type) and issubclass(thing, lit_dpo.Partition)
+
+
 def test_every_option_that_is_named_exists(capsys):
     """Those in the text and in the tables; the ones in commands are parsed with their command."""
     named = {
@@ -213,6 +218,8 @@ def test_every_option_that_is_named_exists(capsys):
     known |= {f"--{parameter.name}" for tool in TOOLS for parameter in signatures.tool(tool)}
     known |= {f"--model.{name}" for name in ("loss", "reference", "adapter", "optimizer", "lr_scheduler")}
     other = {"--strict"}  # of mkdocs
+    partitions = [part for name in lit_dpo.__all__ if is_partition(part := getattr(lit_dpo, name))]
+    known |= {f"--data.partition.{name}" for part in partitions for name in inspect.signature(part).parameters}
     options_of_a_class = {name for name in known if "." in name}  # such as `--model.loss.beta`
     unknown = [name for name in named - other - known if name.rpartition(".")[0] not in options_of_a_class]
     assert not unknown

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -458,6 +459,14 @@ def test_the_shipped_configuration_of_d2po_runs_end_to_end(here):  # noqa: F811
     before = {path: path.stat().st_mtime_ns for path in root.rglob("pairs.jsonl")}
     main([*words, "--ckpt_path", "last"])
     assert {path: path.stat().st_mtime_ns for path in root.rglob("pairs.jsonl")} == before
+
+
+def test_the_numbers_of_the_manual_are_the_measured_ones():
+    [measured] = (ROOT / "benchmarks" / "results").glob("rounds_learned_*.md")
+    page = (ROOT / "docs" / "fdpo_and_d2po.md").read_text()
+    numbers = re.findall(r"0\.\d{3} ± 0\.\d{3}", page)
+    assert len(numbers) > 25
+    assert [number for number in numbers if number not in measured.read_text()] == []
 
 
 if __name__ == "__main__":

@@ -137,6 +137,8 @@ def draw_chosen(results: Results, drawn: Figure) -> None:
         )
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xticks(range(len(LOSSES)), list(LOSSES))
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([-20, -10, -5, -2, -1, -0.5, 0, 0.5, 1], ["-20", "-10", "-5", "-2", "-1", "-0.5", "0", "0.5", "1"])
     figure.label(axes, "", "log-ratio of the chosen completion, nats")
     axes.legend(fontsize=11, frameon=False)
 
@@ -145,7 +147,7 @@ def experiments(scale: str) -> list[Experiment]:
     """One, of four arms."""
     sizes = {"pairs": 64, "held_out": 256, "epochs": 20, "rate": 5e-4}
     sizes |= {"smoke": {"pairs": 16, "held_out": 16, "epochs": 2}, "gpu": {"pairs": 512, "rate": 5e-5}}.get(scale, {})
-    ipo, cdpo, dpop = "2310.12036", "2305.18290, code", "2402.13228"
+    ipo, cdpo, dpop = "2310.12036", "2305.18290", "2402.13228"
     claims = (
         Claim("A1", ipo, "IPO's h settles at 1/(2 beta), DPO's keeps growing", judge_ipo, "targets"),
         Claim("A2", cdpo, "conservative DPO's reward margin settles at log((1-e)/e)", judge_cdpo, "targets"),

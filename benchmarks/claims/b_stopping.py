@@ -140,10 +140,10 @@ def draw_drift(results: Results, drawn: Figure) -> None:
 
 def experiments(scale: str) -> list[Experiment]:
     """One; its arms are sizes of the set, and betas."""
-    sizes = {"validation": 300, "test": 300, "epochs": 12, "rate": 5e-4}
+    sizes = {"validation": 300, "test": 300, "epochs": 10, "rate": 5e-4}
     sizes |= {"smoke": {"validation": 16, "test": 16, "epochs": 2}, "gpu": {"rate": 5e-5}}.get(scale, {})
     factor = {"smoke": 1 / 6, "gpu": 10}.get(scale, 1)
-    options = [(96, 0.1), (96, 0.5), (288, 0.1)][: 1 if scale == "smoke" else None]
+    options = [(96, 0.1), (288, 0.1), (96, 0.5)][: 1 if scale == "smoke" else None]
     counts = [(int(pairs * factor), beta) for pairs, beta in options]
     arms = {f"{pairs} pairs, beta {beta}": {"pairs": pairs, "beta": beta, **sizes} for pairs, beta in counts}
     paper = "Cerebras BTLM study"

@@ -169,8 +169,8 @@ class Experiment:
     note: str = field(default="")
 
     def tasks(self) -> list[tuple[str, str, int]]:
-        """Name, arm and seed of every run, all arms of a seed together."""
-        return [(self.name, arm, seed) for seed in range(self.seeds) for arm in self.arms]
+        """Name, arm and seed of every run, all seeds of an arm together."""
+        return [(self.name, arm, seed) for arm in self.arms for seed in range(self.seeds)]
 
 
 def result(experiment: Experiment, arm: str, seed: int, place: Place) -> Path:

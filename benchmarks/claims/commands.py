@@ -161,9 +161,18 @@ def predict(run: Path, rows: Path, checkpoint: str = "last", tokens: bool = Fals
 
 
 def logged(run: Path) -> list[dict[str, float]]:
-    """The metrics of a run, one record a line of its `metrics.csv`, without what is empty."""
-    with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        return [{name: float(value) for name, value in line.items() if value} for line in csv.DictReader(file)]
+    """The metrics of a run, one record a line of its `metrics.csv`, without what is empty.
+
+    A run that was stopped and went on has left `metrics_0.csv` and so on before it; steps that it did again count once.
+    """
+    earlier = sorted(run.glob("metrics_*.csv"), key=lambda path: int(path.stem.partition("_")[2]))
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for path in [*earlier, *run.glob("metrics.csv")]:
+        with path.open(encoding="utf-8", newline="") as file:
+            for line in csv.DictReader(file):
+                seen = {name: float(value) for name, value in line.items() if value}
+                found[(line["step"], *sorted(seen))] = seen
+    return list(found.values())
 
 
 def lines(path: Path) -> list[Record]:

@@ -14,11 +14,13 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import sys
 import threading
 import time
 import traceback
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,7 @@ def show(known: dict[str, Experiment], out: Path, draw: bool = True) -> None:
     for name, experiment in known.items():
         path = out / "results" / f"{name}.json"
         if not path.exists():
-            rows += [[c.name, c.paper, c.sentence, "", "", f"`{name}`", "not run"] for c in experiment.claims]
+            rows += [[c.name, _paper(c.paper), c.sentence, "", "", f"`{name}`", "not run"] for c in experiment.claims]
             continue
         whole = json.loads(path.read_text(encoding="utf-8"))
         results = Results({a: {int(s): one for s, one in of.items()} for a, of in whole["records"].items()})
@@ -138,13 +140,18 @@ def show(known: dict[str, Experiment], out: Path, draw: bool = True) -> None:
         for claim in experiment.claims:
             verdict, measured = claim.judge(results)
             shown = [f"[{claim.figure}](figures/{claim.figure}.png)", f"`{name}`", f"**{verdict}**"]
-            rows.append([claim.name, claim.paper, claim.sentence, measured, *shown])
+            rows.append([claim.name, _paper(claim.paper), claim.sentence, measured, *shown])
         notes.append(_note(name, experiment, whole))
     header = ["claim", "paper", "what is claimed", "measured", "figure", "`run.py`", "verdict"]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
     _write_table(out / "README.md", "\n\n".join([MARKS[0], table, *notes, MARKS[1]]))
     for row in rows:
         print(f"{row[0]}: {row[6].strip('*')}. {row[3]}")
+
+
+def _paper(paper: str) -> str:
+    """A link, if it is a number of arXiv."""
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if re.fullmatch(r"\d{4}\.\d{5}", paper) else paper
 
 
 def _note(name: str, experiment: Experiment, whole: dict[str, Any]) -> str:
@@ -173,6 +180,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"experiments: {', '.join(experiments('cpu'))}")
     parser.add_argument("--all", action="store_true", help="all experiments")
+    parser.add_argument("--arms", nargs="+", help="only these arms of one experiment, if its claims allow")
     parser.add_argument("--work", type=Path, help="folder of all trainings; the same one goes on")
     parser.add_argument("--data", type=Path, help="folder of the real sets; without it what needs them is left out")
     parser.add_argument("--processes", type=int, default=2)
@@ -195,6 +203,11 @@ def main(args: list[str] | None = None) -> None:
     if scale == "smoke" and given.out == parser.get_default("out"):
         parser.error("--smoke measures nothing worth keeping: give another folder with --out")
     chosen = [experiment for experiment in known.values() if given.all or experiment.name in given.names]
+    if given.arms:
+        if len(chosen) != 1 or not set(given.arms) <= set(chosen[0].arms):
+            said = f"it has {'; '.join(chosen[0].arms)}" if len(chosen) == 1 else "name one experiment"
+            parser.error(f"--arms takes arms of one experiment: {said}")
+        chosen = [replace(chosen[0], arms={arm: chosen[0].arms[arm] for arm in given.arms})]
     if given.data is None:
         left = [each.name for each in chosen if set(each.bases) & set(REAL)]
         chosen = [each for each in chosen if each.name not in left]
@@ -212,15 +225,16 @@ def main(args: list[str] | None = None) -> None:
         failed = run(chosen, place, given.processes)
         for experiment in chosen:
             if not any(name.startswith((f"{experiment.name},", "base ")) for name in failed):
-                collect(experiment, place, given.out, _command(experiment, scale))
+                collect(experiment, place, given.out, _command(experiment, scale, given.arms))
     show(known, given.out)
     if failed:
         sys.exit(f"{len(failed)} of the runs failed: {'; '.join(failed)}")
 
 
-def _command(experiment: Experiment, scale: str) -> str:
+def _command(experiment: Experiment, scale: str, arms: list[str] | None) -> str:
     """The command that runs this experiment alone, without paths of this machine."""
     words = ["python benchmarks/claims/run.py", experiment.name, "--work WORK"]
+    words += ["--arms", *(f'"{arm}"' for arm in arms)] if arms else []
     words += ["--data DATA"] if set(experiment.bases) & set(REAL) else []
     return " ".join([*words, *([f"--scale {scale}"] if scale != "cpu" else [])])
 

@@ -191,12 +191,17 @@ def _values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _names_no_file(value: str) -> bool:
     """Whether a configuration is a path, rather than YAML itself or standard input, and nothing is there."""
-    return value != "-" and not re.search(r"[{:\n]", value) and not Path(value).expanduser().exists()
+    path = Path(value).expanduser()
+    return value != "-" and not re.search(r"[{:\n]", value) and (path.is_dir() or not path.exists())
 
 
 def raise_missing(value: str) -> NoReturn:
     """Refuse a configuration that does not exist, with the nearest name beside it."""
-    path = Path(value)
+    path = Path(value).expanduser()
+    if path.is_dir():
+        known = path / "config.yaml"
+        within = [str(known)] if known.is_file() else []
+        _refuse(f"`{value}` is a folder and no configuration file: name a file", within)
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [str(path.with_name(name)) for name in did_you_mean(path.name, beside)]
     if not path.suffix and path.name == value:

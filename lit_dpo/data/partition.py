@@ -44,12 +44,11 @@ class Pool:
         pairs: Gives the pairs as texts.
         model: Loads the model that starts a step.
         logps: Gives log-probs; called with the arguments of `logps`.
-        progress: Whether this process draws on a terminal how far it is.
+        progress: Tells whether this process draws on a terminal how far it is.
         allow_changes: Whether the user lets a run go on whose data have changed.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
-        progress: As given.
         allow_changes: As given.
     """
 
@@ -66,14 +65,19 @@ class Pool:
         pairs: Callable[[], list[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
         logps: Callable[..., Iterator[list[float]]] | None = None,
-        progress: bool = False,
+        progress: Callable[[], bool] | None = None,
         allow_changes: bool = False,
     ) -> None:
-        self.sources, self.progress, self.allow_changes = sources, progress, allow_changes
+        self.sources, self._progress, self.allow_changes = sources, progress, allow_changes
         self._encoder = encoder
         self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather
         self._folder, self._score, self._generate = folder, score, generate
+
+    @property
+    def progress(self) -> bool:
+        """Whether this process draws on a terminal how far it is."""
+        return self._progress is not None and self._progress()
 
     @property
     def rows(self) -> int:

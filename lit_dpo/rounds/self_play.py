@@ -89,10 +89,11 @@ class SelfPlay(Rounds):
             ValueError: There are too few rows or new pairs, or the round was begun with other options.
         """
         new = super().next(step, pool)
-        if new is None or not step:
-            return None if new is None else new[-self.buffer :]
-        before = pool.folder.with_name(f"partition_{step - 1}") / new_pairs.FILE
-        with before.open(encoding="utf-8") as file:
+        if new is None:
+            return None
+        if not step:
+            return [*new][-self.buffer :]
+        with (pool.at(step - 1).folder / new_pairs.FILE).open(encoding="utf-8") as file:
             return [*map(json.loads, file), *new][-self.buffer :]
 
     def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:

@@ -82,6 +82,7 @@ def evaluate_models(
         results.append(Result(given, name, loaded.account, _estimates(loaded, margins)))
         _show(page.terminal(), results[-1])
         del opened, start
+    page.terminal().print(f"\n{_NOTE}")
     if output is not None:
         text = json.dumps([asdict(result) for result in results], indent=1) + "\n"
         print(f"Wrote {page.write(output, text, overwrite)}")
@@ -339,7 +340,6 @@ def _show(console: Console, result: Result) -> None:
     for estimate in result.estimates:
         table.add_row(*(Text(page.plain(cell)) for cell in _cells(estimate)))
     console.print(table)
-    console.print(f"\n{_NOTE}")
 
 
 def _page(results: Sequence[Result]) -> str:

@@ -1,4 +1,4 @@
-"""A few steps of a fit at learning rate 0 and three checkpoints, timed; and what a whole run takes by them."""
+"""A few steps of a fit at learning rate 0 and four checkpoints, timed; and what a whole run takes by them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lit_dpo.scoring.score import Scorer
 from lit_dpo.tools.plan import Plan
 
 _SIZES = 6  # lengths of batches that are timed
-_PASSES = 4  # over these lengths
+_PASSES = 12  # over these lengths
 _ENOUGH = 10.0  # seconds after which no length is timed a third time
 _SECONDS = 60.0  # after which none is timed a second time
 _WHOLE = 1 << 30  # bytes; of a larger checkpoint a part is written
@@ -143,7 +143,7 @@ class Measuring(Callback):
         updates: Seconds of each optimizer step.
         first: Seconds that the first step took more than a later one of the same batches.
         reference_pass: Seconds that the pass of a cached reference takes, if nothing is cached yet.
-        saves: Seconds of the first, second and third checkpoint; the third takes what all later ones do.
+        saves: Seconds of the first checkpoint, of one in a new place, and of the second and third there.
         peak: The most bytes that were taken.
         extrapolated: What the longest batch would take, if it was left out.
         gap: Largest difference of policy and reference before the first step, in nats; `None` without a reference.
@@ -165,7 +165,7 @@ class Measuring(Callback):
         self.times: dict[int, list[float]] = {}
         self.evaluated: list[tuple[int, float]] = []
         self.updates: list[float] = []
-        self.first, self.reference_pass, self.saves = 0.0, 0.0, [0.0] * 3
+        self.first, self.reference_pass, self.saves = 0.0, 0.0, [0.0] * 4
         self.peak, self.extrapolated = memory.peak, 0
         self.gap: float | None = None
         self.losses: tuple[float, float] | None = None
@@ -292,7 +292,7 @@ class Measuring(Callback):
         self.reference_pass = reference.seconds / reference.tokens * whole
 
     def _time_saves(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first three being unlike: one alone, one after another, one after two others."""
+        """Four, being unlike: the process's first, one alone, one beside another, one beside two others."""
         size_of = self.parts.get("weights", 0) + self.parts.get("optimizer", 0)
         folder = self.folder
         if not folder or not size_of or shutil.disk_usage(folder).free < 4 * min(size_of, _WHOLE):
@@ -301,14 +301,16 @@ class Measuring(Callback):
         with tempfile.TemporaryDirectory(prefix=".lit-dpo-check-", dir=folder) as made:
             for number in range(len(self.saves)):
                 began = _clock(pl_module.device)
-                save_last(trainer, Path(made), None if size_of <= _WHOLE else partial(_save_a_part, trainer))
+                where = Path(made, "first" if number == 0 else "second")
+                save_last(trainer, where, None if size_of <= _WHOLE else partial(_save_a_part, trainer))
                 self.saves[number] = (_clock(pl_module.device) - began) * max(1.0, size_of / _WHOLE)
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
     def seconds(self) -> tuple[float, float, float]:
         """Seconds of all training steps of the run, of its validations, and of its checkpoints."""
-        known = sorted((tokens, float(np.mean(times))) for tokens, times in self.times.items())
+        # The first pass over the lengths grows the memory, step by step, which a fit does once.
+        known = sorted((tokens, float(np.mean(times[len(times) // 2 :]))) for tokens, times in self.times.items())
         if not known:
             return 0.0, 0.0, 0.0
         sizes, times = [float(tokens) for tokens, _ in known], [mean for _, mean in known]
@@ -316,10 +318,10 @@ class Measuring(Callback):
         first = max(0.0, self.first - self.accumulate * times[0] - update)
         training = self.plan.epochs * epoch + self.plan.steps * update + first
         speed = sum(s for _, s in self.evaluated) / max(1, sum(n for n, _ in self.evaluated))
-        once, twice, later = self.saves
-        last = sum([once, twice][: self.plan.last]) + later * max(0, self.plan.last - 2)
+        first_save, alone, second, later = self.saves
+        last = sum([first_save, second][: self.plan.last]) + later * max(0, self.plan.last - 2)
         validating = speed * sum(self.plan.evaluated_tokens) * self.plan.validations
-        return training, validating, last + once * self.plan.best
+        return training, validating, last + alone * self.plan.best
 
 
 def _spread(tokens: Sequence[int], most: int) -> list[int]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lit_dpo.checkpoints.run import Run
 from lit_dpo.export import meant_checkpoint
 from lit_dpo.models import Dtype, load_model
 from lit_dpo.pretrained import loading_of
@@ -62,7 +61,7 @@ def open_model(given: str, dtype: Dtype = "float32") -> Opened:
         tokenizer = load_tokenizer(given)
         return Opened(given, on_device(load_model(given, tokenizer, dtype)), tokenizer)
     path = Path(given)
-    if path.is_dir() and Run.named(path) is not None and not any(path.rglob("*.ckpt")):
+    if path.is_dir() and path.suffix != ".ckpt" and not any(path.rglob("*.ckpt")):
         raise FileNotFoundError(
             f"`{given}` holds neither a model (`config.json` and weights) nor a run with a checkpoint: give the folder "
             "of one of them, or wait for the run's first checkpoint; a run that was stopped before has to start again."

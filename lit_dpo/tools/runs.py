@@ -106,6 +106,8 @@ def _table(file: Path) -> Iterable[tuple[int, dict[str, float]]]:
     if file.stat().st_size > _LARGEST:
         raise ValueError(f"`{file}` has more than {_LARGEST:,} bytes: it is no table of metrics of `lit-dpo fit`.")
     whole = file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    if not whole:
+        return
     reader = csv.DictReader(whole.splitlines())
     if "step" not in (reader.fieldnames or ()):
         raise ValueError(f"`{file}` has no column `step`: give a run that `lit-dpo fit` wrote.")

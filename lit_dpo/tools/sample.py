@@ -150,7 +150,7 @@ def _show(console: Console, asked: Sequence[Prompt], said: Sequence[_Said]) -> N
         if beside:
             grid = Table(box=None, padding=(0, 2, 0, 0), expand=True)
             for one in said:
-                grid.add_column(Text(one.name), ratio=1)
+                grid.add_column(Text(one.name), ratio=1, overflow="fold")
             for found in zip(*(one.completions[number] for one in said), strict=True):
                 grid.add_row(*(Text(page.obeyed_by_none(_shown(completion))) for completion in found))
             console.print(grid)
@@ -162,8 +162,8 @@ def _show(console: Console, asked: Sequence[Prompt], said: Sequence[_Said]) -> N
     for row in _rows(said):
         name, completions, tokens, unfinished, repeats = row
         console.print(
-            f"{name}: {completions} completions of {tokens:.1f} tokens on average, {unfinished} without an end, "
-            f"{repeats} repeating themselves"
+            f"{name}: {completions} completion{'s' * (completions != 1)} of {tokens:.1f} tokens on average, "
+            f"{unfinished} without an end, {repeats} repeating"
         )
 
 

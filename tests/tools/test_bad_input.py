@@ -10,7 +10,7 @@ import yaml
 from lit_dpo.cli import main
 from lit_dpo.tokenizers import quickstart_tokenizer
 from tests import runs
-from tests.test_cli import built, quick  # noqa: F401 - fixtures
+from tests.test_cli import quick  # noqa: F401 - a fixture
 from tests.trained import model_folder
 
 pytestmark = [
@@ -21,6 +21,15 @@ pytestmark = [
 
 TINY = str(Path(__file__).parents[1] / "conf" / "tiny.yaml")
 EXPORTED = ("README.md", "config.json", "model.safetensors", "tokenizer_config.json")
+
+
+PARSERS = {}
+
+
+@pytest.fixture
+def built(tool):
+    """What `quick` keeps of a tool's parser; those of `inspect` and `check` differ by their own options."""
+    return PARSERS.setdefault(tool, {})
 
 
 @pytest.fixture(scope="module")
@@ -79,56 +88,60 @@ def answer(words, capsys):
     return line
 
 
+PIPE = "is a pipe, and only regular files are read: give a regular file in its place"
 FIT = ("--config", TINY, "--data.train")
 SAID = ("--max_new_tokens", "2", "--prompts")
 CASES = {
     "inspect": [
         ([*FIT, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
-        ([*FIT, "empty.jsonl"], ""),
-        ([*FIT, "binary.jsonl"], ""),
-        ([*FIT, "pipe.jsonl"], ""),
-        ([*FIT, "killed/version_0"], ""),
+        ([*FIT, "empty.jsonl"], "No row to train on in empty.jsonl; correct the data"),
+        ([*FIT, "binary.jsonl"], "binary.jsonl:1: the line is not valid JSON; correct it"),
+        ([*FIT, "pipe.jsonl"], PIPE),
+        ([*FIT, "killed/version_0"], "No row to train on in killed/version_0; correct the data"),
         ([*FIT, "pairs.jsonl", "--html", "mine.html"], "exists already"),
         ([*FIT, "pairs.jsonl", "--ckpt_path", "last"], "leave `--ckpt_path` out"),
         ([*FIT, "pairs.jsonl", "--pairs", "-1"], "must be at least 0"),
-        ([*FIT, "pairs.jsonl", "--model.tokenizer", "killed"], ""),
-        (["--config", "killed/version_0"], ""),
+        ([*FIT, "pairs.jsonl", "--model.tokenizer", "killed"], "Give a folder saved by `save_pretrained`"),
+        (
+            ["--config", "killed/version_0"],
+            "configuration file: name a file. Did you mean killed/version_0/config.yaml?",
+        ),
     ],
     "check": [
         ([*FIT, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
-        ([*FIT, "empty.jsonl"], ""),
-        ([*FIT, "binary.jsonl"], ""),
-        ([*FIT, "pipe.jsonl"], ""),
+        ([*FIT, "empty.jsonl"], "No row to train on in empty.jsonl; correct the data"),
+        ([*FIT, "binary.jsonl"], "binary.jsonl:1: the line is not valid JSON; correct it"),
+        ([*FIT, "pipe.jsonl"], PIPE),
         ([*FIT, "pairs.jsonl", "--memory", "0"], "must be above 0"),
         ([*FIT, "pairs.jsonl", "--overwrite"], "leave `--overwrite` out"),
         (["--config", "nothing.yaml"], "there is no configuration file"),
     ],
     "sample": [
-        (["nothing", *SAID, "pairs.jsonl"], ""),
+        (["nothing", *SAID, "pairs.jsonl"], "no such folder, and not to be had from the hub"),
         (["killed/version_0", *SAID, "pairs.jsonl"], "or wait for the run's first checkpoint"),
-        (["no_config/version_0", *SAID, "pairs.jsonl"], ""),
-        (["pairs.jsonl", *SAID, "pairs.jsonl"], ""),
-        (["base", *SAID, "empty.jsonl"], ""),
+        (["no_config/version_0", *SAID, "pairs.jsonl"], "give a .ckpt file that `lit-dpo fit` has written whole"),
+        (["pairs.jsonl", *SAID, "pairs.jsonl"], "does not load as a checkpoint"),
+        (["base", *SAID, "empty.jsonl"], "holds no prompt: give a file with at least one"),
         (["base", *SAID, "empty.txt"], "holds no prompt"),
-        (["base", *SAID, "binary.jsonl"], ""),
-        (["base", *SAID, "pipe.jsonl"], ""),
-        (["base", *SAID, "nothing.jsonl"], ""),
-        (["base", *SAID, "killed"], ""),
+        (["base", *SAID, "binary.jsonl"], "the line is not valid JSON; correct it"),
+        (["base", *SAID, "pipe.jsonl"], PIPE),
+        (["base", *SAID, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
+        (["base", *SAID, "killed"], "holds no data file"),
         (["base", *SAID, "pairs.jsonl", "--html", "mine.html"], "exists already"),
         (["base", *SAID, "pairs.jsonl", "--jsonl", "mine.jsonl"], "exists already"),
         (["base"], "needs at least one model and a file of prompts"),
     ],
     "evaluate": [
-        (["nothing", "--data", "pairs.jsonl"], ""),
+        (["nothing", "--data", "pairs.jsonl"], "no such folder, and not to be had from the hub"),
         (["killed/version_0", "--data", "pairs.jsonl"], "or wait for the run's first checkpoint"),
-        (["no_config/version_0", "--data", "pairs.jsonl"], ""),
+        (["no_config/version_0", "--data", "pairs.jsonl"], "does not load as a checkpoint"),
         (["base", "--data", "pairs.jsonl"], "add `--reference MODEL`"),
         (["base", "--data", "pairs.jsonl", "--reference", "other"], "has another tokenizer than `base`"),
-        (["base", "--data", "empty.jsonl", "--reference", "none"], ""),
-        (["base", "--data", "binary.jsonl", "--reference", "none"], ""),
-        (["base", "--data", "pipe.jsonl", "--reference", "none"], ""),
-        (["base", "--data", "nothing.jsonl", "--reference", "none"], ""),
-        (["base", "--data", "pairs.jsonl", "--reference", "killed"], ""),
+        (["base", "--data", "empty.jsonl", "--reference", "none"], "correct the data"),
+        (["base", "--data", "binary.jsonl", "--reference", "none"], "is not valid JSON; correct it"),
+        (["base", "--data", "pipe.jsonl", "--reference", "none"], PIPE),
+        (["base", "--data", "nothing.jsonl", "--reference", "none"], "There is no `nothing.jsonl`"),
+        (["base", "--data", "pairs.jsonl", "--reference", "killed"], "or wait for the run's first checkpoint"),
         (["base", "--data", "pairs.jsonl", "--html", "mine.html"], "exists already"),
         (["base", "--data", "pairs.jsonl", "--output", "mine.json"], "exists already"),
         ([], "needs at least one model and one file of pairs"),
@@ -138,11 +151,11 @@ CASES = {
         (["killed/version_0", "predicted_1.jsonl"], "has no checkpoint yet"),
         (["no_config/version_0", "predicted_1.jsonl"], "has no `config.yaml`"),
         (["no_config/version_0/checkpoints/last.ckpt", "predicted_1.jsonl"], "is no folder of a run"),
-        (["empty_run", "predicted_1.jsonl"], ""),
+        (["empty_run", "predicted_1.jsonl"], "No run is in `empty_run/version_0`: give"),
         (["empty.jsonl", "predicted_1.jsonl"], "is empty"),
         (["binary.jsonl", "predicted_1.jsonl"], "is no line of"),
         (["pairs.jsonl", "predicted_1.jsonl"], "is no line of"),
-        (["pipe.jsonl", "predicted_1.jsonl"], ""),
+        (["pipe.jsonl", "predicted_1.jsonl"], PIPE),
         (["predicted_1.jsonl", "predicted_2.jsonl"], "have no validation row in common"),
         (["predicted_1.jsonl"], "takes two or more"),
         (["predicted_1.jsonl", "predicted_1.jsonl"], "not the same"),
@@ -152,11 +165,11 @@ CASES = {
     ],
     "plot": [
         (["nothing"], "No run `nothing`"),
-        (["last"], ""),
+        (["last"], "no run is in this folder or below `runs`. Name the folder of a run"),
         (["killed/version_0"], "has logged no metrics yet"),
         (["killed"], "has logged no metrics yet"),
-        (["empty_run"], ""),
-        (["no_config/version_0"], ""),
+        (["empty_run"], "No run is in `empty_run/version_0`: give"),
+        (["no_config/version_0"], "has logged no metrics yet"),
         (["no_config/version_0/checkpoints/last.ckpt"], "is no folder of a run"),
         (["killed", "--output", "mine.png"], "exists already"),
         (["killed", "--output", "mine.html"], "exists already"),
@@ -170,28 +183,43 @@ CASES = {
         (["no_config/version_0/checkpoints/last.ckpt"], "is no folder of a run"),
         (["killed", "--predictions", "empty.jsonl"], "is empty"),
         (["killed", "--predictions", "binary.jsonl"], "is no line of"),
-        (["killed", "--predictions", "pipe.jsonl"], ""),
-        (["killed", "--predictions", "killed"], ""),
+        (["killed", "--predictions", "pipe.jsonl"], PIPE),
+        (["killed", "--predictions", "killed"], "is a folder, and only regular files are read"),
         (["killed", "--output", "mine.html"], "exists already"),
         (["killed", "--output", "mine.jsonl"], "exists already"),
-        ([], ""),
+        ([], "required and not given: `"),
+    ],
+    "rounds": [
+        (["nothing"], "No run `nothing`"),
+        (["killed/version_0"], "has no rounds"),
+        (["no_config/version_0/checkpoints/last.ckpt"], "is no folder of a run"),
+        (["killed", "--output", "mine.html"], "exists already"),
+        ([], "required and not given: `"),
+    ],
+    "export": [
+        (["nothing", "new"], "give a .ckpt file from a run's folder"),
+        (["killed/version_0", "new"], "No checkpoint of a run"),
+        (["no_config/version_0", "new"], "give a .ckpt file that `lit-dpo fit` has written whole"),
+        (["pairs.jsonl", "new"], "give a .ckpt file that `lit-dpo fit` has written whole"),
+        (["no_config/version_0", "export"], "exists already"),
+        ([], "required and not given: `"),
     ],
     "push": [
         (["nothing", "a/b", "--dry_run", "true"], "There is no folder `nothing`"),
         (["killed/version_0", "a/b", "--dry_run", "true"], "holds no whole model"),
         (["no_config/version_0/checkpoints/last.ckpt", "a/b", "--dry_run", "true"], "There is no folder"),
         (["export", "b", "--dry_run", "true"], "of the form `organization/name`"),
-        (["export"], ""),
-        ([], ""),
+        (["export"], "required and not given: `repository`"),
+        ([], "required and not given: `"),
     ],
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("tool", "number"), [(tool, n) for tool, cases in CASES.items() for n in range(len(cases))])
 def test_a_mistake_is_one_sentence_and_nothing_is_written(tool, number, folder, capsys):
     words, expected = CASES[tool][number]
     before = everything(folder)
     said = answer([tool, *words], capsys)
-    print("CASE", tool, words, "->", said)
     assert expected in said
     assert everything(folder) == before
