@@ -37,9 +37,13 @@ def example():
 
 @pytest.fixture(scope="module")
 def confined(example):
-    """Linux with seccomp and Landlock, as a machine of CI has them."""
-    if problems := example.not_prevented(str(TASKS)):
-        pytest.skip(f"on this system a completion can {', '.join(problems)}")
+    """Linux with seccomp, which no machine of CI lacks, and Landlock."""
+    if sys.platform != "linux":
+        pytest.skip("needs Linux")
+    problems = example.not_prevented(str(TASKS))
+    assert {*problems} <= {"read files"}
+    if problems:
+        pytest.skip("needs Landlock")
 
 
 @pytest.fixture
@@ -110,7 +114,6 @@ ATTACKS = {
     "a thread": "    import threading; threading.Thread(target=int).start(); return a + b",
     "the network": "    import socket; socket.socket(); return a + b",
     "kill the judge": "    import os; os.kill(os.getppid(), 9); return a + b",
-    "kill all": "    import os; os.kill(-1, 9); return a + b",
     "raise its limits": "    import resource; resource.setrlimit(resource.RLIMIT_CPU, (99, 99)); return a + b",
     "a signal by its pipe": "    import fcntl, os; fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid()); return a + b",
     "nested values": "    x = []\n    for n in range(900): x = [x]\n    return x",
