@@ -388,6 +388,7 @@ def test_labels_that_teach_nothing_are_told_of(tmp_path):
     assert decoy.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_other_options_are_refused_and_a_missing_file_is_told_of(whole, tmp_path):
     notes = tmp_path / "notes"
     with pytest.raises(ValueError, match="The judge gave 0 scores"):
@@ -434,6 +435,7 @@ def shipped(folder, name, *more):
     return [*words, *map(str, more)]
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_of_filtered_dpo_runs_end_to_end(here):  # noqa: F811
     judge = Discriminator(folds=2, epochs=1)
     judge.fit([(row["prompt"], row["chosen"], row["rejected"]) for row in PAIRS], start())
@@ -448,6 +450,7 @@ def test_the_shipped_configuration_of_filtered_dpo_runs_end_to_end(here):  # noq
     assert (root / "partition_1" / "export" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_of_d2po_runs_end_to_end(here):  # noqa: F811
     words = shipped(here, "d2po", "--allow-import", "my_verifier", "--data.partition.prompts_per_round", 12)
     words += ["--data.partition.gold_per_round", "4"]
