@@ -19,12 +19,12 @@ from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_dpo.checkpoints.claim import is_first
+from lit_dpo.checkpoints.claim import connect, is_first
 from lit_dpo.checkpoints.tensor_store import TensorStore
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.data.dataset import DIGEST
@@ -128,8 +128,7 @@ class StartingPolicies:
         cluster = getattr(strategy, "cluster_environment", None)
         started = cluster is not None and cluster.creates_processes_externally
         if started and not isinstance(cluster, LightningEnvironment) and self._scoring.world_size > 1:
-            strategy.connect(LightningModule())  # some strategies tell it their mesh, which is no matter here
-            strategy.setup_environment()
+            connect(strategy)
 
     def _encoder(self) -> PairEncoder:
         data = self.data

@@ -339,3 +339,22 @@ def test_runs_of_several_processes_that_start_together_get_a_folder_each(tmp_pat
             assert last["global_step"] == 2
             with open(part / "metrics.csv", encoding="utf-8") as file:
                 assert len([row for row in csv.DictReader(file) if row["train/loss"]]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["dpo", "sdpo"])
+def test_a_sharded_run_starts_under_torchrun(tmp_path, config):
+    """As the manual starts it on several nodes: the processes agree on a folder before there is anything to shard."""
+    files = [runs.pairs_file(tmp_path, 12, f"{n}.jsonl", start=20 * n) for n in (1, 2)]
+    more = ["--config", "configs/overlays/fsdp.yaml", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
+    more += ["--trainer.devices", "2", "--data.train", str(files).replace("'", '"'), "--data.batch_size", "2"]
+    fit = command("fit", tmp_path / "root", config, *more)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port(), "-m",
+         "lit_dpo", *fit], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200,
+    )  # fmt: skip
+    [run] = (tmp_path / "root").iterdir()
+    last = run / ("partition_1/version_0" if config == "sdpo" else ".") / "checkpoints"
+    assert (last / "last.ckpt").exists(), done.stdout[-3000:]
+    assert "AssertionError" not in done.stdout

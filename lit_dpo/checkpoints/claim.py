@@ -6,8 +6,9 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 _HANDED_DOWN = "LIT_DPO_RUN"
@@ -29,7 +30,7 @@ def agreed(trainer: Trainer, choose: Callable[[], Path]) -> Path:
         folder = choose()
         os.environ[_HANDED_DOWN] = f"{os.getpid()} {folder.absolute()}"
         return folder
-    trainer.strategy.setup_environment()
+    connect(trainer.strategy)
     problem = None
     if trainer.is_global_zero:
         try:
@@ -40,6 +41,15 @@ def agreed(trainer: Trainer, choose: Callable[[], Path]) -> Path:
     if folder is None:
         raise OSError(problem)
     return folder
+
+
+def connect(strategy: Any) -> None:
+    """Connect processes that were started all at once, before there is a module to train.
+
+    `FSDP2Strategy` tells its module about the mesh of processes then, and does so again to the one that is trained.
+    """
+    strategy.connect(LightningModule())
+    strategy.setup_environment()
 
 
 def handed_down() -> Path | None:
