@@ -147,6 +147,7 @@ def test_the_stepwise_config_trains_partition_after_partition(tmp_path):
         assert (part / "version_0" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_steps_compare_by_what_is_measured_from_the_first_model(tmp_path, capsys, quick):
     files = [runs.pairs_file(tmp_path, 12, f"{n}.jsonl", start=20 * n) for n in (1, 2)]
     best = [{"class_path": "BestCheckpoint", "init_args": {"monitor": "val/first/rewards/accuracies"}}]
@@ -441,6 +442,7 @@ def test_a_run_that_was_begun_with_release_0_1_0_goes_on(trained, tmp_path, caps
     main(args)
 
 
+@pytest.mark.slow
 def test_references_nest_on_the_command_line(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LIT_DPO_CACHE", str(tmp_path / "cache"))
     policy = tmp_path / "policy"

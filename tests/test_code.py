@@ -182,6 +182,7 @@ def pieces():
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>")
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_runs_end_to_end(tmp_path, monkeypatch):
     """The model has learnt right and wrong answers of ten tasks alike; its pairs tell them apart."""
     monkeypatch.chdir(tmp_path)

@@ -146,6 +146,7 @@ def test_a_history_needs_no_logger_and_survives_a_resume(tmp_path):
     assert measured(again.history) == measured(history)
 
 
+@pytest.mark.slow
 def test_sft_leaves_rejected_completions_out_of_training_and_changes_nothing_else():
     rows = runs.rows(12)
 

@@ -315,6 +315,7 @@ def shipped(folder, name, *more):
     return [*words, *map(str, more)]
 
 
+@pytest.mark.slow
 def test_sapo_runs_end_to_end(here):
     runs.write(here / "answers.jsonl", answers())
     options = {"prompts_per_round": 4, "segment_tokens": SEGMENT, "buffer": 6, "rounds": 2}

@@ -33,20 +33,18 @@ def quickstart(folder):
     return [sys.executable, "-m", "lit_dpo", "fit", "--config", "configs/quickstart.yaml", *options]
 
 
-@pytest.fixture(scope="module")
-def sessions(tmp_path_factory):
-    """The same short quickstart at three widths, side by side, and a fourth whose output is a pipe's."""
-    folders = {width: tmp_path_factory.mktemp(f"columns{width}") for width in (80, 160)}
-    started = {width: (Session(quickstart(folder), width, cwd=ROOT), folder) for width, folder in folders.items()}
-    for session, _ in started.values():
-        assert session.finish() == 0, session.stream.decode()[-3000:]
-    return started
+@pytest.fixture(scope="module", params=[80, pytest.param(160, marks=pytest.mark.slow)])
+def finished(request, tmp_path_factory):
+    """A short quickstart on a terminal of some width, and its folder."""
+    folder = tmp_path_factory.mktemp(f"columns{request.param}")
+    session = Session(quickstart(folder), request.param, cwd=ROOT)
+    assert session.finish() == 0, session.stream.decode()[-3000:]
+    return session, folder
 
 
-@pytest.mark.parametrize("width", [80, 160])
-def test_the_result_stays_on_the_terminal(sessions, width):
+def test_the_result_stays_on_the_terminal(finished):
     """Every line of it once, in order, and nothing of the bar among or below them."""
-    session, folder = sessions[width]
+    session, folder = finished
     rows = session.text()
     text = "".join(rows)  # a long line goes on in the next row
     run = folder / "version_0"
@@ -71,10 +69,9 @@ def test_the_result_stays_on_the_terminal(sessions, width):
             assert len(re.findall(r"-?\d[\d.]*", row)) == 3
 
 
-@pytest.mark.parametrize("width", [80, 160])
-def test_the_bar_is_one_line_with_short_names(sessions, width):
+def test_the_bar_is_one_line_with_short_names(finished):
     seen, most = set(), 0
-    for frame in sessions[width][0].frames():
+    for frame in finished[0].frames():
         bars = [row for row in frame if re.match("Epoch|Validation +\\S*━|Sanity", row)]
         most = max(most, len(bars))
         for name in ("loss", "accuracy", "margin", "tokens/s", "Epoch 1 ", "Epoch 2 ", "4/4"):
@@ -84,9 +81,8 @@ def test_the_bar_is_one_line_with_short_names(sessions, width):
     assert seen == {"loss", "accuracy", "margin", "tokens/s", "Epoch 1 ", "Epoch 2 ", "4/4"}
 
 
-@pytest.mark.parametrize("width", [80, 160])
-def test_nothing_on_the_terminal_is_no_news(sessions, width):
-    text = sessions[width][0].stream.decode()
+def test_nothing_on_the_terminal_is_no_news(finished):
+    text = finished[0].stream.decode()
     assert [noise for noise in NOISE if noise in text] == []
 
 

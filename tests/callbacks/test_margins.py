@@ -60,6 +60,7 @@ class Crash(Callback):
             raise RuntimeError("killed")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     """The last checkpoint is three batches old, so these are done twice, and recorded once."""
     options = {"file": runs.pairs_file(tmp_path, 26), "margins": True, "accumulate": 2, "batch_size": 2, "every": 2}

@@ -173,6 +173,7 @@ def test_memory_that_does_not_suffice_leads_to_changes_with_their_effect(here, c
     assert "--data.batch_size" not in line  # which changes nothing of these
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_in_the_time(here, capsys, monkeypatch):
     """Two checkpoints are to come, of a validation each: one that is among the best, too, counts twice."""
     save = DurableCheckpointIO.save_checkpoint
