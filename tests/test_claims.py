@@ -212,6 +212,7 @@ def config_of(module, experiment, arm, place, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the command line reads each of a hundred configurations
 @pytest.mark.filterwarnings("ignore")
 def test_the_gpu_settings_are_valid(tmp_path, monkeypatch, capsys):
     """Every arm of every experiment, as the command line reads it; what needs real sets gets made-up ones."""

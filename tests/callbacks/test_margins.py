@@ -79,10 +79,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_process_that_was_killed_outright_leaves_the_same_file(tmp_path):
-    """SIGKILL in the middle of the 18th batch, in the second epoch and behind the last checkpoint."""
+    """SIGKILL in the middle of the 17th batch, in the second epoch and behind the last checkpoint."""
     options = {"file": runs.pairs_file(tmp_path, 26), "margins": True, "accumulate": 2, "batch_size": 2, "every": 3}
     options["val_every"] = 6
-    killed = {**options, "terminate": 17, "signal": signal.SIGKILL}
+    killed = {**options, "terminate": 16, "signal": signal.SIGKILL}
 
     def process(folder, options):
         command = [sys.executable, "-m", "tests.interrupted", str(tmp_path / folder), json.dumps(options)]
