@@ -2,7 +2,7 @@
 
     python benchmarks/active.py --out benchmarks/results
 
-The small Llama of `rounds.py`, which sorts digits and half of whose lessons were careless, is trained in rounds with a
+The small Llama of `sort3.py`, which sorts digits and half of whose lessons were careless, is trained in rounds with a
 budget of questions. A question is a pair of completions of one prompt; the oracle says of each whether it is right, and
 two that are right or wrong alike teach nothing. All ways of choosing have the same first model, prompts, budget and
 steps, and `random` is the control. Measured is the share of unseen prompts that greedy decoding answers right after
@@ -15,12 +15,11 @@ import argparse
 import json
 import random
 import statistics
-import tempfile
 from pathlib import Path
 
-import torch
-from common import Record, append_lines, append_section, facts, markdown_table, report_path
-from rounds import LOSSES, ask, greedy, is_right, make_trainer, optimizer, spread, start, supervised
+import sort3
+from common import Record, append_lines, append_section, markdown_table, report_path
+from sort3 import LOSSES, fresh_prompts, greedy, is_right, make_trainer, optimizer, spread, supervised
 
 from lit_dpo import Active, PreferenceDataModule, PreferenceModule, Verifier
 from lit_dpo.stepwise import fit_stepwise
@@ -71,41 +70,29 @@ def table(records: list[Record], rounds: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = sort3.parser(__doc__, unseen=1000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=int, default=900, help="questions of all rounds")
     parser.add_argument("--prompts", type=int, default=600, help="prompts that a round chooses from")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=6000, help="supervised rows")
-    parser.add_argument("--sft_epochs", type=int, default=6)
-    parser.add_argument("--unseen", type=int, default=1000, help="prompts to measure with")
     parser.add_argument("--loss", default="DPO 0.1 + 1.0 SFT", choices=[*LOSSES])
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=[*WAYS])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    about, records = facts("cpu", given.threads), []
-    about["seed"] = f"0 to {given.seeds - 1}"
-    for seed in range(given.seeds):
-        draw = random.Random(3000 + seed)
-        unseen = [ask(draw) for _ in range(given.unseen)]
-        fresh = list(dict.fromkeys(ask(draw) for _ in range(2 * given.rounds * given.prompts)))
-        with tempfile.TemporaryDirectory() as work:
-            prompts = Path(work, "prompts.txt")
-            prompts.write_text("\n".join(fresh[: given.rounds * given.prompts]) + "\n")
-            model = start(Path(work), supervised(given.rows, seed), seed, given.sft_epochs)
-            first = greedy(model, unseen)
-            for number, way in enumerate(given.ways):
-                folder = Path(work, str(number))
-                told = train(way, model, folder, prompts, seed, given)
-                exports = [str(folder / f"partition_{step}" / "export") for step in range(given.rounds)]
-                found = [first, *(greedy(export, unseen) for export in exports)]
-                records.append({"way": way, "greedy": found, "rounds": told, **about, "seed": seed})
-                append_lines(given.out / "active.jsonl", records[-1:])
-                print(f"seed {seed}, {way}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
+    about, records = sort3.facts_of(given), []
+    for seed, _, model, unseen, work in sort3.begun(given):
+        prompts = work / "prompts.txt"
+        fresh = fresh_prompts(random.Random(3000 + seed), given.rounds * given.prompts)
+        prompts.write_text("\n".join(fresh) + "\n")
+        first = greedy(model, unseen)
+        for number, way in enumerate(given.ways):
+            folder = work / str(number)
+            told = train(way, model, folder, prompts, seed, given)
+            exports = [str(folder / f"partition_{step}" / "export") for step in range(given.rounds)]
+            found = [first, *(greedy(export, unseen) for export in exports)]
+            records.append({"way": way, "greedy": found, "rounds": told, **about, "seed": seed})
+            append_lines(given.out / "active.jsonl", records[-1:])
+            print(f"seed {seed}, {way}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
     title = f"sort3: {given.budget} questions in {given.rounds} rounds, {given.seeds} seeds"
     note = (
         f"Loss {given.loss}; greedy accuracy on {given.unseen} unseen prompts a seed; mean and 95 % interval over "

@@ -2,7 +2,7 @@
 
     python benchmarks/length.py --out benchmarks/results
 
-The task is `sort3` of `benchmarks/rounds.py`. The judge gives 1 to a completion that begins with the right answer, and
+The task is that of `benchmarks/sort3.py`. The judge gives 1 to a completion that begins with the right answer, and
 some more for each sign of its length, as reward models often do. Each round pairs the best of 8 completions with the
 worst. Measured by greedy decoding on unseen prompts: the mean length, the share that is exactly right, and the share
 that begins with the right answer, which is what the judge would give without its liking for length.
@@ -10,17 +10,15 @@ that begins with the right answer, which is what the judge would give without it
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import Record, append_lines, append_section, facts, markdown_table, report_path
-from rounds import answer, ask, is_right, make_trainer, optimizer, spread, start, supervised, tokenizer
+import sort3
+from common import Record, append_lines, append_section, markdown_table, report_path
+from sort3 import answer, fresh_prompts, is_right, make_trainer, optimizer, spread, tokenizer
 
 from lit_dpo import BestVsWorst, DPOLoss, OnPolicy, PreferenceDataModule, PreferenceModule, RDPOLoss, Verifier
 from lit_dpo.models import load_model
@@ -57,9 +55,8 @@ def measured(model: str, prompts: list[str]) -> Record:
 def rounds(model: str, loss: Any, folder: Path, rows: list[dict[str, str]], seed: int, given: Any) -> list[str]:
     """Train through the rounds; the export of each."""
     draw = random.Random(1000 + seed)
-    fresh = list(dict.fromkeys(ask(draw) for _ in range(2 * given.rounds * given.prompts)))
     folder.mkdir(parents=True)
-    (folder / "prompts.txt").write_text("\n".join(fresh[: given.rounds * given.prompts]) + "\n")
+    (folder / "prompts.txt").write_text("\n".join(fresh_prompts(draw, given.rounds * given.prompts)) + "\n")
     options = {"rounds": given.rounds, "prompts_per_round": given.prompts, "max_new_tokens": 20, "seed": seed}
     partition = OnPolicy(str(folder / "prompts.txt"), Verifier(judge), BestVsWorst(), **options)
     module = PreferenceModule(model, loss=loss, optimizer=optimizer(1e-3), lr_scheduler=None)
@@ -80,33 +77,20 @@ def table(records: list[Record], count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = sort3.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=6000, help="supervised rows")
     parser.add_argument("--prompts", type=int, default=1000, help="prompts of a round")
-    parser.add_argument("--unseen", type=int, default=500, help="prompts to measure with")
-    parser.add_argument("--sft_epochs", type=int, default=6)
     parser.add_argument("--losses", nargs="+", default=[*LOSSES], choices=[*LOSSES])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    about, records = facts("cpu", given.threads), []
-    about["seed"] = f"0 to {given.seeds - 1}"
-    for seed in range(given.seeds):
-        draw = random.Random(2000 + seed)
-        unseen = [ask(draw) for _ in range(given.unseen)]
-        rows = supervised(given.rows, seed)
-        with tempfile.TemporaryDirectory() as work:
-            model = start(Path(work), rows, seed, given.sft_epochs)
-            first = measured(model, unseen)
-            for number, name in enumerate(given.losses):
-                exports = rounds(model, LOSSES[name], Path(work, str(number)), rows, seed, given)
-                found = [first, *(measured(export, unseen) for export in exports)]
-                records.append({"loss": name, "found": found, **about, "seed": seed})
-                append_lines(given.out / "length.jsonl", records[-1:])
-                print(f"seed {seed}, {name}: {json.dumps(found[-1])}", flush=True)
+    about, records = sort3.facts_of(given), []
+    for seed, rows, model, unseen, work in sort3.begun(given):
+        first = measured(model, unseen)
+        for number, name in enumerate(given.losses):
+            exports = rounds(model, LOSSES[name], work / str(number), rows, seed, given)
+            found = [first, *(measured(export, unseen) for export in exports)]
+            records.append({"loss": name, "found": found, **about, "seed": seed})
+            append_lines(given.out / "length.jsonl", records[-1:])
+            print(f"seed {seed}, {name}: {json.dumps(found[-1])}", flush=True)
     title = f"A judge that likes length: {given.rounds} rounds of {given.prompts:,} prompts, {given.seeds} seeds"
     note = (
         f"Greedy completions of {given.unseen} unseen prompts a seed; mean and 95 % interval over seeds (Student's t). "

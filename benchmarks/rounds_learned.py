@@ -1,8 +1,8 @@
-"""What filtered DPO and D2PO are good for, on `sort3`, the task of `rounds.py`.
+"""What filtered DPO and D2PO are good for, on `sort3`, the task of `sort3.py`.
 
     python benchmarks/rounds_learned.py --out benchmarks/results
 
-Both begin with the model of `rounds.py`, which has learned to sort digits from answers half of which are careless.
+Both begin with the model of `sort3.py`, which has learned to sort digits from answers half of which are careless.
 
 fdpo: 1,000 pairs, 35 % of whose chosen answers are careless; the rejected one is the right answer with a digit changed.
 Two epochs with all pairs, with those that filtered DPO keeps by a verifier, with better samples in the place of chosen
@@ -15,17 +15,15 @@ else, and rounds in which all 512 have a gold label.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import Record, append_lines, append_section, facts, markdown_table, report_path
-from rounds import LOSSES, answer, ask, careless, greedy, is_right, make_trainer, optimizer, spread, start, supervised
+import sort3
+from common import Record, append_lines, append_section, markdown_table, report_path
+from sort3 import LOSSES, answer, ask, careless, greedy, is_right, make_trainer, optimizer, spread
 
 from lit_dpo import (
     BestVsWorst,
@@ -126,37 +124,22 @@ def table(records: list[Record], task: str) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = sort3.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", default=["fdpo", "d2po"], choices=["fdpo", "d2po"])
-    parser.add_argument("--rows", type=int, default=6000, help="supervised rows")
     parser.add_argument("--pairs", type=int, default=1000, help="pairs of fdpo")
     parser.add_argument("--prompts", type=int, default=512, help="prompts of a round of d2po")
     parser.add_argument("--gold", type=int, default=64, help="gold labels of a round of d2po")
-    parser.add_argument("--unseen", type=int, default=500, help="prompts to measure with")
-    parser.add_argument("--sft_epochs", type=int, default=6)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    about, records = facts("cpu", given.threads), []
-    about["seed"] = f"0 to {given.seeds - 1}"
-    for seed in range(given.seeds):
-        draw = random.Random(2000 + seed)
-        unseen = [ask(draw) for _ in range(given.unseen)]
-        with tempfile.TemporaryDirectory() as work:
-            model = start(Path(work), supervised(given.rows, seed), seed, given.sft_epochs)
-            first = greedy(model, unseen)
-            for task in given.tasks:
-                for number, (name, partition) in enumerate(
-                    arms(task, Path(work), seed, given.prompts, given.gold).items()
-                ):
-                    exports, told = train(model, partition, noisy(given.pairs, seed), Path(work, f"{task}{number}"))
-                    found = [first, *(greedy(export, unseen) for export in exports)]
-                    record = {"task": task, "arm": name, "greedy": found, "rounds": told, **about, "seed": seed}
-                    records.append(record)
-                    append_lines(given.out / "rounds_learned.jsonl", records[-1:])
-                    print(f"seed {seed}, {task}, {name}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
+    about, records = sort3.facts_of(given), []
+    for seed, _, model, unseen, work in sort3.begun(given):
+        first = greedy(model, unseen)
+        for task in given.tasks:
+            for number, (name, partition) in enumerate(arms(task, work, seed, given.prompts, given.gold).items()):
+                exports, told = train(model, partition, noisy(given.pairs, seed), work / f"{task}{number}")
+                found = [first, *(greedy(export, unseen) for export in exports)]
+                records.append({"task": task, "arm": name, "greedy": found, "rounds": told, **about, "seed": seed})
+                append_lines(given.out / "rounds_learned.jsonl", records[-1:])
+                print(f"seed {seed}, {task}, {name}: {', '.join(f'{value:.3f}' for value in found)}", flush=True)
     for task in given.tasks:
         lines, verdicts = table(records, task)
         note = (

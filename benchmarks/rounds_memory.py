@@ -2,7 +2,7 @@
 
     python benchmarks/rounds_memory.py --prompts 1000 10000 40000 --out benchmarks/results
 
-Each number of prompts runs in a process of its own, on one thread: the model of `sort3` (see rounds.py) after a little
+Each number of prompts runs in a process of its own, on one thread: the model of `sort3` (see sort3.py) after a little
 training, 8 completions of each prompt, at most 9 tokens. The peak is of the memory that is resident, and the floor what
 the process holds before the round.
 """
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import rounds
+import sort3
 import torch
 from common import (
     append_lines,
@@ -54,16 +54,16 @@ def work(prompts: int, model: str, result: Path) -> None:
         folder, draw = Path(work), random.Random(prompts)
         fresh: dict[str, None] = {}
         while len(fresh) < prompts:
-            fresh[rounds.ask(draw)] = None
+            fresh[sort3.ask(draw)] = None
         (folder / "prompts.txt").write_text("\n".join(fresh) + "\n")
         del fresh
-        partition = Measured(str(folder / "prompts.txt"), Verifier(rounds.is_right), max_new_tokens=9)
-        module = PreferenceModule(model, optimizer=rounds.optimizer(1e-3), lr_scheduler=None)
-        rows = rounds.supervised(8, 0)
+        partition = Measured(str(folder / "prompts.txt"), Verifier(sort3.is_right), max_new_tokens=9)
+        module = PreferenceModule(model, optimizer=sort3.optimizer(1e-3), lr_scheduler=None)
+        rows = sort3.supervised(8, 0)
         data = PreferenceDataModule(rows, validation=rows, partition=partition, batch_size=32, max_length=32)
 
         def make_trainer(root: Path) -> Any:
-            trainer = rounds.make_trainer(root, 1)
+            trainer = sort3.make_trainer(root, 1)
             trainer.fit_loop.epoch_loop.max_steps = 1
             return trainer
 
@@ -88,7 +88,7 @@ def main() -> None:
     torch.set_num_threads(1)
     about, records = facts("cpu", 1, 0), []
     with tempfile.TemporaryDirectory() as folder:
-        model = rounds.start(Path(folder), rounds.supervised(2000, 0), 0, epochs=3)
+        model = sort3.start(Path(folder), sort3.supervised(2000, 0), 0, epochs=3)
         for prompts in given.prompts:
             words = ["--prompts", str(prompts), "--model", model]
             records.append(run_child(__file__, words, Path(folder) / f"{prompts}.json", 1, 3600))

@@ -2,7 +2,7 @@
 
     python benchmarks/self_play.py --out benchmarks/results
 
-The task is `sort3` of `benchmarks/rounds.py`: a small Llama learns to sort digits from answers half of which are
+The task is that of `benchmarks/sort3.py`: a small Llama learns to sort digits from answers half of which are
 careless. Then it goes on with the same answers: as they are (SFT), or in rounds of pairs of an answer and the same one
 with a segment that the policy wrote. All take as many optimizer steps of as many rows, at one learning rate.
 Measured is the share of unseen prompts that greedy decoding answers right.
@@ -10,18 +10,16 @@ Measured is the share of unseen prompts that greedy decoding answers right.
 
 from __future__ import annotations
 
-import argparse
 import json
-import random
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import sort3
 import torch
-from common import Record, append_lines, append_section, facts, markdown_table, report_path
+from common import Record, append_lines, append_section, markdown_table, report_path
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rounds import ask, greedy, is_right, optimizer, spread, start, supervised, tokenizer
+from sort3 import QUIET, greedy, is_right, optimizer, spread, tokenizer
 
 from lit_dpo import (
     DPOLoss,
@@ -84,13 +82,11 @@ def go_on(model: str, name: str, folder: Path, rows: list[dict[str, str]], seed:
     data = PreferenceDataModule(
         train, validation=rows[:8], partition=partition, batch_size=32, max_length=32, seed=seed
     )
-    quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
-    options = {**dict.fromkeys(quiet, False), "accelerator": "cpu", "devices": 1, "limit_val_batches": 0}
     distance = Distance()
 
     def make_trainer(root: Path) -> Trainer:
         more = {"max_steps": steps, "max_epochs": -1, "gradient_clip_val": 1.0, "callbacks": [distance]}
-        return Trainer(default_root_dir=root, **options, **more)
+        return Trainer(default_root_dir=root, **QUIET, **more)
 
     export = fit_stepwise(module, data, make_trainer, folder / "run")
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("run/*/round.json"))]
@@ -121,35 +117,22 @@ def table(records: list[Record]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = sort3.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=64, help="optimizer steps of a round, of 32 rows each")
-    parser.add_argument("--rows", type=int, default=6000, help="supervised rows")
     parser.add_argument("--prompts", type=int, default=1000, help="rows of a round")
-    parser.add_argument("--unseen", type=int, default=500, help="prompts to measure with")
-    parser.add_argument("--sft_epochs", type=int, default=6)
     parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=[*METHODS])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    about, records = facts("cpu", given.threads), []
-    about["seed"] = f"0 to {given.seeds - 1}"
-    for seed in range(given.seeds):
-        draw = random.Random(2000 + seed)
-        unseen = [ask(draw) for _ in range(given.unseen)]
-        rows = supervised(given.rows, seed)
-        with tempfile.TemporaryDirectory() as work:
-            model = start(Path(work), rows, seed, given.sft_epochs)
-            first = greedy(model, unseen)
-            for number, name in enumerate(given.methods):
-                export, told = go_on(model, name, Path(work, str(number)), rows, seed, given)
-                found = [first, greedy(export, unseen)]
-                record = {"method": name, "greedy": found, "sampled": sampled(export, unseen), **told}
-                records.append({**record, **about, "seed": seed})
-                append_lines(given.out / "self_play.jsonl", records[-1:])
-                print(f"seed {seed}, {name}: {found[0]:.3f}, {found[1]:.3f}", flush=True)
+    about, records = sort3.facts_of(given), []
+    for seed, rows, model, unseen, work in sort3.begun(given):
+        first = greedy(model, unseen)
+        for number, name in enumerate(given.methods):
+            export, told = go_on(model, name, work / str(number), rows, seed, given)
+            found = [first, greedy(export, unseen)]
+            record = {"method": name, "greedy": found, "sampled": sampled(export, unseen), **told}
+            records.append({**record, **about, "seed": seed})
+            append_lines(given.out / "self_play.jsonl", records[-1:])
+            print(f"seed {seed}, {name}: {found[0]:.3f}, {found[1]:.3f}", flush=True)
     distances = [value for record in records for value in record["distance"]]
     notes = [f"Shares of right answers to {given.unseen} unseen prompts a seed; mean and 95 % interval over seeds."]
     if distances:

@@ -1,5 +1,6 @@
 """What every test runs under: no network, one thread, the same hypothesis examples each time."""
 
+import logging
 import os
 import signal
 import socket
@@ -55,3 +56,14 @@ def _one_thread():
     """Lightning sets the number of threads for several processes; a fork of a process with more than one may hang."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _loggers():
+    """A command that makes itself quiet, called in this process, must not silence the tests after it."""
+    known = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    before = [(logger, logger.level, logger.disabled) for logger in (logging.root, *known)]
+    yield
+    for logger, level, disabled in before:
+        logger.setLevel(level)
+        logger.disabled = disabled

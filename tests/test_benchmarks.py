@@ -286,8 +286,9 @@ def test_large_data(tmp_path):
 def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
     """One round of a few prompts: the counts add up, every pair is as the task says, and the record is written."""
     import rounds
+    import sort3
 
-    assert (rounds.answer("50172="), rounds.is_right("50172=", "01257")) == ("01257", True)
+    assert (sort3.answer("50172="), sort3.is_right("50172=", "01257")) == ("01257", True)
     words = ["--seeds", "1", "--rounds", "1", "--rows", "600", "--prompts", "30", "--unseen", "20", "--losses"]
     monkeypatch.setattr("sys.argv", ["rounds.py", *words, "SFT on the chosen", "--out", str(tmp_path)])
     rounds.main()
@@ -363,12 +364,12 @@ def test_active(benchmarks, tmp_path, monkeypatch):
     """Two ways of asking with a small budget, which both spend."""
     import active
 
-    words = ["--seeds", "1", "--rounds", "2", "--budget", "9", "--rows", "600", "--prompts", "20", "--unseen", "20"]
+    words = ["--seeds", "1", "--rounds", "2", "--budget", "60", "--rows", "600", "--prompts", "90", "--unseen", "20"]
     words += ["--samples", "4", "--epochs", "1", "--ways", "random", "entropy + gap", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["active.py", *words])
     active.main()
     records = lines(tmp_path / "active.jsonl")
-    assert [record["rounds"][1]["asked_so_far"] for record in records] == [9, 9]
+    assert [record["rounds"][1]["asked_so_far"] for record in records] == [60, 60]
     assert len({record["greedy"][0] for record in records}) == 1
     [report] = tmp_path.glob("active_*.md")
     assert "entropy + gap" in report.read_text()

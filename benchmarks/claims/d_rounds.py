@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 from typing import Any
 
-import rounds as sort3  # benchmarks/rounds.py
+import sort3  # benchmarks/sort3.py
 from claim import Claim, Experiment, Mean, Results, Run, Verdict, differs
 from commands import Record, write
 from figure import COLOURS, label
 from matplotlib.figure import Figure
+from rounds import rounds
 
 from lit_dpo import Partition, PreferenceDataModule, PreferenceModule
 from lit_dpo.stepwise import fit_stepwise
@@ -25,7 +26,7 @@ POLICIES = {
     "fixed pairs, DPO + SFT": "DPO 0.1 + 1.0 SFT",
     "fixed pairs, DPO": "DPO 0.1",
 }
-"""Ways to train, and their losses of `benchmarks/rounds.py`."""
+"""Ways to train, and their losses of `benchmarks/sort3.py`."""
 
 
 class FixedPairs(Partition):
@@ -74,7 +75,7 @@ def run(one: Run) -> Record:
                 exports, counts = fixed(start, sort3.LOSSES[loss], root, supervised, one.seed, pairs), pairs
             else:
                 options = (one.seed, count, prompts, 2)
-                exports, records = sort3.rounds(start, sort3.LOSSES[loss], root, supervised, *options)
+                exports, records = rounds(start, sort3.LOSSES[loss], root, supervised, *options)
                 counts = [record["pairs"] for record in records]
             greedy = [sort3.greedy(export, unseen) for export in exports]
             write(told, json.dumps({"greedy": greedy, "pairs": counts}))
