@@ -17,6 +17,7 @@ settings.register_profile("lit_dpo", max_examples=150, derandomize=True, deadlin
 settings.load_profile("lit_dpo")
 
 
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist, tests run one after another
 def pytest_xdist_auto_num_workers():
     """`-n auto`: a worker for each core and one more, since tests wait for disks; eight at most, for their memory."""
     return min(8, 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))

@@ -84,6 +84,16 @@ class TestKnownTruth:
         prompts = [row["prompt"] for row in support.pairs("fix", 500, 1)]
         assert len(set(prompts)) == 500
 
+    def test_no_prompt_comes_again_before_all_have_come(self):
+        """There are 6 * 8 * 20 * 12 prompts; a set with more rows than that ends all the same."""
+        import support
+
+        assert support.available(held_out=True) + support.available() == 6 * 8 * 20 * 12
+        all_of_them = support.available(held_out=True)
+        prompts = [row["prompt"] for row in support.pairs("mixed", all_of_them + 100, 0, held_out=True)]
+        assert len({*prompts[:all_of_them]}) == len({*prompts}) == all_of_them
+        assert len({*prompts[all_of_them:]}) == 100
+
     def test_a_supervised_reply_is_good_in_60_of_100(self):
         import support
 

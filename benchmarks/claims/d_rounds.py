@@ -17,7 +17,7 @@ from rounds import rounds
 from lit_dpo import Partition, PreferenceDataModule, PreferenceModule
 from lit_dpo.stepwise import fit_stepwise
 
-SIZES = {"cpu": (6000, 4, 2, 1000, 500), "smoke": (300, 1, 1, 60, 20), "gpu": (60_000, 4, 3, 5000, 2000)}
+SIZES = {"cpu": (6000, 4, 2, 1000, 500), "smoke": (600, 6, 1, 60, 20), "gpu": (60_000, 4, 3, 5000, 2000)}
 """Supervised rows, their epochs, rounds, prompts of a round, and unseen prompts."""
 POLICIES = {
     "on-policy, DPO + SFT": "DPO 0.1 + 1.0 SFT",
@@ -141,7 +141,7 @@ def draw(results: Results, figure: Figure) -> None:
 def experiments(scale: str) -> list[Experiment]:
     """One experiment for two claims; it has a supervised model of its own."""
     rows, epochs, count, prompts, unseen = SIZES[scale]
-    note = f"The task sort3 of benchmarks/rounds.py: {rows:,} supervised rows, {epochs} epochs; {count} rounds of "
+    note = f"The task of benchmarks/sort3.py: {rows:,} supervised rows, {epochs} epochs; {count} rounds of "
     note += f"{prompts:,} prompts and 8 samples, learning rate 1e-3, 2 epochs a round; {unseen} unseen prompts."
     fixed_claim = "Rounds of the policy's own pairs are better than as many fixed pairs, right against nearly right"
     sampling = "Rounds of pairs are better than supervised training on the right samples alone"

@@ -7,6 +7,8 @@ closes. Each of the four is good or bad, so the true score of a reply is 0 to 4,
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 import zlib
 from collections.abc import Iterator
@@ -56,6 +58,7 @@ _CLOSINGS = {
     True: ("Have a lovely day!", "Write to us at any time.", "All the best to you!"),
     False: ("Do not write again.", "That is all.", "We are closed now."),
 }
+_WORDS = (_GREETINGS, _COLOURS, _ITEMS, tuple(_PROBLEMS))
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,25 @@ class Case:
 
 
 def cases(draw: random.Random, held_out: bool = False) -> Iterator[Case]:
-    """Cases without end, each prompt once; those that are held out never stand among the others."""
-    seen = set()
+    """Cases without end, none again before all others have come; those held out never stand among the others."""
+    seen: set[Case] = set()
     while True:
-        case = Case(*(draw.choice(words) for words in (_GREETINGS, _COLOURS, _ITEMS, tuple(_PROBLEMS))))
-        if case not in seen and (zlib.crc32(case.prompt.encode()) % 4 == 0) == held_out:
+        case = Case(*(draw.choice(words) for words in _WORDS))
+        if case not in seen and _is_held_out(case) == held_out:
             seen.add(case)
             yield case
+        if len(seen) == available(held_out):
+            seen.clear()
+
+
+def _is_held_out(case: Case) -> bool:
+    return zlib.crc32(case.prompt.encode()) % 4 == 0
+
+
+@functools.cache
+def available(held_out: bool = False) -> int:
+    """How many different prompts there are."""
+    return sum(_is_held_out(Case(*words)) == held_out for words in itertools.product(*_WORDS))
 
 
 def slots(prompt: str, reply: str) -> dict[str, bool]:
