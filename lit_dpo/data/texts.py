@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow, Encoder, load_pairs
 from lit_dpo.data.pair import Pair, RowError
+from lit_dpo.data.token_writer import digest
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule
@@ -23,7 +26,8 @@ def pool_pairs(data: PreferenceDataModule) -> list[Pair]:
     """
     noting = _Noting(data._encoder())
     load_pairs(data._given["train"], noting, into=noting, **data._options(data.reading))
-    if [pair.row for pair in noting.kept] != list(data.training.train.origins):
+    train = data.training.train
+    if b"".join(noting.digests) != train.digest_bytes(numbers=False):
         raise ValueError("The training data have changed since this run has read them: start it again.")
     return [noting.kept[row] for row in data.training.pool.tolist()]
 
@@ -34,6 +38,7 @@ class _Noting:
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.kept: list[Pair] = []
+        self.digests: list[bytes] = []  # of their ids
         self._asked: dict[int, tuple[Encoded, Pair]] = {}  # by the object, which is held so that no other has its place
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
@@ -44,4 +49,8 @@ class _Noting:
 
     def append(self, row: EncodedRow, /) -> None:
         """Note the pair of one encoded row."""
-        self.kept.append(self._asked[id(row.encoded)][1])
+        encoded, pair = self._asked[id(row.encoded)]
+        self.kept.append(pair)
+        self.digests.append(
+            digest([np.array(part, "<i4") for part in (encoded.prompt, encoded.chosen, encoded.rejected)])
+        )

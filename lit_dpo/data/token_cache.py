@@ -183,6 +183,8 @@ class TokenCache:
             report: What to say of them when they are found as a `whole`.
         """
         store = self._writer.finish()
+        if self._sources is not None:
+            self._sources.doubt()
         if self._files is None or (store.path is None and self._writer.problem is None):
             return store
         try:
