@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -171,7 +172,13 @@ def main() -> None:
         rows.append([*texts, *(f"{value / 1e6:,.1f}" for value in sizes)])
     table = markdown_table(header, rows)
     print(table)
-    append_section(report_path(given.out, "rounds_memory", "cpu"), "Rounds by the number of prompts", [table], about)
+    load, processors = os.getloadavg()[0], os.cpu_count()
+    note = (
+        f"Load of the machine in the last minute of it: {load:.1f} on {processors} CPUs. Speeds are those of a machine "
+    )
+    note += "with other work where that is above 1."
+    title = f"Rounds by the number of prompts: {', '.join(given.partitions)}"
+    append_section(report_path(given.out, "rounds_memory", "cpu"), title, [table], about, [note])
 
 
 if __name__ == "__main__":
