@@ -252,14 +252,16 @@ def test_chaos(tmp_path, more):
 
 
 @pytest.mark.slow
-def test_chaos_rounds(tmp_path):
+@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 3)])
+def test_chaos_rounds(processes, kills, tmp_path):
     """A few kills of rounds: pairs, losses and weights are those of rounds that were left alone."""
-    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", "6", "--seed", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", str(kills), "--seed", "1"]
+    command += ["--processes", str(processes), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [record] = lines(tmp_path / "chaos_rounds.jsonl")
-    assert record["kills"] == sum(record["stages"].values()) == 6
-    assert record["differing"] == []
+    assert record["kills"] == sum(record["stages"].values()) == kills
+    assert (record["differing"], record["outlived"]) == ([], 0)
 
 
 @pytest.mark.slow

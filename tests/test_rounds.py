@@ -540,7 +540,4 @@ if __name__ == "__main__":
     if not sys.argv[3:]:
         train(Path(sys.argv[1]), Noting(notes, PROMPTS[3], "kill"))
     train(Path(sys.argv[1]), Noting(notes), processes={"strategy": sys.argv[3], "devices": 2})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # a plain exit aborts now and then, when all is done
+    runs.leave()

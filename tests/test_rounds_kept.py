@@ -9,14 +9,29 @@ import shutil
 import sys
 import tracemalloc
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lit_dpo import BestVsWorst, CachedReference, LoRA, OnPolicy, Partition, Pool, Verifier
+from lit_dpo import (
+    BestVsWorst,
+    CachedReference,
+    Discriminated,
+    Discriminator,
+    Filtered,
+    LoRA,
+    OnPolicy,
+    Partition,
+    Pool,
+    SelfPlay,
+    Verifier,
+)
 from lit_dpo.cli import main
+from lit_dpo.data.encode import PairEncoder
+from lit_dpo.data.texts import pool_pairs
 from lit_dpo.models import load_model
 from lit_dpo.sampling import Completion, Sampler
 from lit_dpo.stepwise import fit_stepwise
@@ -116,20 +131,60 @@ def test_a_full_disk_loses_nothing_and_the_round_goes_on(tmp_path):
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+class Learned(Discriminator):
+    """Learns nothing and likes completions by their last sign."""
+
+    def fit(self, pairs, start):
+        return 0.8, len(pairs)
+
+    def save(self, folder, measured):
+        pass
+
+    def score(self, prompts, completions):
+        return last_sign(prompts, completions)
+
+
+def last_sign(prompts, completions):
+    return [float(text[-1]) for text in completions]
+
+
+def partition_of(name, folder, count):
+    """A round of so many prompts, and what its pool needs."""
+    judge = Verifier(lambda prompt, text: float(text[-1]))
+    if name == "on policy":
+        return round_of(folder, judge, count), {}
+    folder.mkdir()
+    rows = ({"prompt": f"{n}=", "chosen": "12345678" * 12 + "9", "rejected": "1"} for n in range(count))
+    file = runs.write(folder / "rows.jsonl", rows)
+    if name == "discriminated":
+        return Discriminated(file, judge, Learned(), prompts_per_round=count), {"model": lambda step: (None, None)}
+    if name == "self-play":
+        encoder = PairEncoder(signs(), 128)
+        return SelfPlay(file, segment_tokens=4, buffer=count), {"encoder": lambda: encoder}
+    return Filtered(judge), {"pairs": partial(pool_pairs, data_of(file))}
+
+
+def data_of(file):
+    data = runs.data(file, validation=None, max_length=128, tokenizer=signs(), validation_fraction=0.0)
+    data.setup("fit")
+    return data
+
+
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_prompts(tmp_path):
+@pytest.mark.parametrize("name", ["on policy", "filtered", "discriminated", "self-play"])
+def test_memory_does_not_grow_with_the_prompts(name, tmp_path):
     """Completions, scores and pairs of a round eight times as large take no more, but for a few bytes a prompt."""
     peaks = []
     for count in (250, 2000):
-        partition = round_of(tmp_path / str(count), Verifier(lambda prompt, text: float(text[-1])), count)
-        pool = Saying(tmp_path / str(count) / "step")
+        partition, more = partition_of(name, tmp_path / str(count), count)
+        pool = Saying(tmp_path / str(count) / "step", **more)
         pool.asked = Nothing()
         tracemalloc.start()
         rows = partition.next(0, pool)
-        assert sum(row["chosen"].endswith("7") for row in rows) == count
+        assert sum(1 for row in rows if row["chosen"] != row["rejected"]) > 0.9 * count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 1750 < 200  # bytes a prompt; its completions alone are 500 as text
+    assert (peaks[1] - peaks[0]) / 1750 < 200  # bytes a prompt; its completions or its row are 500 and more as text
 
 
 class Nothing:

@@ -27,7 +27,7 @@ from lit_dpo.rounds import Judge, Picker
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 IMPORTABLE = (
     *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
-    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
+    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "implicit", "pickers", "on_policy")),
     *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play", "active")),
     *(f"lit_dpo.{name}" for name in ("data.partition", "data.splits", "adapters.LoRA", "LoRA", "WarmupDecay")),
     "lit_dpo.strategies.FSDP2Strategy",

@@ -65,7 +65,7 @@ class Pool:
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
         encoder: Callable[[], PairEncoder] | None = None,
-        pairs: Callable[[], list[Pair]] | None = None,
+        pairs: Callable[[], Sequence[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
         logps: Callable[..., Iterator[list[float]]] | None = None,
         progress: Callable[[], bool] | None = None,
@@ -113,8 +113,8 @@ class Pool:
         """The folder of an earlier step, which holds what it has left."""
         return self.folder.with_name(f"partition_{step}")
 
-    def pairs(self) -> list[Pair]:
-        """The pairs as texts, by row number; the data are read again for it.
+    def pairs(self) -> Sequence[Pair]:
+        """The pairs as texts, by row number; the data are read again for it, and each text when it is asked for.
 
         Raises:
             ValueError: There are none.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lit_dpo.data.partition import Prompt
+from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.pretrained import read_classifier, read_tokenizer
 from lit_dpo.references.table import fingerprint
 from lit_dpo.rounds.permission import refuse_function
@@ -54,6 +54,14 @@ class Judge(ABC):
     def identity(self) -> dict[str, Any]:
         """What decides its scores, as plain values: a round that was begun with another judge does not go on."""
         return {"judge": f"{type(self).__module__}.{type(self).__qualname__}"}
+
+    def prepare(self, step: int, pool: Pool) -> None:  # noqa: B027 - most need no round
+        """Know the round before anything else is asked: for a judge that looks at the policy.
+
+        Args:
+            step: Number of the round.
+            pool: Gives the models that start this and earlier rounds.
+        """
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what it holds, at the end of a round."""
