@@ -281,6 +281,21 @@ def test_large_data(tmp_path):
     assert len(list(tmp_path.glob("large_data_*.png"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["check.py", "--out", "/a/b", "--rows", "60"], "benchmarks/check.py --out OUT --rows 60"),
+        (["claims/sweep.py", "--work", "/a/b", "--out", "c"], "benchmarks/claims/sweep.py --work WORK --out c"),
+        (["audit.py", "--sets", "/d/hh/x.gz", "style"], "benchmarks/audit.py --sets DATA/hh/x.gz style"),
+    ],
+)
+def test_a_record_names_no_folder_of_a_machine(benchmarks, monkeypatch, given, shown):
+    import common
+
+    monkeypatch.setattr("sys.argv", [str(FOLDER / given[0]), *given[1:]])
+    assert common.command_line("/d/hh/x.gz", "style") == f"python {shown}"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Lightning and its Trainer, in this process
 def test_rounds(benchmarks, tmp_path, monkeypatch, capsys):
