@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from statistics import variance
 
 import pytest
 import torch
@@ -355,7 +356,7 @@ def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
     record = json.loads((one / "run" / "partition_0" / "round.json").read_text())
     assert record["trusted"]["pairs"] == 3
     assert record["trusted"]["share"] == pytest.approx(2.5 / 3)  # of the third pair both completions hold no 7
-    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(1 / 12 / 3))
+    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(variance([1, 1, 0.5, 0, 0, 1, 1]) / 7))
     answering = {
         "greedy": load_model(DESCRIPTION, signs()),
         "greedy_after": load_model(str(one / "run/partition_0/export")),

@@ -41,6 +41,7 @@ from lit_dpo.cli.quiet import quiet
 from lit_dpo.cli.tools import TOOLS, WHOLE, as_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
+from lit_dpo.plain_text import plain
 from lit_dpo.pretrained import trusting_remote_code
 from lit_dpo.rounds.permission import permitting
 from lit_dpo.stepwise import fit_stepwise
@@ -136,7 +137,7 @@ class PreferenceCLI(CheckpointsSetNoOptions):
         if self._flags.overwrite and self.subcommand != "predict":
             raise ValueError("`--overwrite` is for `predict` alone: leave it out.")
         if self._get(self.config, "first_reference") and self.subcommand != "fit":
-            raise ValueError("`--first_reference` is for `fit` alone: leave it out.")
+            raise ValueError("`--first_reference` is for `fit` alone: leave it out, or add `--first_reference false`.")
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -327,7 +328,7 @@ def _run(given: list[str]) -> None:
     except Exception as error:
         if os.environ.get("LIT_DPO_TRACEBACK") or not users_fault(error):
             raise
-        text = one_sentence(error)
+        text = plain(one_sentence(error))  # which may quote a file that somebody else wrote
         if "No supported gpu backend" in text or "CUDA" in text:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")

@@ -68,8 +68,18 @@ def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _mean(values: Sequence[float | None], name: str) -> dict[str, Any]:
+    """The mean, and half of its 95 % interval.
+
+    That of right and wrong answers has two more of each (Agresti and Coull, Approximate is better than "exact" for
+    interval estimation of binomial proportions, 1998): a few that are all right do not prove that all are.
+
+    >>> _mean([1.0] * 8, "share")["error"] > 0.2, _mean([3.5] * 8, "score")["error"]
+    (True, 0.0)
+    """
     known = [value for value in values if value is not None]
     mean = sum(known) / len(known) if known else 0.0
-    spread = sum((value - mean) ** 2 for value in known) / max(1, len(known) - 1)
-    error = _Z * math.sqrt(spread / max(1, len(known)))
+    some = [*known, 0.0, 0.0, 1.0, 1.0] if known and {*known} <= {0.0, 0.5, 1.0} else known
+    middle = sum(some) / max(1, len(some))
+    spread = sum((value - middle) ** 2 for value in some) / max(1, len(some) - 1)
+    error = _Z * math.sqrt(spread / max(1, len(some)))
     return {name: mean, "error": error, "no_opinion": len(values) - len(known)}
