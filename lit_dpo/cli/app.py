@@ -317,8 +317,7 @@ def _run(given: list[str]) -> None:
             )
         raise
     except (KeyboardInterrupt, SystemExit) as stopped:
-        interrupted = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
-        if interrupted:
+        if isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt):
             sys.stderr.write("lit-dpo: interrupted\n")
             if _KEPT in getattr(stopped, "__notes__", []) and is_first():
                 command = shlex.join(["lit-dpo", *resuming(given, "last")])
