@@ -3,7 +3,9 @@
     python benchmarks/check.py --out benchmarks/results
     python benchmarks/check.py --only quickstart lora --data DATA/hh_harmless/train.jsonl.gz
 
-For each configuration a process of `check` and then one of `fit`, both of the same command line. The time of a fit runs
+For each configuration a process of `check` and then one of `fit`, both of the same command line, as often as
+`--repeats` says: each estimate is compared with the median of the fits, because two fits of the same settings take
+unlike times too. The table has medians, with the smallest and the largest in brackets. The time of a fit runs
 from its first batch (of the validation before training, where there is one) to the end of its last checkpoint, and
 a reference's pass is timed apart, as `check` says it. Memory is the largest resident set of the whole process. Without
 `--data` the rows are made up, with lengths as those of chats are spread: most are short, and a few are long.
@@ -16,11 +18,12 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,25 +178,61 @@ def measure(name: str, options: argparse.Namespace) -> Record:
         if name != "quickstart":
             rows = options.data and str(options.data.resolve())
             if rows is None:
-                write_rows(folder / "rows.jsonl", options.rows, options.seed)
-            words += [*_OWN, "--data.train", rows or "rows.jsonl", "--data.validation_fraction", "0.05"]
+                rows = str(folder / "rows.jsonl")
+                write_rows(Path(rows), options.rows, options.seed)
+            words += [*_OWN, "--data.train", rows, "--data.validation_fraction", "0.05"]
             words += ["--trainer.callbacks", "[{class_path: BestCheckpoint}]"]  # nothing that ends a run sooner
             words += ["--data.max_length", "512"]
         words += options.more
-        looked, text = process("check", words, folder, options.threads, options.clock)
-        fit, _ = process("fit", words, folder, options.threads, options.clock)
-    return {"configuration": name, "check": said(text), "fit": fit, "check_itself": looked, "said": text}
+        runs = [one_each(words, folder / str(number), options) for number in range(options.repeats)]
+    return {"configuration": name, "repeats": runs, "fit_s": statistics.median(run["fit"]["time_s"] for run in runs)}
+
+
+def one_each(words: list[str], folder: Path, options: argparse.Namespace) -> Record:
+    """A process of `check`, and one of `fit`."""
+    folder.mkdir()
+    looked, text = process("check", words, folder, options.threads, options.clock)
+    fit, _ = process("fit", words, folder, options.threads, options.clock)
+    return {"check": said(text), "fit": fit, "check_itself": looked, "said": text}
+
+
+def spread(values: Sequence[float], shown: str) -> str:
+    """The median, and in brackets the smallest and the largest, if there are several."""
+    middle = format(statistics.median(values), shown)
+    return middle if len(values) == 1 else f"{middle} ({min(values):{shown}} to {max(values):{shown}})"
+
+
+def off(record: Record) -> list[float]:
+    """By what part each estimate of the time differs from the median of the fits."""
+    return [run["check"]["time_s"] / record["fit_s"] - 1 for run in record["repeats"]]
+
+
+def off_in_memory(record: Record) -> list[float]:
+    """The same of memory, of which two fits take as much."""
+    return [run["check"]["peak_bytes"] / run["fit"]["peak_bytes"] - 1 for run in record["repeats"]]
+
+
+def outside(records: Sequence[Record]) -> list[str]:
+    """Configurations with estimates that are off by more than the limit, and how many of them."""
+    found = {}
+    for record in records:
+        pairs = zip(off(record), off_in_memory(record), strict=True)
+        found[record["configuration"]] = sum(max(map(abs, both)) > LIMIT for both in pairs)
+    return [f"{name} ({count} of {len(records[0]['repeats'])})" for name, count in found.items() if count]
 
 
 def line(record: Record) -> list[str]:
     """A line of the table."""
-    check, fit = record["check"], record["fit"]
-    cells = [record["configuration"], str(fit["steps"]), f"{check['time_s']:.1f}", f"{fit['time_s']:.1f}"]
-    cells.append(f"{check['time_s'] / fit['time_s'] - 1:+.0%}")
-    cells += [f"{value / 2**30:.2f}" for value in (check["peak_bytes"], fit["peak_bytes"])]
-    cells.append(f"{check['peak_bytes'] / fit['peak_bytes'] - 1:+.0%}")
-    both = f"{check['prepare_s']:.1f}, {fit['prepare_s']:.1f}" if "prepare_s" in fit else ""
-    return [*cells, both, f"{record['check_itself']['whole_s']:.0f}"]
+    runs = record["repeats"]
+    checks, fits = [run["check"] for run in runs], [run["fit"] for run in runs]
+    cells = [record["configuration"], str(fits[0]["steps"])]
+    cells += [spread([found["time_s"] for found in both], ".1f") for both in (checks, fits)]
+    cells += [spread(off(record), "+.0%")]
+    cells += [f"{statistics.median(found['peak_bytes'] for found in both) / 2**30:.2f}" for both in (checks, fits)]
+    cells += [spread(off_in_memory(record), "+.0%")]
+    passes = [[found["prepare_s"] for found in both if "prepare_s" in found] for both in (checks, fits)]
+    cells += [", ".join(spread(both, ".1f") for both in passes if both)]
+    return [*cells, spread([run["check_itself"]["whole_s"] for run in runs], ".0f")]
 
 
 HEADER = ["configuration", "steps", "check, s", "fit, s", "", "check, GiB", "fit, GiB", ""]
@@ -208,6 +247,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: processor seconds of both")
     parser.add_argument("--seed", type=int, default=0, help="of the rows that are made up")
+    parser.add_argument("--repeats", type=int, default=1, help="processes of check and of fit")
     parser.add_argument("--more", nargs=argparse.REMAINDER, default=[], help="further options of check and fit")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -221,9 +261,8 @@ def main() -> None:
     table = markdown_table(HEADER, list(map(line, records)))
     print(table)
     if options.out is not None:
-        off = [r["configuration"] for r in records for key in ("time_s", "peak_bytes")
-               if abs(r["check"][key] / r["fit"][key] - 1) > LIMIT]  # fmt: skip
-        verdict = f"Outside {LIMIT:.0%}: {', '.join(off) or 'none'}."
+        clock = {"wall": "Seconds of a clock.", "cpu": "Seconds of the processor."}[options.clock]
+        verdict = f"{clock} Outside {LIMIT:.0%}: {', '.join(outside(records)) or 'none'}."
         append_section(report_path(options.out, "check", "cpu"), "Estimates of check", [table], about, [verdict])
 
 

@@ -395,13 +395,15 @@ def test_active(benchmarks, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_check(tmp_path):
     """A short one: a fit takes the steps that `check` has announced, and both are told."""
-    command = [sys.executable, str(FOLDER / "check.py"), "--only", "cached", "--rows", "60"]
+    command = [sys.executable, str(FOLDER / "check.py"), "--only", "cached", "--rows", "60", "--repeats", "2"]
     tiny = "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
     command += ["--out", str(tmp_path), "--more", "--model.model", tiny, "--data.max_length", "64"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [record] = lines(tmp_path / "check.jsonl")
-    check, fit = record["check"], record["fit"]
+    first, second = record["repeats"]
+    assert record["fit_s"] == pytest.approx((first["fit"]["time_s"] + second["fit"]["time_s"]) / 2)
+    check, fit = first["check"], first["fit"]
     assert check["steps"] == fit["steps"] == 4
     assert 0 < fit["save_checkpoint_s"] < fit["time_s"] < fit["whole_s"]
     assert check["time_s"] > 0

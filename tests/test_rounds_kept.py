@@ -4,14 +4,18 @@ import json
 import math
 import re
 import resource
+import shlex
 import shutil
 import sys
 import tracemalloc
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from statistics import variance
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lit_dpo import (
     BestVsWorst,
@@ -21,6 +25,7 @@ from lit_dpo import (
     Filtered,
     LoRA,
     OnPolicy,
+    Partition,
     Pool,
     SelfPlay,
     Verifier,
@@ -30,11 +35,12 @@ from lit_dpo.data.encode import PairEncoder
 from lit_dpo.data.texts import pool_pairs
 from lit_dpo.models import load_model
 from lit_dpo.sampling import Completion, Sampler
+from lit_dpo.stepwise import fit_stepwise
 from tests import runs
 from tests.terminal import Terminal
-from tests.test_rounds import DESCRIPTION, PROMPTS, Noting, lines, signs, train
+from tests.test_rounds import DESCRIPTION, PROMPTS, Noting, here, lines, online, signs, train  # noqa: F401
 
-pytestmark = runs.QUIET
+pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 
 
 class Saying(Pool):
@@ -262,6 +268,86 @@ def test_a_judge_that_was_corrected_goes_on_where_that_is_allowed(tmp_path, caps
     assert "Counting" not in capsys.readouterr().err
 
 
+def test_a_copy_that_somebody_made_is_no_journal(tmp_path):
+    """Decoys of other values beside the files of a round that is stopped; they are neither read nor changed."""
+    folder, notes = tmp_path / "run", tmp_path / "notes"
+    whole = [*round_of(tmp_path / "whole", Counting(notes), 6).next(0, Saying(tmp_path / "whole" / "step"))]
+    with pytest.raises(ValueError, match="The judge gave"):
+        round_of(folder, Counting(notes, fails_at="number 3="), 6).next(0, Saying(folder / "step"))
+    decoys = [folder / "step" / name for name in ("scores.old.jsonl", "scores.0.old.jsonl", "scores.old.0.jsonl")]
+    for decoy in decoys:
+        decoy.write_text("".join(f"[{number}, {[0.0] * 8}]\n" for number in range(6)))
+    before = [decoy.read_bytes() for decoy in decoys]
+    assert [*round_of(folder, Counting(notes), 6).next(0, Saying(folder / "step"))] == whole
+    assert [decoy.read_bytes() for decoy in decoys] == before
+
+
+def test_another_policy_does_not_go_on_with_a_round(tmp_path):
+    """A round of which nothing is trained yet: what was sampled is not of this model."""
+    with pytest.raises(ValueError, match="The judge gave"):
+        train(tmp_path / "run", Noting(tmp_path / "notes", PROMPTS[3]))
+    before = (tmp_path / "run" / "partition_0" / "completions.0.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="was begun with another init_seed: undo that, or start in a new folder"):
+        train(tmp_path / "run", Noting(tmp_path / "notes"), resume=True, model={"init_seed": 7})
+    assert (tmp_path / "run" / "partition_0" / "completions.0.jsonl").read_bytes() == before
+
+
+def test_what_was_said_is_kept_as_it_was_said(tmp_path):
+    """White space that a tokenizer would tidy away between prompt and completion, and within one, stays."""
+    words = {"<end>": 0, "1": 1, " ": 2, ".": 3, "?": 4, "'": 5, "s": 6}
+    core = Tokenizer(models.WordLevel(words, "<end>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tidy = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", clean_up_tokenization_spaces=True)
+    prompts, found = ["1 ", "1 '", "1"], []
+
+    class Asking(Partition):
+        def next(self, step, pool):
+            found.extend(pool.complete(prompts, Sampler(16, max_new_tokens=12)))
+
+    module = runs.module({**DESCRIPTION, "tie_word_embeddings": True}, tokenizer=tidy)
+    rows = [{"prompt": "1", "chosen": "1", "rejected": "s"}]
+    data = runs.data(rows, partition=Asking(), validation_fraction=0)
+    with pytest.raises(ValueError, match="has no first step"):
+        fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=1), tmp_path / "run")
+    said = [one for each in found for one in each]
+    assert sum(one.text[:1] in (".", "?", "'") for one in said[:32]) > 3
+    for one in said:
+        assert one.text == "".join(sign for id in one.ids if (sign := tidy.convert_ids_to_tokens(id)) != "<end>")
+
+
+STOPPING = """
+import os, signal
+def is_right(prompt, completion):
+    if prompt == "23=" and not os.path.exists("mended"):
+        {}
+    return "7" not in completion
+"""
+
+
+def test_ctrl_c_while_judging_prints_the_command_to_go_on_with(here, capsys):  # noqa: F811
+    """With it, and with nothing else changed, the round goes on."""
+    words = [*online(here, "--allow-import", "my_verifier"), "--data.partition.rounds", "1"]
+    (here / "my_verifier.py").write_text(STOPPING.format("os.kill(os.getpid(), signal.SIGINT)"))
+    with pytest.raises(SystemExit, match="130"):
+        main(words)
+    said = capsys.readouterr().err
+    assert "lit-dpo: interrupted\nWhat was done of the step is kept. To go on: lit-dpo fit" in said
+    step = here / "runs" / "online" / "version_0" / "partition_0"
+    judged = lines(step / "scores.0.jsonl")
+    assert len(judged) == 2
+    (here / "mended").touch()
+    again = shlex.split(said.rpartition("To go on: ")[2])[1:]
+    other = [
+        word if word != json.dumps(DESCRIPTION) else json.dumps({**DESCRIPTION, "hidden_size": 16}) for word in again
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        main(other)
+    assert "differs from that of the run to resume in model.model.hidden_size" in capsys.readouterr().err
+    main(again)
+    assert lines(step / "scores.0.jsonl")[:2] == judged
+    assert (step / "export").is_dir()
+
+
 # -- what is measured beside the pairs --------------------------------------------------------------------------------
 
 
@@ -270,12 +356,12 @@ def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
     record = json.loads((one / "run" / "partition_0" / "round.json").read_text())
     assert record["trusted"]["pairs"] == 3
     assert record["trusted"]["share"] == pytest.approx(2.5 / 3)  # of the third pair both completions hold no 7
-    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(1 / 12 / 3))
-    models = {
+    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(variance([1, 1, 0.5, 0, 0, 1, 1]) / 7))
+    answering = {
         "greedy": load_model(DESCRIPTION, signs()),
         "greedy_after": load_model(str(one / "run/partition_0/export")),
     }
-    for name, model in models.items():
+    for name, model in answering.items():
         right = []
         for prompt in ("31=", "4=", "15="):
             ids = signs()(prompt, return_tensors="pt").input_ids
@@ -294,6 +380,15 @@ def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{record['greedy_after']['score']:.3f}" in re.search(r"after the round.*", shown)[0]
     assert re.search(r"seconds of training +\d", shown)
+
+
+@pytest.mark.parametrize("option", ["greedy_prompts", "trusted"])
+def test_what_measures_nothing_is_refused(option, tmp_path):
+    """A mean over nothing would be recorded as 0."""
+    empty = runs.write(tmp_path / "empty.jsonl", [])
+    rounds = round_of(tmp_path / "run", Counting(tmp_path / "notes"), 2, **{option: empty})
+    with pytest.raises(ValueError, match=f"`{option}`: `.*empty.jsonl` holds no .*leave the option out"):
+        rounds.next(0, Saying(tmp_path / "run" / "step"))
 
 
 def test_a_judge_that_got_worse_is_said(tmp_path):

@@ -132,6 +132,19 @@ def test_what_is_held_out_is_neither_sampled_nor_trained_on(tmp_path):
     assert len(lines(tmp_path / "run" / "partition_0" / "completions.0.jsonl")) == 6
 
 
+def test_rows_that_change_between_rounds_are_refused(tmp_path):
+    """Their number and places are as before: of what was read at the start, only the token ids are kept."""
+    file = runs.write(tmp_path / "pairs.jsonl", PAIRS)
+
+    def changing(prompt, text):
+        runs.write(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "9" + PAIRS[-1]["chosen"]}])
+        return length(prompt, text)
+
+    with pytest.raises(ValueError, match="The training data have changed since this run has read them"):
+        run(tmp_path / "run", filtered(Verifier(changing)), file)
+    assert not (tmp_path / "run" / "partition_1" / "pairs.jsonl").exists()
+
+
 def test_the_reference_stays_the_first_model_or_is_refused(tmp_path):
     judge = Verifier(length)
     with pytest.raises(ValueError, match=r"`Filtered` keeps the first model .*: set `reference` to `FrozenReference`"):

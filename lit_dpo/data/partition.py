@@ -47,10 +47,12 @@ class Pool:
         logps: Gives log-probs; called with the arguments of `logps`.
         progress: Tells whether this process draws on a terminal how far it is.
         allow_changes: Whether the user lets a run go on whose data have changed.
+        policy: What decides the policy that starts the step and how it is asked, as plain values.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
         allow_changes: As given.
+        policy: As given.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Pool:
         logps: Callable[..., Iterator[list[float]]] | None = None,
         progress: Callable[[], bool] | None = None,
         allow_changes: bool = False,
+        policy: Mapping[str, object] | None = None,
     ) -> None:
         self.sources, self._progress, self.allow_changes = sources, progress, allow_changes
+        self.policy = dict(policy or {})
         self._encoder = encoder
         self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather

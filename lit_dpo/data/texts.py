@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow, Encoder, load_pairs
 from lit_dpo.data.pair import Pair, RowError
 from lit_dpo.data.streams import Each, Spool
+from lit_dpo.data.token_writer import digest
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule
@@ -24,9 +27,9 @@ def pool_pairs(data: PreferenceDataModule) -> Sequence[Pair]:
     Raises:
         ValueError: The data have changed since they were read.
     """
-    noting = _Noting(data._encoder(), data.training.train.origins)
+    noting = _Noting(data._encoder())
     load_pairs(data._given["train"], noting, into=noting, **data._options(data.reading))
-    if not noting.unchanged or len(noting.kept) != len(data.training.train.origins):
+    if bytes(noting.digests) != data.training.train.digest_bytes(numbers=False):
         raise ValueError("The training data have changed since this run has read them: start it again.")
     pool = data.training.pool
     return Each(len(pool), lambda number: pair_of(noting.kept[int(pool[number])]))
@@ -45,9 +48,9 @@ def pair_of(values: Mapping[str, Any]) -> Pair:
 class _Noting:
     """Notes which pairs are kept; it stands in for the encoder and for what takes the encoded rows."""
 
-    def __init__(self, encoder: Encoder, origins: Sequence[str]) -> None:
-        self.encoder, self.origins = encoder, origins
-        self.kept, self.unchanged = Spool(), True
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder, self.kept = encoder, Spool()
+        self.digests = bytearray()  # of their ids, one after the other
         self._asked: dict[int, tuple[Encoded, Pair]] = {}  # by the object, which is held so that no other has its place
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
@@ -58,6 +61,6 @@ class _Noting:
 
     def append(self, row: EncodedRow, /) -> None:
         """Note the pair of one encoded row."""
-        pair, number = self._asked[id(row.encoded)][1], len(self.kept)
-        self.unchanged &= number < len(self.origins) and self.origins[number] == pair.row
+        encoded, pair = self._asked[id(row.encoded)]
         self.kept.append(plain(pair))
+        self.digests += digest([np.array(part, "<i4") for part in (encoded.prompt, encoded.chosen, encoded.rejected)])

@@ -183,7 +183,7 @@ class Rounds(Partition):
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
     def begin(self, step: int, pool: Pool, **values: Any) -> None:
-        """Note what decides a round besides its policy when it begins, and compare with that when it goes on.
+        """Note what decides a round when it begins, and compare with that when it goes on.
 
         It comes first in `make`: of a round whose pairs are written, nothing behind it is done.
 
@@ -196,7 +196,7 @@ class Rounds(Partition):
             ValueError: The round was begun with others; a table of them is printed.
         """
         sampler = {name: value for name, value in vars(self.sampler).items() if name not in ("rows", "round")}
-        begin(pool.folder, {"round": step, **sampler, **values}, pool.allow_changes)
+        begin(pool.folder, {"round": step, **pool.policy, **sampler, **values}, pool.allow_changes)
         if self._looking:
             raise _Unchanged
 

@@ -44,7 +44,8 @@ class Lines(Mapping[int, Any]):
     def refresh(self) -> None:
         """Read what other processes have written since."""
         for path in sorted(self._folder.glob(f"{self._name}.*.jsonl")):
-            if path not in self._ends:
+            rank = path.name.removeprefix(f"{self._name}.").removesuffix(".jsonl")
+            if path not in self._ends and rank.isdecimal():  # a copy that somebody made has another name
                 self._files.append((path, path.open("rb")))
                 self._ends[path] = 0
         for which, (path, file) in enumerate(self._files):

@@ -22,7 +22,8 @@ from lit_dpo.references.cached import CachedReference
 from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.tools import page
 from lit_dpo.tools.before import nearest, set_up, special_ids, without_news, writable
-from lit_dpo.tools.measured import Measuring, Memory, StartReference, TooLargeError, size
+from lit_dpo.tools.measured import Measuring, StartReference, TooLargeError
+from lit_dpo.tools.memory import Memory, size
 from lit_dpo.tools.plan import Plan, planned
 
 _GIB = 2**30
@@ -309,14 +310,15 @@ def _time(found: Measuring) -> Iterator[Finding]:
     if not found.updates:
         return
     training, validating, saving = found.seconds()
-    plan = found.plan
-    whole = _long(training + validating + saving)
+    plan, whole = found.plan, _long(training + validating + saving)
     text = f"time: about {whole} from the first batch to the last checkpoint, {plan.steps} steps; {_long(training)} of "
     text += f"training, {training / max(1, plan.steps):.3g} s a step"
     if plan.validations:
         text += f", {_long(validating)} for {plan.validations} validations"
     if plan.last + plan.best:
         text += f", {_long(saving)} for {'up to ' * bool(plan.best)}{plan.last + plan.best} checkpoints"
+    if found.swing is not None:
+        text += f"; the same batches took up to {found.swing:.0%} more or less when they came again"
     if found.reference_pass:
         text += f"; before it up to {_long(found.reference_pass)} for the reference's pass over the rows"
     yield Finding("estimate", text)
@@ -339,9 +341,8 @@ def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool)
     kept = sum(max(1, callback.save_top_k) for callback in callbacks if isinstance(callback, ModelCheckpoint))
     one = found.parts["weights"] + found.parts["optimizer"]
     needed, free = one * (2 + kept), shutil.disk_usage(existing).free
-    text = (
-        f"disk: {_gib(needed)} for checkpoints of {_gib(one)} (the last one, {kept} of the best, and one being written)"
-    )
+    text = f"disk: {_gib(needed)} for checkpoints of {_gib(one)}"
+    text += f" (the last one, {kept} of the best, and one being written)"
     if needed > free:
         remedy = "free some, or set `--trainer.default_root_dir` to another disk"
         yield Finding("fails", f"{text}, and `{existing}` has {_gib(free)} left: {remedy}")

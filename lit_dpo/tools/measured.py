@@ -1,13 +1,11 @@
-"""A few steps of a fit at learning rate 0 and four checkpoints, timed; and what a whole run takes by them."""
+"""A few steps of a fit at learning rate 0 and a few checkpoints, timed; and what a whole run takes by them."""
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,73 +24,16 @@ from lit_dpo.losses import per_pair
 from lit_dpo.pairs import PairBatch, PairLogps
 from lit_dpo.references.base import Reference
 from lit_dpo.scoring.score import Scorer
-from lit_dpo.tools.plan import Plan
+from lit_dpo.tools.memory import Memory, size
+from lit_dpo.tools.plan import Plan, computed_tokens
 
 _SIZES = 6  # lengths of batches that are timed
 _PASSES = 12  # over these lengths
-_ENOUGH = 10.0  # seconds after which no length is timed a third time
+_ENOUGH = 20.0  # seconds after which no length is timed a third time: the speed of a machine swings for seconds
 _SECONDS = 60.0  # after which none is timed a second time
+_SAVES = 8  # checkpoints at most, the first two apart
+_SAVING = 2.0  # seconds after which no fifth is written
 _WHOLE = 1 << 30  # bytes; of a larger checkpoint a part is written
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-class Memory:
-    """Memory of this process in bytes: on a GPU what is allocated there, else the resident set.
-
-    Args:
-        device: Where the model is.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    @property
-    def now(self) -> int:
-        """What is taken."""
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else _status("VmRSS")
-
-    @property
-    def peak(self) -> int:
-        """The most since `restart`, or since the process began."""
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
-
-    def restart(self) -> None:
-        """Measure the peak anew."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    @property
-    def room(self) -> int | None:
-        """The most that this process may take; `None` where that cannot be told."""
-        if self.device.type == "cuda":
-            return torch.cuda.mem_get_info(self.device)[1]
-        with suppress(OSError):
-            found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-            return None if found is None else self.now + 1024 * int(found[1])
-        return None
-
-
-def _status(name: str) -> int:
-    with suppress(OSError):
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        if found is not None:
-            return 1024 * int(found[1])
-    import resource  # not on Windows
-
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def size(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-# -- measuring --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -112,7 +53,7 @@ class StartReference(Reference):
         began = _clock(batch.input_ids.device)
         found = scorer(policy, batch) if self.of is None else self.of.score(policy, batch, scorer)
         self.seconds += _clock(batch.input_ids.device) - began
-        self.tokens += len(batch.input_ids)
+        self.tokens += computed_tokens([slice(None)], batch.lengths, scorer.form == "padded")[0]
         return found
 
 
@@ -138,12 +79,12 @@ class Measuring(Callback):
 
     Attributes:
         interval: Steps between two that the fit logs; the first one is logged in any case.
-        times: Tokens of a batch -> its seconds, without the optimizer.
+        times: Tokens of a batch -> its seconds each time, without the optimizer.
         evaluated: The same of validation.
         updates: Seconds of each optimizer step.
-        first: Seconds that the first step took more than a later one of the same batches.
+        first: Seconds of the first step.
         reference_pass: Seconds that the pass of a cached reference takes, if nothing is cached yet.
-        saves: Seconds of the first checkpoint, of one in a new place, and of the second and third there.
+        saves: Seconds of the first checkpoint, of one in a new place, and of each that follows there.
         peak: The most bytes that were taken.
         extrapolated: What the longest batch would take, if it was left out.
         gap: Largest difference of policy and reference before the first step, in nats; `None` without a reference.
@@ -156,16 +97,15 @@ class Measuring(Callback):
     def __init__(self, plan: Plan, accumulate: int, memory: Memory, room: int | None, folder: Path | None) -> None:
         self.plan, self.accumulate, self.memory, self.room, self.folder = plan, accumulate, memory, room, folder
         self.interval = 1
-        rising = _spread(plan.tokens, _SIZES)
-        chosen = [rising[0], *rising * _PASSES]
-        self.chosen = [plan.batches[number] for number in chosen for _ in range(accumulate)]
-        self.tokens = [plan.tokens[number] for number in chosen for _ in range(accumulate)]
-        self.once = accumulate * (1 + len(rising))  # batches after which every length was seen
-        self.held_out = [plan.evaluated[number] for number in _spread(plan.evaluated_tokens, _SIZES)]
+        self.chosen: list[Any] = []
+        self.tokens: list[int] = []
+        self.planned: list[int] = []
+        self.held_out: list[Any] = []
+        self.held_out_tokens: list[int] = []
         self.times: dict[int, list[float]] = {}
         self.evaluated: list[tuple[int, float]] = []
         self.updates: list[float] = []
-        self.first, self.reference_pass, self.saves = 0.0, 0.0, [0.0] * 4
+        self.first, self.reference_pass, self.saves = 0.0, 0.0, [0.0] * 3
         self.peak, self.extrapolated = memory.peak, 0
         self.gap: float | None = None
         self.losses: tuple[float, float] | None = None
@@ -176,12 +116,29 @@ class Measuring(Callback):
 
     def loaders(self, data: PreferenceDataModule) -> tuple[DataLoader[PairBatch], Any]:
         """Loaders of the batches to train on, and of those to validate on."""
+        self._choose(data)
         own = data.training.validation or data.training.train
         validating: Any = DataLoader(own, batch_size=None, sampler=self.held_out) if self.held_out else []
         return DataLoader(data.training.dataset, batch_size=None, sampler=self.chosen), validating
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the learning rate and start the clock."""
+    def _choose(self, data: PreferenceDataModule, padded: bool = False) -> None:
+        """Find the batches to time, by what a forward pass computes; the loaders see them change."""
+        plan, own = self.plan, data.training.validation or data.training.train
+        self.planned = computed_tokens([p.rows for p in plan.batches], data.training.dataset.lengths, padded)
+        self.held_out_tokens = computed_tokens([p.rows for p in plan.evaluated], own.lengths, padded)
+        rising, held_out = _spread(self.planned, _SIZES), _spread(self.held_out_tokens, _SIZES)
+        chosen = [number for number in [rising[0], *rising * _PASSES] for _ in range(self.accumulate)]
+        self.chosen[:] = [plan.batches[number] for number in chosen]
+        self.tokens = [self.planned[number] for number in chosen]
+        self.once = self.accumulate * (1 + len(rising))  # batches after which every length was seen
+        again = _SIZES // max(1, len(held_out))
+        self.held_out[:] = [plan.evaluated[number] for number in held_out * again]
+        self.evaluated_tokens = [self.held_out_tokens[number] for number in held_out * again]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Choose the batches once more if they turn out to be padded, note the learning rate and start the clock."""
+        if pl_module.scorer.form == "padded":
+            self._choose(trainer.datamodule, padded=True)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         self.rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)
         self._began = self._end = _clock(pl_module.device)
@@ -264,7 +221,7 @@ class Measuring(Callback):
     ) -> None:
         """Note the time of a batch."""
         now = _clock(pl_module.device) - getattr(pl_module.reference, "seconds", 0.0)
-        self.evaluated.append((sum(map(sum, batch.shape)), now - self._end))
+        self.evaluated.append((self.evaluated_tokens[batch_idx], now - self._end))
         self.peak = max(self.peak, self.memory.peak)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -281,8 +238,8 @@ class Measuring(Callback):
         reference.seconds, reference.tokens = 0.0, 0
         self.memory.restart()
         for dataset, rows, loader in trainer.datamodule.reference_sets("fit"):
-            plans, lengths = list(loader(rows).sampler), dataset.lengths.sum(1)
-            tokens = [int(lengths[plan.rows].sum()) for plan in plans]
+            plans = list(loader(rows).sampler)
+            tokens = computed_tokens([p.rows for p in plans], dataset.lengths, module.scorer.form == "padded")
             whole += sum(tokens)
             some: Any = [plans[number] for number in _spread(tokens, _SIZES)]
             for batch in DataLoader(dataset, batch_size=None, sampler=some):
@@ -292,36 +249,53 @@ class Measuring(Callback):
         self.reference_pass = reference.seconds / reference.tokens * whole
 
     def _time_saves(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Four, being unlike: the process's first, one alone, one beside another, one beside two others."""
+        """Some, being unlike: the process's first, one alone, one beside another, and those beside two others."""
         size_of = self.parts.get("weights", 0) + self.parts.get("optimizer", 0)
         folder = self.folder
         if not folder or not size_of or shutil.disk_usage(folder).free < 4 * min(size_of, _WHOLE):
             return
         make_durable(trainer)
         with tempfile.TemporaryDirectory(prefix=".lit-dpo-check-", dir=folder) as made:
-            for number in range(len(self.saves)):
+            saves: list[float] = []
+            start = _clock(pl_module.device)
+            while len(saves) < 4 or (len(saves) < _SAVES and _clock(pl_module.device) - start < _SAVING):
                 began = _clock(pl_module.device)
-                where = Path(made, "first" if number == 0 else "second")
+                where = Path(made, "second" if saves else "first")
                 save_last(trainer, where, None if size_of <= _WHOLE else partial(_save_a_part, trainer))
-                self.saves[number] = (_clock(pl_module.device) - began) * max(1.0, size_of / _WHOLE)
+                saves.append((_clock(pl_module.device) - began) * max(1.0, size_of / _WHOLE))
+            self.saves = saves
 
     # -- what follows -------------------------------------------------------------------------------------------------
 
     def seconds(self) -> tuple[float, float, float]:
         """Seconds of all training steps of the run, of its validations, and of its checkpoints."""
-        # The first pass over the lengths grows the memory, step by step, which a fit does once.
-        known = sorted((tokens, float(np.mean(times[len(times) // 2 :]))) for tokens, times in self.times.items())
-        if not known:
+        if not self.updates:
             return 0.0, 0.0, 0.0
+        known = sorted((tokens, float(np.mean(_later(times)))) for tokens, times in self.times.items())
         sizes, times = [float(tokens) for tokens, _ in known], [mean for _, mean in known]
-        epoch, update = float(np.interp(self.plan.tokens, sizes, times).sum()), float(np.mean(self.updates))
+        epoch, update = float(np.interp(self.planned, sizes, times).sum()), float(np.mean(self.updates))
+        # The first pass over the lengths grows the memory, and so do the first steps of a fit.
+        growth = max(0.0, sum(seconds[0] - float(np.mean(_later(seconds))) for seconds in self.times.values()))
         first = max(0.0, self.first - self.accumulate * times[0] - update)
-        training = self.plan.epochs * epoch + self.plan.steps * update + first
+        training = self.plan.epochs * epoch + self.plan.steps * update + first + growth
         speed = sum(s for _, s in self.evaluated) / max(1, sum(n for n, _ in self.evaluated))
-        first_save, alone, second, later = self.saves
+        first_save, alone, second, *others = self.saves
+        later = float(np.mean(others or second))
         last = sum([first_save, second][: self.plan.last]) + later * max(0, self.plan.last - 2)
-        validating = speed * sum(self.plan.evaluated_tokens) * self.plan.validations
-        return training, validating, last + alone * self.plan.best
+        evaluated = sum(self.held_out_tokens) * self.plan.validations + sum(self.held_out_tokens[: self.plan.before])
+        return training, speed * evaluated, last + alone * self.plan.best
+
+    @property
+    def swing(self) -> float | None:
+        """Largest part by which a pass over the same batches was slower or faster than the mean of those counted."""
+        counted = [_later(times) for times in self.times.values()]
+        passes = np.array([times[-min(map(len, counted)) :] for times in counted]).sum(0)
+        return float(abs(passes / passes.mean() - 1).max()) if len(passes) > 1 else None
+
+
+def _later(times: list[float]) -> list[float]:
+    """Those that count: the first half grows the memory step by step, and warms up what is kept."""
+    return times[len(times) // 2 :]
 
 
 def _spread(tokens: Sequence[int], most: int) -> list[int]:

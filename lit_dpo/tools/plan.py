@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from lit_dpo.callbacks import LastCheckpoint
 from lit_dpo.data import PreferenceDataModule
@@ -21,10 +22,10 @@ class Plan:
         batches: Rows of the training batches of an epoch, on one process.
         tokens: Tokens of each.
         evaluated: Rows of the validation batches.
-        evaluated_tokens: Tokens of each.
         epochs: How often the training batches are gone through, in part perhaps.
         steps: Optimizer steps of the run.
         validations: How often all validation batches are gone through.
+        before: Validation batches that are gone through once more, before training; Lightning's sanity check.
         last: How often a checkpoint to resume from is written.
         best: How often one is written because it is among the best, if each validation is better than those before.
     """
@@ -32,12 +33,27 @@ class Plan:
     batches: list[Any]
     tokens: list[int]
     evaluated: list[Any]
-    evaluated_tokens: list[int]
     epochs: float
     steps: int
     validations: int
+    before: int
     last: int
     best: int
+
+
+def computed_tokens(batches: Iterable[Any], lengths: Tensor, padded: bool = False) -> list[int]:
+    """Tokens that a forward pass over each batch computes.
+
+    Args:
+        batches: The rows of each, as numbers.
+        lengths: Tokens of prompt, chosen and rejected of all rows, shape `(rows, 3)`.
+        padded: Whether both completions of a pair are rows as long as the longest of the batch, with the prompt in
+            each; else a batch is one line with each prompt once.
+    """
+    of_batches = [lengths[rows] for rows in batches]
+    if padded:
+        return [2 * len(found) * int((found[:, 0] + found[:, 1:].amax(1)).max()) for found in of_batches]
+    return [int(found.sum()) for found in of_batches]
 
 
 def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[Any] = (), saves: bool = False) -> Plan:
@@ -82,17 +98,15 @@ def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[An
     regular = [c.every_n_steps for c in callbacks if isinstance(c, LastCheckpoint) and c.every_n_steps]
     last = during + bool(after or not found) + sum(steps // each for each in regular)
     ranking = sum(isinstance(callback, ModelCheckpoint) for callback in callbacks)
-    validations += trainer.num_sanity_val_steps == float("inf")
-    sizes = data.training.dataset.lengths.sum(1)
-    other = (data.training.validation or data.training.train).lengths.sum(1)
+    whole = trainer.num_sanity_val_steps == float("inf")
     return Plan(
         batches,
-        [int(sizes[plan.rows].sum()) for plan in batches],
+        computed_tokens([plan.rows for plan in batches], data.training.dataset.lengths),
         found,
-        [int(other[plan.rows].sum()) for plan in found],
         steps / per_epoch,
         steps,
-        validations if found else 0,
+        validations + whole if found else 0,
+        0 if whole else min(int(trainer.num_sanity_val_steps), len(found)),
         last if saves else 0,
         ranking * during if saves else 0,
     )

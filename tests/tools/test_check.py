@@ -5,6 +5,7 @@ import math
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from lightning.pytorch import Trainer
 from lit_dpo.checkpoints.io import DurableCheckpointIO
 from lit_dpo.cli import main
 from lit_dpo.models import load_model
+from lit_dpo.module import PreferenceModule
 from lit_dpo.tokenizers import quickstart_tokenizer
 from lit_dpo.tools.check import check
 from tests import runs
@@ -148,7 +150,7 @@ def test_a_batch_that_would_not_fit_is_not_tried(here, capsys, monkeypatch):
         asked.append(name)
         return 2**30 + (asked.count("VmHWM") * 2**30 // 10 if name == "VmHWM" else 0)
 
-    monkeypatch.setattr("lit_dpo.tools.measured._status", status)
+    monkeypatch.setattr("lit_dpo.tools.memory._status", status)
     small = ("--data.train", runs.pairs_file(here, 40), "--data.batch_size", "2")
     _, lines = checked(capsys, *small, "--memory", "1.6")
     peaks = asked.count("VmHWM")
@@ -226,3 +228,75 @@ def test_a_mistake_on_the_command_line_gets_one_sentence(here, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["check", "--config", "dpo", "--config", TINY, "--memory", "0"])
     assert (stop.value.code, "`--memory` must be above 0 GiB" in capsys.readouterr().err) == (2, True)
+
+
+def clocked(monkeypatch, name, seconds):
+    """From here on nothing takes time but a step of the module, which takes `seconds(batch)`."""
+    step, now = getattr(PreferenceModule, name), [0.0]
+
+    def slow(self, batch, *args):
+        now[0] += seconds(batch)
+        return step(self, batch, *args)
+
+    monkeypatch.setattr(PreferenceModule, name, slow)
+    monkeypatch.setattr("lit_dpo.tools.measured.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+
+def estimated(lines):
+    """The line of the time."""
+    [line] = [line for line in lines if line.startswith("estimate time")]
+    return line
+
+
+def test_the_validation_before_training_is_in_the_time(here, capsys, monkeypatch):
+    """Of two batches, as Lightning has it unless it is told otherwise: 16 of 20 pairs, the longest ones."""
+    clocked(monkeypatch, "validation_step", lambda batch: 0.01 * len(batch.input_ids))
+    words = ("--data.train", runs.pairs_file(here, 40), "--data.batch_size", "4", "--data.validation_fraction", "0.5")
+    found = []
+    for sanity in ("0", "2"):
+        _, lines = checked(capsys, *words, "--trainer.num_sanity_val_steps", sanity)
+        seconds, count = re.search(r" ([\d.]+) s for (\d+) validations", estimated(lines)).groups()
+        found.append(float(seconds))
+    one = found[0] / int(count)
+    assert 0.8 * one < found[1] - found[0] < 0.9 * one
+
+
+def test_the_widest_padded_batch_is_tried(here, capsys, monkeypatch):
+    """It is not the one of the most tokens, where rows are filled up to the longest of their batch."""
+    seen, step = [], PreferenceModule.training_step
+
+    def noted(self, batch, *args):
+        longest = max(prompt + max(sides) for prompt, *sides in batch.shape)
+        seen.append((len(batch.input_ids), 2 * len(batch) * longest))
+        return step(self, batch, *args)
+
+    monkeypatch.setattr(PreferenceModule, "training_step", noted)
+    long = {"prompt": "a stone " * 33, "chosen": " yes.", "rejected": " no."}
+    short = [{"prompt": f"{number}?", "chosen": " a.", "rejected": " b."} for number in range(7)]
+    sides = {"chosen": " red" * 54, "rejected": " green" * 54}
+    middle = [{"prompt": f"{number}:", **sides} for number in range(40)]
+    words = ("--data.train", runs.write(here / "rows.jsonl", [*short, long, *middle]), "--data.batch_size", "4")
+    words += ("--trainer.max_steps", "12", "--trainer.accumulate_grad_batches", "1", "--data.validation_fraction", "0")
+    words += ("--trainer.callbacks", "[]", "--trainer.val_check_interval", "null", "--seed_everything", "1")
+    main(["fit", "--config", "dpo", "--config", TINY, *words, "--trainer.default_root_dir", "out"])
+    all_of_them = set(seen)
+    assert max(seen)[1] < max(padded for _, padded in seen)
+    for form, column in (("flat", 0), ("padded", 1)):
+        seen.clear()
+        status, lines = checked(capsys, *words, "--model.form", form)
+        assert status == 0, lines
+        assert set(seen) <= all_of_them
+        assert max(batch[column] for batch in seen) == max(batch[column] for batch in all_of_them)
+
+
+def test_what_the_first_batches_cost_counts_once_and_a_swing_is_told(here, capsys, monkeypatch):
+    """A first step and then six lengths, four times: 1 s each at first, later 0.2 s, and at last 0.4 s."""
+    monkeypatch.setattr("lit_dpo.tools.measured._PASSES", 4)
+    waits = iter([1.0] * 7 + [0.2] * 12 + [0.4] * 6)
+    clocked(monkeypatch, "training_step", lambda batch: next(waits))
+    words = ("--data.train", runs.pairs_file(here, 48), "--data.batch_size", "4", "--data.validation_fraction", "0")
+    steps = ("--trainer.max_steps", "12", "--trainer.accumulate_grad_batches", "1")
+    _, lines = checked(capsys, *words, *steps, "--trainer.val_check_interval", "null")
+    assert not list(waits)
+    assert f"; {12 * 0.3 + 7 * 0.7:.3g} s of training" in estimated(lines)
+    assert "the same batches took up to 33% more or less when they came again" in estimated(lines)
