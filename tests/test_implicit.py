@@ -70,6 +70,7 @@ def test_messages_are_scored_behind_the_template(tmp_path):
     assert score == pytest.approx(0.1 * (sums[0] - sums[1]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_policy_that_starts_the_round_judges_from_the_command_line(here, models):  # noqa: F811
     """In both rounds; the second one's policy is what the first one exported. The oracle runs each text alone."""
     words = online(here, "--allow-import", "my_verifier", "--data.partition.picker", "BestVsWorst")

@@ -309,8 +309,7 @@ def test_no_code_that_comes_with_a_judge_runs(what, tmp_path, canary, reward, fo
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("trusted", [False, True], ids=["plain", "trusted"])
-@pytest.mark.parametrize("what", ["base", "start"])
+@pytest.mark.parametrize(("what", "trusted"), [("base", True), ("start", False)], ids=["base", "start"])
 def test_no_code_that_comes_with_a_language_model_makes_a_discriminator_of_it(what, trusted, tmp_path, canary):
     """Of Cohere's transformers knows no classifier; of a Llama it does, and takes that."""
     tokenizer, start = quickstart_tokenizer(), None
