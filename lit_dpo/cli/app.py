@@ -314,8 +314,7 @@ def _run(given: list[str]) -> None:
             )
         raise
     except (KeyboardInterrupt, SystemExit) as stopped:
-        interrupted = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
-        if interrupted:
+        if isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt):
             sys.stderr.write(f"lit-dpo: interrupted\n{kept(stopped, given)}")
             raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
         raise
