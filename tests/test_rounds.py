@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -530,7 +531,11 @@ def test_nothing_is_executed_that_the_command_line_has_not_permitted(here, capsy
     assert f"error: `touch {decoy}` may not judge" in refused([*words, "--allow-import", "my_verifier"], capsys)
     assert not decoy.exists()
     assert not (here / "runs").exists()
-    assert "ended with status 0 before it gave its score" in refused([*words, "--allow-command"], capsys)
+    said = refused([*words, "--allow-command"], capsys)
+    assert "ended with status 0 before it gave its score" in said
+    assert re.search(
+        r"What was done of the step is kept. To go on: lit-dpo fit .* --allow-command --ckpt_path last", said
+    )
     assert decoy.exists()
 
 

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
+import time
 import tracemalloc
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -280,6 +283,60 @@ def test_a_copy_that_somebody_made_is_no_journal(tmp_path):
     before = [decoy.read_bytes() for decoy in decoys]
     assert [*round_of(folder, Counting(notes), 6).next(0, Saying(folder / "step"))] == whole
     assert [decoy.read_bytes() for decoy in decoys] == before
+
+
+class Twice(Counting):
+    """Starts the round once more while it is under way, as a scheduler may that takes the first run for dead."""
+
+    def score(self, prompts, completions):
+        again = round_of(self.notes.parent, Counting(self.notes), 6)
+        with pytest.raises(ValueError, match=r"Another process writes to `.*scores.0.jsonl`.* end it first"):
+            again.next(0, Saying(self.notes.parent / "step"))
+        return super().score(prompts, completions)
+
+
+def test_two_runs_do_not_write_the_same_round(tmp_path):
+    whole = [
+        *round_of(tmp_path / "whole", Counting(tmp_path / "notes"), 6).next(0, Saying(tmp_path / "whole" / "step"))
+    ]
+    folder = tmp_path / "run"
+    assert [*round_of(folder, Twice(folder / "notes"), 6).next(0, Saying(folder / "step"))] == whole
+    assert (folder / "notes").read_text().splitlines() == [f"number {n}=" for n in range(6)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_a_judge_has_left_behind_does_not_hold_the_round(tmp_path):
+    """It was forked while the file of scores was open, and outlives the round that has failed."""
+    children = []
+
+    def forking(prompt, text):
+        if not (child := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
+        raise RuntimeError("failed")
+
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="raised RuntimeError: failed"):
+        round_of(folder, Verifier(forking), 6).next(0, Saying(folder / "step"))
+    allowed = Saying(folder / "step", allow_changes=True)
+    assert len(round_of(folder, Verifier(lambda prompt, text: float(text[-1])), 6).next(0, allowed)) == 6
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_no_completion_is_taken_for_that_of_another_prompt(tmp_path):
+    """The file is changed while it is judged, so that most lines stand where another one has stood."""
+    path = tmp_path / "run" / "step" / "completions.0.jsonl"
+
+    def changing(prompt, text):
+        if prompt == "number 0=" and text[-1] == "0":
+            path.write_text("".join(line + "\n" for line in reversed(path.read_text().splitlines())))
+        return float(text[-1])
+
+    with pytest.raises(ValueError, match=r"completions.0.jsonl` was changed while it was read: go on with the run"):
+        round_of(tmp_path / "run", Verifier(changing)).next(0, Saying(tmp_path / "run" / "step"))
 
 
 def test_another_policy_does_not_go_on_with_a_round(tmp_path):

@@ -33,7 +33,7 @@ from lit_dpo.checkpoints.foreign import refuse_foreign_checkpoint
 from lit_dpo.checkpoints.io import make_durable
 from lit_dpo.checkpoints.run import Run, check_checkpoint, refuse_foreign_logs
 from lit_dpo.cli.configs import with_paths
-from lit_dpo.cli.flags import Flags, import_packages, resuming, take_flags
+from lit_dpo.cli.flags import KEPT, Flags, import_packages, kept, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
 from lit_dpo.cli.parser import IMPORTABLE, PLUGGABLE, Parser, completed, subclass_names
 from lit_dpo.cli.private import CheckpointsSetNoOptions, switching_forgets_options
@@ -250,14 +250,12 @@ class PreferenceCLI(CheckpointsSetNoOptions):
             elif subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._log_to(Run(self._run_folder()), self.trainer)
             super()._run_subcommand(subcommand)
-        except Exception as error:
-            if users_fault(error):
+        except BaseException as error:
+            if isinstance(error, Exception) and users_fault(error):
                 for run in reversed(self._runs):
                     run.abandon()
-            raise
-        except BaseException as stopped:
-            if any(run.is_stepwise for run in (self._continued, *self._runs) if run is not None):
-                stopped.add_note(_KEPT)
+            if is_first() and any(run.is_stepwise for run in (self._continued, *self._runs) if run is not None):
+                error.add_note(KEPT)
             raise
         finally:
             forget_handed_down()
@@ -276,7 +274,6 @@ class PreferenceCLI(CheckpointsSetNoOptions):
         return trainer
 
 
-_KEPT = "What was done of the step is kept"
 _LIGHTNINGS_OWN = ("best", "hpc")  # checkpoint paths that Lightning resolves by itself
 
 
@@ -318,10 +315,7 @@ def _run(given: list[str]) -> None:
         raise
     except (KeyboardInterrupt, SystemExit) as stopped:
         if isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt):
-            sys.stderr.write("lit-dpo: interrupted\n")
-            if _KEPT in getattr(stopped, "__notes__", []) and is_first():
-                command = shlex.join(["lit-dpo", *resuming(given, "last")])
-                sys.stderr.write(f"{_KEPT}. To go on: {command}\n")
+            sys.stderr.write(f"lit-dpo: interrupted\n{kept(stopped, given)}")
             raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
         raise
     except Exception as error:
@@ -331,6 +325,7 @@ def _run(given: list[str]) -> None:
         if "No supported gpu backend" in text or "CUDA" in text:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
+        sys.stderr.write(kept(error, given))
         raise SystemExit(2) from error
 
 
