@@ -18,7 +18,6 @@ import argparse
 import json
 import logging
 import random
-import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -143,13 +142,9 @@ def main() -> None:
     table = markdown_table(["set", "flipped", "rows", "AUROC", "found at the top", "AUROC of length"], lines)
     print(table)
     if options.out is not None:
-        words = (
-            f"DATA/{Path(w).parent.name}/{Path(w).name}" if w in options.sets and "/" in w else w for w in sys.argv[1:]
-        )
         about = {
-            **facts("cpu", torch.get_num_threads()),
+            **facts("cpu", torch.get_num_threads(), None, *options.sets),
             "seed": f"0 to {options.seeds - 1}",
-            "command": f"python benchmarks/audit.py {' '.join(words)}",
         }
         append_lines(options.out / "audit.jsonl", [{**about, **record} for record in records])
         append_section(report_path(options.out, "audit", "cpu"), "Flipped labels found", [table], about)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -136,11 +137,11 @@ def hardware(device: str = "cpu") -> str:
     return found[1].strip() if found else "unknown processor"
 
 
-def facts(device: str, threads: int | None = None, seed: int | None = None, data: str | None = None) -> Record:
+def facts(device: str, threads: int | None = None, seed: int | None = None, *data: str | None) -> Record:
     """Everything a published number carries along: command, versions, hardware, threads, seed, date."""
     packages = ("torch", "transformers", "trl", "lightning", "peft", "lit-dpo")
     return {
-        "command": command_line(data),
+        "command": command_line(*data),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(device),
         "cpus": os.cpu_count(),
@@ -159,10 +160,19 @@ def version(package: str) -> str | None:
         return None
 
 
-def command_line(data: str | None = None) -> str:
-    """The command as anyone could give it: the path to the data is cut to folder and file."""
-    shown = [f"DATA/{'/'.join(Path(a).parts[-2:])}" if a == data else a for a in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *shown])
+def command_line(*data: str | None) -> str:
+    """The command as anyone could give it, without the folders of this machine.
+
+    Of a path to data, folder and file stay; of any other absolute path the option's name: `--work WORK`.
+    """
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    words = ["python", str(script.relative_to(root)) if script.is_relative_to(root) else script.name]
+    for option, word in itertools.pairwise(sys.argv):
+        if word in data and "/" in word:
+            words.append(f"DATA/{'/'.join(Path(word).parts[-2:])}")
+        else:
+            words.append(option.lstrip("-").upper() if option.startswith("--") and Path(word).is_absolute() else word)
+    return " ".join(words)
 
 
 def append_lines(path: Path, records: Sequence[Record]) -> None:

@@ -175,8 +175,7 @@ class Sampler:
         for row in out[:, longest:].tolist():
             size = next((place for place, token in enumerate(row, 1) if token in ends), None)
             ids = tuple(row[:size])
-            text: Any = tokenizer.decode([*ids], skip_special_tokens=True)
-            found.append(Completion(ids, text, size is not None))
+            found.append(Completion(ids, text_of(tokenizer, ids), size is not None))
         return found
 
     def check(self, model: nn.Module, prompts: Sequence[Sequence[int]], where: str = "") -> None:
@@ -251,6 +250,11 @@ def _generating(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterato
     finally:
         base.generation_config = own
         model.train(training)
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Ids as text, without special tokens; no white space is tidied away, since a model may have meant it."""
+    return str(tokenizer.decode([*ids], skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:

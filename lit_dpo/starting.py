@@ -40,7 +40,7 @@ from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
 from lit_dpo.pretrained import Loading
 from lit_dpo.references.table import fingerprint
-from lit_dpo.sampling import Completion, Sampler
+from lit_dpo.sampling import Completion, Sampler, text_of
 from lit_dpo.scoring.decoder import own_tensors
 from lit_dpo.scoring.score import Scorer
 
@@ -83,7 +83,7 @@ class StartingPolicies:
                 raise ValueError(f"Step {step} knows no margins of step {other}: name itself or an earlier one.")
             return self.margins(step if other is None else other)
 
-        folder = folder_of(self.folder, step)
+        folder, is_object = folder_of(self.folder, step), isinstance(self.first, nn.Module)
         sample, complete = partial(self.sample, step), partial(self.complete, step)
         return Pool(
             self.data.training.pool_sources,
@@ -99,6 +99,11 @@ class StartingPolicies:
             logps=self.logps,
             progress=lambda: is_first() and self._scoring.progress_bar_callback is not None,
             allow_changes=self.data.allow_changes,
+            policy={
+                "policy": "export of the step before" if step else "object" if is_object else str(self.first),
+                "init_seed": self.module.init_seed,
+                "chat_template": self.data.chat_template,
+            },
         )
 
     @cached_property
@@ -201,10 +206,13 @@ class StartingPolicies:
         opened = len(prompts) > 0 and isinstance(prompts[0], Opening)
         names = (prompt.name for prompt in prompts if isinstance(prompt, Opening)) if opened else None
         for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
-            before = tokenizer.decode(prompt, skip_special_tokens=True)
-            whole = (tokenizer.decode([*prompt, *one.ids], skip_special_tokens=True) for one in each)
+            before = text_of(tokenizer, prompt)
+            whole = (text_of(tokenizer, [*prompt, *one.ids]) for one in each)
             # Decoded alone, some tokenizers lose the first space.
-            yield [replace(one, text=text.removeprefix(before)) for one, text in zip(each, whole, strict=True)]
+            yield [
+                replace(one, text=text.removeprefix(before)) if text.startswith(before) else one
+                for one, text in zip(each, whole, strict=True)
+            ]
 
     def logps(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ class Oracle(Judge):
         return [-len(text) for text in completions]
 
 
-def train(folder, judge, resume=False, **options):
+def train(folder, judge, resume=False, processes=None, **options):
     """Two rounds of up to nine prompts with six samples each, five questions in all; the folders of the rounds."""
     module = runs.module(DESCRIPTION, tokenizer=signs(), lr=1e-2, optimizer=torch.optim.AdamW)
     options = {"budget": 5, "rounds": 2, "samples": 6, "max_new_tokens": 20, **options}
@@ -52,7 +53,7 @@ def train(folder, judge, resume=False, **options):
     other = [{"prompt": f"{n}=", "chosen": "1", "rejected": "2"} for n in (1, 2)]
     partition = Active(file, judge, **options)
     data = runs.data(other, partition=partition, batch_size=2, validation=other, max_length=32)
-    fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=1), folder, resume)
+    fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=1, **(processes or {})), folder, resume)
     return [folder / "partition_0", folder / "partition_1"]
 
 
@@ -192,6 +193,26 @@ def test_after_a_kill_the_oracle_is_never_asked_twice(whole, tmp_path):
     finish(folder, notes, whole)
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_that_one_makes(whole, tmp_path):
+    """They share the questions of both rounds, and ask none twice."""
+    folder, notes = tmp_path / "run", tmp_path / "notes"
+    runs.launch(["tests.test_active", str(folder), str(notes), "ddp"])
+    roots, names = [folder / "partition_0", folder / "partition_1"], ("pairs.jsonl", "asked.jsonl")
+    for name in names:
+        assert (roots[0] / name).read_bytes() == (whole[0] / name).read_bytes(), name
+    for root, questions in zip(roots, (2, 3), strict=True):
+        for name, count in {"completions": None, "scores": questions}.items():
+            own = [{line[0] for line in lines(root / f"{name}.{rank}.jsonl")} for rank in (0, 1)]
+            assert [{n % 2 for n in one} for one in own] == [{0}, {1}]
+            assert count is None or sum(map(len, own)) == count
+    assert len({json.dumps(question) for question in lines(notes)}) == len(lines(notes)) == 5
+    together = [(roots[1] / name).read_bytes() for name in names]
+    shutil.rmtree(roots[1])
+    train(folder, Oracle(notes), resume=True, share=0.7)
+    assert [(roots[1] / name).read_bytes() for name in names] == together
+
+
 def test_answers_of_earlier_rounds_are_needed(whole, tmp_path):
     folder, notes = tmp_path / "run", tmp_path / "notes"
     with pytest.raises(ValueError, match="The oracle is asleep"):
@@ -256,4 +277,8 @@ def test_the_shipped_configuration_runs_end_to_end(here):  # noqa: F811
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(Path(sys.argv[1]), Oracle(Path(sys.argv[2]), 3, "kill"), share=0.7)
+    where, notes = map(Path, sys.argv[1:3])
+    if sys.argv[3:]:
+        train(where, Oracle(notes), share=0.7, processes={"strategy": sys.argv[3], "devices": 2})
+        runs.leave()
+    train(where, Oracle(notes, 3, "kill"), share=0.7)

@@ -17,6 +17,7 @@ FLOORS = {
     "files": 0,
     "own_code": 0,
     "processes": 0,
+    "plain_text": 0,
     "lightning_private": 0,
     "scoring.logps": 1,
     "scoring.attention": 1,

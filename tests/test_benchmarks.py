@@ -252,14 +252,16 @@ def test_chaos(tmp_path, more):
 
 
 @pytest.mark.slow
-def test_chaos_rounds(tmp_path):
+@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 3)])
+def test_chaos_rounds(processes, kills, tmp_path):
     """A few kills of rounds: pairs, losses and weights are those of rounds that were left alone."""
-    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", "6", "--seed", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(FOLDER / "chaos_rounds.py"), "--kills", str(kills), "--seed", "1"]
+    command += ["--processes", str(processes), "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [record] = lines(tmp_path / "chaos_rounds.jsonl")
-    assert record["kills"] == sum(record["stages"].values()) == 6
-    assert record["differing"] == []
+    assert record["kills"] == sum(record["stages"].values()) == kills
+    assert (record["differing"], record["outlived"]) == ([], 0)
 
 
 @pytest.mark.slow
@@ -279,6 +281,21 @@ def test_large_data(tmp_path):
         assert process["start_s"] < min(record["first_start_s"], 10)
     assert record["table"]["table_find_s"] < 1
     assert len(list(tmp_path.glob("large_data_*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (["check.py", "--out", "/a/b", "--rows", "60"], "benchmarks/check.py --out OUT --rows 60"),
+        (["claims/sweep.py", "--work", "/a/b", "--out", "c"], "benchmarks/claims/sweep.py --work WORK --out c"),
+        (["audit.py", "--sets", "/d/hh/x.gz", "style"], "benchmarks/audit.py --sets DATA/hh/x.gz style"),
+    ],
+)
+def test_a_record_names_no_folder_of_a_machine(benchmarks, monkeypatch, given, shown):
+    import common
+
+    monkeypatch.setattr("sys.argv", [str(FOLDER / given[0]), *given[1:]])
+    assert common.command_line("/d/hh/x.gz", "style") == f"python {shown}"
 
 
 @pytest.mark.slow

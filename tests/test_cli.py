@@ -161,6 +161,9 @@ def test_steps_compare_by_what_is_measured_from_the_first_model(tmp_path, capsys
             name for key in found if key.startswith("val/") and not key.startswith("val/first/")
             for name in (key[4:], f"first/{key[4:]}")
         }  # fmt: skip
+    run = tmp_path / "run" / "version_0"
+    main(["compare", str(run), str(run / "partition_0")])  # whose configuration asks for it, too
+    assert "The intervals cover the rows alone" in " ".join(capsys.readouterr().out.split())
     line = fails(capsys, command("fit", tmp_path / "plain", "dpo", "--first_reference", "true"))
     assert "set a `--data.partition` of several steps" in line
     line = fails(capsys, command("validate", tmp_path / "plain", "dpo", "--first_reference", "true"))

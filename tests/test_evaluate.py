@@ -1,6 +1,7 @@
 """`lit-dpo evaluate`: accuracy of implicit rewards with intervals that hold what they say."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -63,6 +64,19 @@ def test_a_preference_of_length_alone_is_one_half():
     assert few.low < share(np.ones(20), np.arange(20)).low  # the three shorter ones decide half of it
 
 
+def test_what_tells_the_lengths_apart_makes_no_interval_wider():
+    """The yardstick is the normal interval of the mean of two shares that are known."""
+    rng, covered, widths = np.random.default_rng(3), 0, []
+    longer = np.repeat([1, 0], [87, 67])
+    for _ in range(100):
+        found = share((rng.random(154) < np.where(longer, 0.95, 0.05)).astype(float), np.arange(154), longer)
+        covered += found.low <= 0.5 <= found.high
+        widths.append(found.high - found.low)
+    known = 2 * 1.96 * math.sqrt(0.95 * 0.05 * (1 / 87 + 1 / 67) / 4)
+    assert covered >= 93
+    assert known * 0.9 < np.mean(widths) < known * 1.3
+
+
 def estimates(path):
     [result] = json.loads(path.read_text())
     return result, {estimate["name"]: estimate for estimate in result["estimates"]}
@@ -104,6 +118,19 @@ def test_a_run_is_measured_from_what_it_started_from(made, tmp_path, capsys):
     assert "all pairs" in shown
     assert max(map(len, shown.splitlines())) <= 80 or str(made) in shown
     assert "all pairs" in html.read_text()
+
+
+def test_length_controlled_is_the_mean_of_both_lengths(made, tmp_path):
+    rows = [{"prompt": "Well?", "chosen": " yes" * count, "rejected": " no"} for count in (4, 5, 6)]
+    rows.append({"prompt": "Well?", "chosen": " yes", "rejected": " no" * 9})
+    data, output = runs.write(tmp_path / "pairs.jsonl", rows), tmp_path / "e.json"
+    main(["evaluate", str(made / "base"), "--data", data, "--reference", "none", "--output", str(output)])
+    _, found = estimates(output)
+    longer, shorter = found["chosen is longer"], found["chosen is shorter"]
+    assert (longer["rows"], shorter["rows"]) == (3, 1)
+    assert longer["margin"] < 0 < shorter["margin"]
+    for name in ("accuracy", "margin"):
+        assert found["length-controlled pairs"][name] == pytest.approx((longer[name] + shorter[name]) / 2)
 
 
 def test_a_model_against_itself_only_ties(made, tmp_path, capsys):
@@ -173,6 +200,8 @@ def test_mistakes_are_one_sentence_with_a_remedy(made, tmp_path, capsys):
         ([base, "--data", tmp_path / "no.jsonl", "--reference", "none"], "no.jsonl"),
         ([tmp_path / "no", "--data", data, "--reference", "none"], "no such folder"),
         ([base, "--data", data, "--reference", "none", "--output", mine], "exists already"),
+        ([base, "--data", data, "--reference", "none", "--batch_size", "0"], "`batch_size` must be at least 1"),
+        ([base, "--data", data, "--reference", "none", "--max_length", "0"], "`max_length` must be at least 2"),
     ):
         assert expected in refused(["evaluate", *given], capsys), given
     assert mine.read_text() == "mine"

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -256,6 +258,19 @@ def hang(prompt, completion):
         pass
 
 
+def forgiving(prompt, completion):
+    try:
+        hang(prompt, completion)
+    except Exception:
+        return False
+
+
+def deaf(prompt, completion):
+    with suppress(BaseException):
+        hang(prompt, completion)
+    return False
+
+
 def broken(prompt, completion):
     raise KeyError("no such answer")
 
@@ -264,11 +279,16 @@ def broken(prompt, completion):
     ("function", "message"),
     [
         (hang, "`hang` took more than 0.2 seconds"),
+        (forgiving, "`forgiving` took more than 0.2 seconds"),
+        (deaf, "`deaf` took more than 0.2 seconds"),
+        (lambda prompt, completion: sys.exit(0), "raised SystemExit: 0"),
         (broken, "`broken` raised KeyError: 'no such answer'"),
         (lambda prompt, completion: float("nan"), "gave the score nan: give a finite number, or `None`"),
+        (lambda prompt, completion: 10**400, "gave the score 1000.*: give a finite number, or `None`"),
+        (lambda prompt, completion: torch.tensor(1.0), r"gave the score tensor\(1\.\): .*`\.item\(\)` makes a plain"),
         (lambda prompt, completion: "yes", "gave the score 'yes'"),
     ],
-    ids=["hangs", "raises", "nan", "text"],
+    ids=["hangs", "forgives", "catches all", "exits", "raises", "nan", "huge", "tensor", "text"],
 )
 def test_a_verifier_that_fails_is_one_sentence(function, message, tmp_path):
     """The alarm of somebody else's, such as that of pytest's own time limit, is as it was."""
@@ -326,14 +346,26 @@ def test_a_command_that_dies_once_is_started_again(tmp_path):
         ("asked['prompt'] == '6=' and time.sleep(60)", "took more than 1 seconds"),
         ("asked['prompt'] == '6=' and print('good', flush=True)", "wrote (more than one line|'good', which is no)"),
         ("asked['prompt'] == '6=' and print('NaN', flush=True)", "wrote more than one line|the score nan"),
+        ("if asked['prompt'] == '6=': print('[' * 60000, flush=True); continue", "which is no score"),
+        ("if asked['prompt'] == '6=': print(10**400, flush=True); continue", "the score 1000.*finite number"),
     ],
-    ids=["dies", "hangs", "text", "nan"],
+    ids=["dies", "hangs", "text", "nan", "nested", "huge"],
 )
 def test_a_command_that_fails_is_one_sentence_and_loses_nothing(code, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         judged(tmp_path, Command(program(tmp_path, code), seconds=1.0, restarts=0))
     assert "\n" not in str(error.value)
     assert lines(tmp_path / "step" / "scores.0.jsonl") == [[0, [1.0, 2.0, 3.0]]]
+
+
+def test_the_identity_of_a_command_has_the_content_of_its_files(tmp_path):
+    """Code of any length may stand in the command itself, where no file can have such a name."""
+    program(tmp_path)
+    command = Command(f"python {tmp_path / 'judge.py'} '{'#' * 5000}'")
+    before = command.identity()
+    assert set(before["files"]) == {str(tmp_path / "judge.py")}
+    program(tmp_path, "1")
+    assert command.identity() != before
 
 
 def test_a_command_that_is_none_is_one_sentence(tmp_path):
@@ -499,7 +531,11 @@ def test_nothing_is_executed_that_the_command_line_has_not_permitted(here, capsy
     assert f"error: `touch {decoy}` may not judge" in refused([*words, "--allow-import", "my_verifier"], capsys)
     assert not decoy.exists()
     assert not (here / "runs").exists()
-    assert "ended with status 0 before it gave its score" in refused([*words, "--allow-command"], capsys)
+    said = refused([*words, "--allow-command"], capsys)
+    assert "ended with status 0 before it gave its score" in said
+    assert re.search(
+        r"What was done of the step is kept. To go on: lit-dpo fit .* --allow-command --ckpt_path last", said
+    )
     assert decoy.exists()
 
 
@@ -509,7 +545,4 @@ if __name__ == "__main__":
     if not sys.argv[3:]:
         train(Path(sys.argv[1]), Noting(notes, PROMPTS[3], "kill"))
     train(Path(sys.argv[1]), Noting(notes), processes={"strategy": sys.argv[3], "devices": 2})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # a plain exit aborts now and then, when all is done
+    runs.leave()

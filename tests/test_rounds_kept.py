@@ -2,25 +2,48 @@
 
 import json
 import math
+import os
 import re
 import resource
+import shlex
 import shutil
+import signal
 import sys
+import time
 import tracemalloc
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from statistics import variance
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from lit_dpo import BestVsWorst, CachedReference, LoRA, OnPolicy, Pool, Verifier
+from lit_dpo import (
+    BestVsWorst,
+    CachedReference,
+    Discriminated,
+    Discriminator,
+    Filtered,
+    LoRA,
+    OnPolicy,
+    Partition,
+    Pool,
+    SelfPlay,
+    Verifier,
+)
 from lit_dpo.cli import main
+from lit_dpo.data.encode import PairEncoder
+from lit_dpo.data.texts import pool_pairs
 from lit_dpo.models import load_model
 from lit_dpo.sampling import Completion, Sampler
+from lit_dpo.stepwise import fit_stepwise
 from tests import runs
 from tests.terminal import Terminal
-from tests.test_rounds import DESCRIPTION, PROMPTS, Noting, lines, signs, train
+from tests.test_rounds import DESCRIPTION, PROMPTS, Noting, here, lines, online, signs, train  # noqa: F401
 
-pytestmark = runs.QUIET
+pytestmark = [*runs.QUIET, pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")]
 
 
 class Saying(Pool):
@@ -112,20 +135,60 @@ def test_a_full_disk_loses_nothing_and_the_round_goes_on(tmp_path):
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+class Learned(Discriminator):
+    """Learns nothing and likes completions by their last sign."""
+
+    def fit(self, pairs, start):
+        return 0.8, len(pairs)
+
+    def save(self, folder, measured):
+        pass
+
+    def score(self, prompts, completions):
+        return last_sign(prompts, completions)
+
+
+def last_sign(prompts, completions):
+    return [float(text[-1]) for text in completions]
+
+
+def partition_of(name, folder, count):
+    """A round of so many prompts, and what its pool needs."""
+    judge = Verifier(lambda prompt, text: float(text[-1]))
+    if name == "on policy":
+        return round_of(folder, judge, count), {}
+    folder.mkdir()
+    rows = ({"prompt": f"{n}=", "chosen": "12345678" * 12 + "9", "rejected": "1"} for n in range(count))
+    file = runs.write(folder / "rows.jsonl", rows)
+    if name == "discriminated":
+        return Discriminated(file, judge, Learned(), prompts_per_round=count), {"model": lambda step: (None, None)}
+    if name == "self-play":
+        encoder = PairEncoder(signs(), 128)
+        return SelfPlay(file, segment_tokens=4, buffer=count), {"encoder": lambda: encoder}
+    return Filtered(judge), {"pairs": partial(pool_pairs, data_of(file))}
+
+
+def data_of(file):
+    data = runs.data(file, validation=None, max_length=128, tokenizer=signs(), validation_fraction=0.0)
+    data.setup("fit")
+    return data
+
+
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_prompts(tmp_path):
+@pytest.mark.parametrize("name", ["on policy", "filtered", "discriminated", "self-play"])
+def test_memory_does_not_grow_with_the_prompts(name, tmp_path):
     """Completions, scores and pairs of a round eight times as large take no more, but for a few bytes a prompt."""
     peaks = []
     for count in (250, 2000):
-        partition = round_of(tmp_path / str(count), Verifier(lambda prompt, text: float(text[-1])), count)
-        pool = Saying(tmp_path / str(count) / "step")
+        partition, more = partition_of(name, tmp_path / str(count), count)
+        pool = Saying(tmp_path / str(count) / "step", **more)
         pool.asked = Nothing()
         tracemalloc.start()
         rows = partition.next(0, pool)
-        assert sum(row["chosen"].endswith("7") for row in rows) == count
+        assert sum(1 for row in rows if row["chosen"] != row["rejected"]) > 0.9 * count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 1750 < 200  # bytes a prompt; its completions alone are 500 as text
+    assert (peaks[1] - peaks[0]) / 1750 < 200  # bytes a prompt; its completions or its row are 500 and more as text
 
 
 class Nothing:
@@ -208,6 +271,140 @@ def test_a_judge_that_was_corrected_goes_on_where_that_is_allowed(tmp_path, caps
     assert "Counting" not in capsys.readouterr().err
 
 
+def test_a_copy_that_somebody_made_is_no_journal(tmp_path):
+    """Decoys of other values beside the files of a round that is stopped; they are neither read nor changed."""
+    folder, notes = tmp_path / "run", tmp_path / "notes"
+    whole = [*round_of(tmp_path / "whole", Counting(notes), 6).next(0, Saying(tmp_path / "whole" / "step"))]
+    with pytest.raises(ValueError, match="The judge gave"):
+        round_of(folder, Counting(notes, fails_at="number 3="), 6).next(0, Saying(folder / "step"))
+    decoys = [folder / "step" / name for name in ("scores.old.jsonl", "scores.0.old.jsonl", "scores.old.0.jsonl")]
+    for decoy in decoys:
+        decoy.write_text("".join(f"[{number}, {[0.0] * 8}]\n" for number in range(6)))
+    before = [decoy.read_bytes() for decoy in decoys]
+    assert [*round_of(folder, Counting(notes), 6).next(0, Saying(folder / "step"))] == whole
+    assert [decoy.read_bytes() for decoy in decoys] == before
+
+
+class Twice(Counting):
+    """Starts the round once more while it is under way, as a scheduler may that takes the first run for dead."""
+
+    def score(self, prompts, completions):
+        again = round_of(self.notes.parent, Counting(self.notes), 6)
+        with pytest.raises(ValueError, match=r"Another process writes to `.*scores.0.jsonl`.* end it first"):
+            again.next(0, Saying(self.notes.parent / "step"))
+        return super().score(prompts, completions)
+
+
+def test_two_runs_do_not_write_the_same_round(tmp_path):
+    whole = [
+        *round_of(tmp_path / "whole", Counting(tmp_path / "notes"), 6).next(0, Saying(tmp_path / "whole" / "step"))
+    ]
+    folder = tmp_path / "run"
+    assert [*round_of(folder, Twice(folder / "notes"), 6).next(0, Saying(folder / "step"))] == whole
+    assert (folder / "notes").read_text().splitlines() == [f"number {n}=" for n in range(6)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_a_judge_has_left_behind_does_not_hold_the_round(tmp_path):
+    """It was forked while the file of scores was open, and outlives the round that has failed."""
+    children = []
+
+    def forking(prompt, text):
+        if not (child := os.fork()):
+            time.sleep(60)
+            os._exit(0)
+        children.append(child)
+        raise RuntimeError("failed")
+
+    folder = tmp_path / "run"
+    with pytest.raises(ValueError, match="raised RuntimeError: failed"):
+        round_of(folder, Verifier(forking), 6).next(0, Saying(folder / "step"))
+    allowed = Saying(folder / "step", allow_changes=True)
+    assert len(round_of(folder, Verifier(lambda prompt, text: float(text[-1])), 6).next(0, allowed)) == 6
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_no_completion_is_taken_for_that_of_another_prompt(tmp_path):
+    """The file is changed while it is judged, so that most lines stand where another one has stood."""
+    path = tmp_path / "run" / "step" / "completions.0.jsonl"
+
+    def changing(prompt, text):
+        if prompt == "number 0=" and text[-1] == "0":
+            path.write_text("".join(line + "\n" for line in reversed(path.read_text().splitlines())))
+        return float(text[-1])
+
+    with pytest.raises(ValueError, match=r"completions.0.jsonl` was changed while it was read: go on with the run"):
+        round_of(tmp_path / "run", Verifier(changing)).next(0, Saying(tmp_path / "run" / "step"))
+
+
+def test_another_policy_does_not_go_on_with_a_round(tmp_path):
+    """A round of which nothing is trained yet: what was sampled is not of this model."""
+    with pytest.raises(ValueError, match="The judge gave"):
+        train(tmp_path / "run", Noting(tmp_path / "notes", PROMPTS[3]))
+    before = (tmp_path / "run" / "partition_0" / "completions.0.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="was begun with another init_seed: undo that, or start in a new folder"):
+        train(tmp_path / "run", Noting(tmp_path / "notes"), resume=True, model={"init_seed": 7})
+    assert (tmp_path / "run" / "partition_0" / "completions.0.jsonl").read_bytes() == before
+
+
+def test_what_was_said_is_kept_as_it_was_said(tmp_path):
+    """White space that a tokenizer would tidy away between prompt and completion, and within one, stays."""
+    words = {"<end>": 0, "1": 1, " ": 2, ".": 3, "?": 4, "'": 5, "s": 6}
+    core = Tokenizer(models.WordLevel(words, "<end>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tidy = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", clean_up_tokenization_spaces=True)
+    prompts, found = ["1 ", "1 '", "1"], []
+
+    class Asking(Partition):
+        def next(self, step, pool):
+            found.extend(pool.complete(prompts, Sampler(16, max_new_tokens=12)))
+
+    module = runs.module({**DESCRIPTION, "tie_word_embeddings": True}, tokenizer=tidy)
+    rows = [{"prompt": "1", "chosen": "1", "rejected": "s"}]
+    data = runs.data(rows, partition=Asking(), validation_fraction=0)
+    with pytest.raises(ValueError, match="has no first step"):
+        fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=1), tmp_path / "run")
+    said = [one for each in found for one in each]
+    assert sum(one.text[:1] in (".", "?", "'") for one in said[:32]) > 3
+    for one in said:
+        assert one.text == "".join(sign for id in one.ids if (sign := tidy.convert_ids_to_tokens(id)) != "<end>")
+
+
+STOPPING = """
+import os, signal
+def is_right(prompt, completion):
+    if prompt == "23=" and not os.path.exists("mended"):
+        {}
+    return "7" not in completion
+"""
+
+
+def test_ctrl_c_while_judging_prints_the_command_to_go_on_with(here, capsys):  # noqa: F811
+    """With it, and with nothing else changed, the round goes on."""
+    words = [*online(here, "--allow-import", "my_verifier"), "--data.partition.rounds", "1"]
+    (here / "my_verifier.py").write_text(STOPPING.format("os.kill(os.getpid(), signal.SIGINT)"))
+    with pytest.raises(SystemExit, match="130"):
+        main(words)
+    said = capsys.readouterr().err
+    assert "lit-dpo: interrupted\nWhat was done of the step is kept. To go on: lit-dpo fit" in said
+    step = here / "runs" / "online" / "version_0" / "partition_0"
+    judged = lines(step / "scores.0.jsonl")
+    assert len(judged) == 2
+    (here / "mended").touch()
+    again = shlex.split(said.rpartition("To go on: ")[2])[1:]
+    other = [
+        word if word != json.dumps(DESCRIPTION) else json.dumps({**DESCRIPTION, "hidden_size": 16}) for word in again
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        main(other)
+    assert "differs from that of the run to resume in model.model.hidden_size" in capsys.readouterr().err
+    main(again)
+    assert lines(step / "scores.0.jsonl")[:2] == judged
+    assert (step / "export").is_dir()
+
+
 # -- what is measured beside the pairs --------------------------------------------------------------------------------
 
 
@@ -216,12 +413,12 @@ def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
     record = json.loads((one / "run" / "partition_0" / "round.json").read_text())
     assert record["trusted"]["pairs"] == 3
     assert record["trusted"]["share"] == pytest.approx(2.5 / 3)  # of the third pair both completions hold no 7
-    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(1 / 12 / 3))
-    models = {
+    assert record["trusted"]["error"] == pytest.approx(1.959964 * math.sqrt(variance([1, 1, 0.5, 0, 0, 1, 1]) / 7))
+    answering = {
         "greedy": load_model(DESCRIPTION, signs()),
         "greedy_after": load_model(str(one / "run/partition_0/export")),
     }
-    for name, model in models.items():
+    for name, model in answering.items():
         right = []
         for prompt in ("31=", "4=", "15="):
             ids = signs()(prompt, return_tensors="pt").input_ids
@@ -240,6 +437,15 @@ def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{record['greedy_after']['score']:.3f}" in re.search(r"after the round.*", shown)[0]
     assert re.search(r"seconds of training +\d", shown)
+
+
+@pytest.mark.parametrize("option", ["greedy_prompts", "trusted"])
+def test_what_measures_nothing_is_refused(option, tmp_path):
+    """A mean over nothing would be recorded as 0."""
+    empty = runs.write(tmp_path / "empty.jsonl", [])
+    rounds = round_of(tmp_path / "run", Counting(tmp_path / "notes"), 2, **{option: empty})
+    with pytest.raises(ValueError, match=f"`{option}`: `.*empty.jsonl` holds no .*leave the option out"):
+        rounds.next(0, Saying(tmp_path / "run" / "step"))
 
 
 def test_a_judge_that_got_worse_is_said(tmp_path):

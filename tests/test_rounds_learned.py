@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,12 +70,12 @@ class Failing(Judge):
         return [self.function(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
 
 
-def run(folder, partition, pairs=PAIRS, resume=False, epochs=1, model=DESCRIPTION, **options):
+def run(folder, partition, pairs=PAIRS, resume=False, epochs=1, model=DESCRIPTION, processes=None, **options):
     """Train through the steps; returns the module, and the folders of the steps."""
     more = {"tokenizer": signs(), "lr": 1e-2, "optimizer": torch.optim.AdamW, **options}
     module = runs.module(model, **more)
     data = runs.data(pairs, partition=partition, batch_size=2, validation=PAIRS[:2], max_length=32)
-    fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=epochs), folder, resume)
+    fit_stepwise(module, data, lambda root: runs.trainer(root, max_epochs=epochs, **(processes or {})), folder, resume)
     return module, sorted(folder.glob("partition_*"))
 
 
@@ -129,6 +130,19 @@ def test_what_is_held_out_is_neither_sampled_nor_trained_on(tmp_path):
     assert len(pool) == 6
     assert {row["prompt"] for row in lines(tmp_path / "run" / "partition_0" / "pairs.jsonl")} <= pool
     assert len(lines(tmp_path / "run" / "partition_0" / "completions.0.jsonl")) == 6
+
+
+def test_rows_that_change_between_rounds_are_refused(tmp_path):
+    """Their number and places are as before: of what was read at the start, only the token ids are kept."""
+    file = runs.write(tmp_path / "pairs.jsonl", PAIRS)
+
+    def changing(prompt, text):
+        runs.write(tmp_path / "pairs.jsonl", [*PAIRS[:-1], {**PAIRS[-1], "chosen": "9" + PAIRS[-1]["chosen"]}])
+        return length(prompt, text)
+
+    with pytest.raises(ValueError, match="The training data have changed since this run has read them"):
+        run(tmp_path / "run", filtered(Verifier(changing)), file)
+    assert not (tmp_path / "run" / "partition_1" / "pairs.jsonl").exists()
 
 
 def test_the_reference_stays_the_first_model_or_is_refused(tmp_path):
@@ -333,6 +347,25 @@ def test_a_killed_round_makes_the_same_pairs(method, whole, tmp_path):
             assert (root / name).read_bytes() == (other / name).read_bytes()
 
 
+@pytest.mark.slow
+def test_two_processes_make_the_pairs_that_one_makes(whole, tmp_path):
+    """Both rounds are shared, each prompt being sampled, labelled and judged by one process alone."""
+    runs.launch(["tests.test_rounds_learned", "d2po", str(tmp_path), "never", "ddp"])
+    roots = [tmp_path / "run" / f"partition_{number}" for number in (0, 1)]
+    names = ("pairs.jsonl", "gold.jsonl", "discriminator/model.safetensors")
+    for name in names:
+        assert (roots[0] / name).read_bytes() == (whole[0][0] / name).read_bytes(), name
+    for root in roots:
+        for name in ("completions", "gold", "scores"):
+            numbers = [{line[0] for line in lines(root / f"{name}.{rank}.jsonl")} for rank in (0, 1)]
+            assert [{n % 2 for n in own} for own in numbers] == [{0}, {1}], name
+    assert len((tmp_path / "notes").read_text().split()) == 8  # no label was asked for twice
+    together = [(roots[1] / name).read_bytes() for name in names]
+    shutil.rmtree(roots[1])
+    run(tmp_path / "run", d2po(tmp_path, Failing(fewer_sevens, tmp_path / "notes")), resume=True)
+    assert [(roots[1] / name).read_bytes() for name in names] == together
+
+
 def program(method, folder, fails_at=None):
     """What a process of its own trains."""
     function = fewer_sevens if method == "d2po" else length
@@ -474,5 +507,9 @@ def test_the_numbers_of_the_manual_are_the_measured_ones():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    which, where, when = sys.argv[1:]
-    run(Path(where) / "run", program(which, Path(where), None if when == "never" else int(when)), resume=True)
+    which, where, when, *strategy = sys.argv[1:]
+    shared = {"strategy": strategy[0], "devices": 2} if strategy else None
+    made = program(which, Path(where), None if when == "never" else int(when))
+    run(Path(where) / "run", made, resume=True, processes=shared)
+    if strategy:
+        runs.leave()

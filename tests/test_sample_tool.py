@@ -105,6 +105,9 @@ def test_mistakes_are_one_sentence_with_a_remedy(made, prompts, tmp_path, capsys
         ([base, "--prompts", prompts, "--temperature", "-1"], "`temperature` must be at least 0"),
         ([base, "--prompts", prompts, "--max_new_tokens", "500"], f"{prompts}:1: A prompt of "),
         ([base, "--prompts", prompts, "--count", "-1"], "`count` must be at least 0"),
+        ([base, "--prompts", prompts, "--batch_size", "0"], "`batch_size` must be at least 1"),
+        ([base, "--prompts", prompts, "--top_p", "0.9"], "`top_p` 0.9 changes nothing at `temperature` 0"),
+        ([base, "--prompts", prompts, "--jsonl", "new", "--html", "./new"], "Two files cannot be written to `new`"),
         ([base, "--prompts", prompts, "--sampels", "2"], "sampels"),
     ):
         assert expected in refused(["sample", *given], capsys), given

@@ -25,8 +25,8 @@ class Tokenizer:
 
     eos_token_id = 1
 
-    def decode(self, ids, skip_special_tokens):
-        assert skip_special_tokens
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert (skip_special_tokens, clean_up_tokenization_spaces) == (True, False)
         return " ".join(map(str, ids))
 
 
@@ -181,6 +181,16 @@ def test_what_cannot_be_sampled_is_refused():
         list(Sampler(max_new_tokens=2)(model, Tokenizer(), [[]]))
     with pytest.raises(ValueError, match="A prompt of 60 tokens and 8 new ones exceed the 64 positions"):
         list(Sampler(max_new_tokens=8)(model, Tokenizer(), [[5] * 60]))
+
+
+def test_a_file_of_prompts_in_another_encoding_is_one_sentence(tmp_path):
+    """With the mark that some programs put before UTF-8, and in Latin-1."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffgrößer als\n\nweiter\n".encode())
+    assert [prompt.content for prompt in read_prompts(str(file))] == ["größer als", "weiter"]
+    file.write_bytes("größer als\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"`.*prompts\.txt` is not UTF-8 .*: save it in that encoding\."):
+        list(read_prompts(str(file)))
 
 
 def test_repetition_is_the_share_of_four_grams_seen_before():

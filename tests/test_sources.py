@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from lit_dpo import PreferenceModule, trusting_remote_code
+from lit_dpo import Discriminator, PreferenceModule, RewardModel, trusting_remote_code
 from lit_dpo import pretrained as sources
 from lit_dpo.cli import main
 from lit_dpo.export import export
@@ -265,6 +265,70 @@ def test_every_call_of_transformers_says_whether_code_may_run():
     assert all("trust_remote_code=" in call for _, call in calls), calls
 
 
+# -- judges -----------------------------------------------------------------------------------------------------------
+
+ASKED = [("Tea?", " yes", " no"), ("Rain?", " soon", " no")]
+
+
+def with_code(folder, canary, name):
+    """A classifier whose configuration says that its class is in a file of the folder; transformers may know one."""
+    (folder / "own_code.py").write_text(CODE.format(canary=str(canary)))
+    edit(folder / "config.json", auto_map={name: "own_code.OwnModel"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """A reward model with nothing wrong with it."""
+    judge = Discriminator(epochs=1, folds=2)
+    tokenizer = quickstart_tokenizer()
+    judge.fit(ASKED, (load_model(runs.LLAMA, tokenizer), tokenizer))
+    folder = tmp_path_factory.mktemp("judge") / "reward"
+    judge.save(folder, {})
+    return folder
+
+
+@pytest.mark.parametrize("what", ["kind", "tokenizer", "kernel", "pickle"])
+def test_no_code_that_comes_with_a_judge_runs(what, tmp_path, canary, reward, foreign_tokenizer):
+    folder = copy(reward, tmp_path / "reward")
+    with_code(folder, canary, "AutoModelForSequenceClassification")
+    assert None not in RewardModel(str(folder)).score(["Tea?"], [" yes"])  # by the class of transformers
+    if what == "kind":
+        edit(folder / "config.json", model_type="own_kind", auto_map={"AutoConfig": "own_code.OwnConfig"})
+    elif what == "tokenizer":
+        (folder / "tokenizer_config.json").write_bytes((foreign_tokenizer / "tokenizer_config.json").read_bytes())
+        edit(folder / "config.json", model_type="llama", auto_map={"AutoTokenizer": [None, "own_code.OwnTokenizer"]})
+    elif what == "kernel":
+        edit(folder / "config.json", attn_implementation="somebody/kernel")
+    else:
+        pickled(folder, {NORM: Bomb(f"touch {canary}")})
+    for use in (lambda: RewardModel(str(folder)).score(["Tea?"], [" yes"]), lambda: Discriminator().load(folder)):
+        with pytest.raises(ValueError, match=r"needs Python code of its own, which is not run|as a pickle") as error:
+            use()
+        assert "\n" not in str(error.value)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(("what", "trusted"), [("base", True), ("start", False)], ids=["base", "start"])
+def test_no_code_that_comes_with_a_language_model_makes_a_discriminator_of_it(what, trusted, tmp_path, canary):
+    """Of Cohere's transformers knows no classifier; of a Llama it does, and takes that."""
+    tokenizer, start = quickstart_tokenizer(), None
+    for kind in ("llama", "cohere"):
+        folder = tmp_path / kind
+        export(load_model({**runs.LLAMA, "model_type": kind}, tokenizer), tokenizer, folder)
+        with_code(folder, canary, "AutoModelForSequenceClassification")
+        judge = Discriminator(str(folder) if what == "base" else None, epochs=1, folds=2)
+        with trusting_remote_code(trusted):
+            if what == "start":
+                start = load_model(str(folder)), load_tokenizer(str(folder))
+            if kind == "llama":
+                judge.fit(ASKED, start)
+            else:
+                with pytest.raises(ValueError, match=r"A cohere .*Python code of its own would, which is not run"):
+                    judge.fit(ASKED, start)
+    assert not canary.exists()
+
+
 def test_a_kernel_from_the_hub_is_code_too(copied):
     edit(copied / "config.json", attn_implementation="somebody/kernel")
     for load in (load_model, empty_model):
@@ -295,8 +359,11 @@ def pickled(folder, content):
 
 
 class Bomb:
+    def __init__(self, command="touch canary"):
+        self.command = command
+
     def __reduce__(self):
-        return os.system, ("touch canary",)
+        return os.system, (self.command,)
 
 
 def piped(folder, name):

@@ -215,6 +215,7 @@ def draw_positions(results: Results, drawn: Figure) -> None:
         axes.bar(at, rows.mean(0), 0.26, color=figure.COLOURS[list(low).index(name)], label=name)
     axes.axvline(-0.5, color="black", linestyle="--", linewidth=1)
     axes.axhline(0, color="black", linewidth=1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     figure.label(axes, "token, counted from the first one that differs", "change of its log-prob, nats")
     axes.legend(fontsize=11, frameon=False)
 
@@ -235,7 +236,7 @@ def _support(scale: str) -> Experiment:
     arms |= {f"{name}, high edit": {"loss": LOSSES[name], "kind": "gap1"} for name in ("DPO", "DPOP 50")}
     note = f"{sizes['pairs']} pairs that differ in one phrase (low edit) or are drawn independently with true scores "
     note += f"that differ by 1 (high edit), {sizes['epochs']} epochs, beta 0.1 for every loss, batch 16, AdamW 5e-4."
-    return _experiment("b_displacement", "B1", arms, {**sizes, "new_tokens": 48}, scale, note)
+    return _experiment("b_displacement", "B1", arms, {**sizes, "new_tokens": 48}, scale, note, 5)
 
 
 def _gsm(scale: str) -> Experiment:
@@ -247,11 +248,11 @@ def _gsm(scale: str) -> Experiment:
     arms["DPO, high edit"] = {"loss": LOSSES["DPO"], "kind": "gsm8k_model_solutions"}
     note = f"{sizes['pairs']} pairs of `gsm8k_lowedit` (low edit) or as many as there are of `gsm8k_model_solutions` "
     note += f"(high edit), {sizes['epochs']} epochs, beta 0.1 for every loss, batch 16, AdamW {sizes['rate']}."
-    return _experiment("b_displacement_gsm", "B1 on GSM8K", arms, {**sizes, "new_tokens": 160}, scale, note)
+    return _experiment("b_displacement_gsm", "B1 on GSM8K", arms, {**sizes, "new_tokens": 160}, scale, note, 3)
 
 
 def _experiment(
-    name: str, claim: str, arms: dict[str, Any], sizes: dict[str, Any], scale: str, note: str
+    name: str, claim: str, arms: dict[str, Any], sizes: dict[str, Any], scale: str, note: str, seeds: int
 ) -> Experiment:
     """With the four claims, which are judged alike on every set."""
     paper, paths, places = "2402.13228", f"{name}_paths", f"{name}_positions"
@@ -263,5 +264,5 @@ def _experiment(
     )
     figures = {paths: draw_trajectories, places: draw_positions}
     given = {arm: {**options, **sizes} for arm, options in arms.items()}
-    seeds, base = 2 if scale == "smoke" else 3, (sizes["base"],)
-    return Experiment(name, given, run, claims, figures, bases=base, seeds=seeds, note=note)
+    count = 2 if scale == "smoke" else seeds
+    return Experiment(name, given, run, claims, figures, bases=(sizes["base"],), seeds=count, note=note)

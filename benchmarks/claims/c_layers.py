@@ -72,6 +72,6 @@ def experiments(scale: str) -> list[Experiment]:
     claim = Claim("C2", "Intermediate DPO, arXiv 2408.02923", sentence, judge, "c_layers")
     return [
         Experiment(
-            "c_layers", arms(scale), run, (claim,), {"c_layers": draw}, seeds=1 if scale == "smoke" else 3, note=note
+            "c_layers", arms(scale), run, (claim,), {"c_layers": draw}, seeds=1 if scale == "smoke" else 5, note=note
         )
     ]

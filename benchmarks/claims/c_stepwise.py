@@ -104,5 +104,5 @@ def experiments(scale: str) -> list[Experiment]:
     note += "updates in every arm with 96 pairs. Each step warms up and starts Adam afresh."
     drawn = {"b_margin": b_margin.draw, "c_stepwise": draw}
     return [
-        Experiment("c_stepwise", arms, run, (b_margin.CLAIM, C1), drawn, seeds=1 if scale == "smoke" else 3, note=note)
+        Experiment("c_stepwise", arms, run, (b_margin.CLAIM, C1), drawn, seeds=1 if scale == "smoke" else 5, note=note)
     ]

@@ -114,4 +114,4 @@ def experiments(scale: str) -> list[Experiment]:
         Claim("D audit", "this package", sentence, finds, "d_audit"),
         Claim("D retrain", "this package", "Training without the suspects is better than DPO on all", helps, "d_audit"),
     )
-    return [Experiment("d_audit", ARMS, run, claims, {"d_audit": draw}, seeds=1 if scale == "smoke" else 3, note=note)]
+    return [Experiment("d_audit", ARMS, run, claims, {"d_audit": draw}, seeds=1 if scale == "smoke" else 5, note=note)]

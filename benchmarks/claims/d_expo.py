@@ -85,4 +85,4 @@ def experiments(scale: str) -> list[Experiment]:
     note = f"{count} `mixed` pairs, DPO 0.1, learning rate 2e-4; sampled replies to {held_out} held-out prompts."
     sentence = "Extrapolating a policy improves it up to a point, beyond which it gets worse"
     claim = Claim("D ExPO", "ExPO, arXiv 2404.16792", sentence, judge, "d_expo")
-    return [Experiment("d_expo", arms, run, (claim,), {"d_expo": draw}, seeds=1 if scale == "smoke" else 3, note=note)]
+    return [Experiment("d_expo", arms, run, (claim,), {"d_expo": draw}, seeds=1 if scale == "smoke" else 5, note=note)]

@@ -100,5 +100,5 @@ def experiments(scale: str) -> list[Experiment]:
     sentence = "Length-normalised DPO or R-DPO leans less on length than DPO, at no cost in length-controlled accuracy"
     claim = Claim("D length", "Tulu 3 (arXiv 2411.15124); R-DPO, arXiv 2403.19159", sentence, judge, "d_length")
     return [
-        Experiment("d_length", ARMS, run, (claim,), {"d_length": draw}, seeds=1 if scale == "smoke" else 3, note=note)
+        Experiment("d_length", ARMS, run, (claim,), {"d_length": draw}, seeds=1 if scale == "smoke" else 5, note=note)
     ]

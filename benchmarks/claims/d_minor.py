@@ -72,5 +72,5 @@ def experiments(scale: str) -> list[Experiment]:
     sentence = "MinorDPO stops pushing the rejected completion down once it is less likely than under the reference"
     claim = Claim("D minor", "MinorDPO, arXiv 2408.09834", sentence, judge, "d_minor")
     return [
-        Experiment("d_minor", ARMS, run, (claim,), {"d_minor": draw}, seeds=1 if scale == "smoke" else 3, note=note)
+        Experiment("d_minor", ARMS, run, (claim,), {"d_minor": draw}, seeds=1 if scale == "smoke" else 5, note=note)
     ]

@@ -98,5 +98,5 @@ def experiments(scale: str) -> list[Experiment]:
     claim = Claim("D pilot", "this package", sentence, judge, "d_pilot")
     arms = {"DPO": {"loss": "DPO"}}
     return [
-        Experiment("d_pilot", arms, run, (claim,), {"d_pilot": draw}, seeds=1 if scale == "smoke" else 3, note=note)
+        Experiment("d_pilot", arms, run, (claim,), {"d_pilot": draw}, seeds=1 if scale == "smoke" else 5, note=note)
     ]

@@ -94,11 +94,11 @@ def main() -> None:
     count, epochs, _ = losses.SIZES[given.scale]
     start, pairs = base(Place(given.work, None, given.scale), "support", 0).folder, support.pairs("mixed", count, 0)
     points = {name: next(p for p in losses.arms().values() if p["name"] == name) for name in TYPES}
-    records = []
-    for turn in range(given.turns):
+    records: list[Record] = []
+    for turn in range(-1, given.turns):  # the first one, which loads code on both sides, does not count
         with tempfile.TemporaryDirectory(prefix="sweep_") as work:
             rows = write_rows(Path(work), "mixed", pairs)
-            for number, (name, kind) in enumerate(TYPES.items()):
+            for number, (name, kind) in enumerate(list(TYPES.items())[: None if turn >= 0 else 1]):
                 sides: dict[str, Callable[[], float]] = {
                     "lit_dpo": lambda a=Path(work, f"{number}"), p=points[name], r=rows: ours(a, p, start, r, epochs),
                     "trl": lambda a=Path(work, f"t{number}"), k=kind, p=points[name]: trls(
@@ -106,8 +106,9 @@ def main() -> None:
                     ),
                 }
                 for side, train in sides.items():
-                    records.append({"turn": turn, "loss": name, "side": side, **timed(train)})
-                    print(records[-1], flush=True)
+                    record = {"turn": turn, "loss": name, "side": side, **timed(train)}
+                    print(record, flush=True)
+                    records += [record] if turn >= 0 else []
     about = facts("cpu", 1, 0)
     append_lines(given.out / "sweep.jsonl", [{**about, **record} for record in records])
     lines = []

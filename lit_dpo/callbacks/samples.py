@@ -16,6 +16,7 @@ from lit_dpo.callbacks.progress import ProgressLine, finish_progress
 from lit_dpo.data.prompts import Prompt, prompt_ids
 from lit_dpo.files import refuse_special
 from lit_dpo.module import PreferenceModule
+from lit_dpo.plain_text import obeyed_by_none
 from lit_dpo.sampling import REPEATING, Completion, Sampler, repetition
 
 
@@ -123,7 +124,7 @@ class SamplePrompts(Callback):
         counts = ", ".join(f"{sum(marks)} {name}" for name, marks in wrong.items())
         say(Text(f"Samples at step {trainer.global_step}: {counts} of {len(found)}", style="bold"))
         for prompt, completion in zip(self.prompts, found, strict=True):
-            say(Text(f"  {prompt}", style="dim"))
+            say(Text(f"  {obeyed_by_none(prompt)}", style="dim"))
             say(Text(f"  -> {completion.text.strip()!r}"))
 
     def _write(self, trainer: Trainer, found: Sequence[Completion], repeated: Sequence[float]) -> None:
@@ -163,5 +164,5 @@ def _print(title: str, rows: list[tuple[str, str]]) -> None:
     console = Console()
     console.print(Text(title, style="bold"))
     for prompt, completion in rows:
-        console.print(Text(f"  {prompt}", style="dim"))
+        console.print(Text(f"  {obeyed_by_none(prompt)}", style="dim"))
         console.print(Text(f"  -> {completion!r}"))

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -117,6 +117,26 @@ class TensorStore:
     def _header(self, content: bytes) -> bytes:
         record = {"identity": self.identity, "sha256": hashlib.sha256(content).hexdigest()}
         return json.dumps(record, sort_keys=True, indent=1).encode()
+
+
+def refuses_lock(file: BinaryIO) -> bool:
+    """Whether somebody else holds a file for writing; where that cannot be told, nobody does."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def give_back_lock(file: BinaryIO) -> None:
+    """Hold a file no longer, nor have processes hold it that were forked meanwhile."""
+    if sys.platform != "win32":
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _lock(file: BinaryIO | int, exclusive: bool) -> bool:

@@ -28,18 +28,20 @@ import lit_dpo.strategies  # noqa: F401 - registers `fsdp2`
 from lit_dpo.callbacks import LastCheckpoint, PairPredictionWriter, PolicyLine, ProgressLine, RunSummary, Stopped
 from lit_dpo.checkpoints.changes import refuse_changes
 from lit_dpo.checkpoints.claim import agreed, forget_handed_down, handed_down, is_first, number_of
+from lit_dpo.checkpoints.durable import replace_file
 from lit_dpo.checkpoints.foreign import refuse_foreign_checkpoint
 from lit_dpo.checkpoints.io import make_durable
 from lit_dpo.checkpoints.run import Run, check_checkpoint, refuse_foreign_logs
 from lit_dpo.cli.configs import with_paths
-from lit_dpo.cli.flags import Flags, import_packages, resuming, take_flags
+from lit_dpo.cli.flags import KEPT, Flags, import_packages, kept, resuming, take_flags
 from lit_dpo.cli.messages import one_sentence, users_fault
-from lit_dpo.cli.parser import PLUGGABLE, Parser, completed, subclass_names
+from lit_dpo.cli.parser import IMPORTABLE, PLUGGABLE, Parser, completed, subclass_names
 from lit_dpo.cli.private import CheckpointsSetNoOptions, switching_forgets_options
 from lit_dpo.cli.quiet import quiet
 from lit_dpo.cli.tools import TOOLS, WHOLE, as_options
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
+from lit_dpo.plain_text import plain
 from lit_dpo.pretrained import trusting_remote_code
 from lit_dpo.rounds.permission import permitting
 from lit_dpo.stepwise import fit_stepwise
@@ -135,7 +137,7 @@ class PreferenceCLI(CheckpointsSetNoOptions):
         if self._flags.overwrite and self.subcommand != "predict":
             raise ValueError("`--overwrite` is for `predict` alone: leave it out.")
         if self._get(self.config, "first_reference") and self.subcommand != "fit":
-            raise ValueError("`--first_reference` is for `fit` alone: leave it out.")
+            raise ValueError("`--first_reference` is for `fit` alone: leave it out, or add `--first_reference false`.")
         threads = self._get(self.config, "threads")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -231,7 +233,11 @@ class PreferenceCLI(CheckpointsSetNoOptions):
                     raise ValueError("Stepwise training goes on with `ckpt_path: last` alone, as a whole.")
                 resume = self._continued is not None
                 first = self._get(self.config, "first_reference")
-                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, self._run_folder(), resume, first)
+                folder = self._run_folder()
+                if not resume and is_first():  # the first step may be long in its beginnings
+                    with replace_file(folder / "config.yaml") as file:
+                        file.write(self._parser(subcommand).dump(self.config[subcommand], skip_unset=False).encode())
+                fit_stepwise(self.model, self.datamodule, self._fresh_trainer, folder, resume, first)
                 return
             if self._get(self.config, "first_reference"):
                 raise ValueError(
@@ -244,10 +250,12 @@ class PreferenceCLI(CheckpointsSetNoOptions):
             elif subcommand == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 self._log_to(Run(self._run_folder()), self.trainer)
             super()._run_subcommand(subcommand)
-        except Exception as error:
-            if users_fault(error):
+        except BaseException as error:
+            if isinstance(error, Exception) and users_fault(error):
                 for run in reversed(self._runs):
                     run.abandon()
+            if is_first() and any(run.is_stepwise for run in (self._continued, *self._runs) if run is not None):
+                error.add_note(KEPT)
             raise
         finally:
             forget_handed_down()
@@ -266,17 +274,6 @@ class PreferenceCLI(CheckpointsSetNoOptions):
         return trainer
 
 
-# What a configuration may name: narrow paths, none of which runs or loads anything by itself.
-_IMPORTABLE = (
-    *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
-    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "pickers", "on_policy")),
-    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play", "active")),
-    *(f"lit_dpo.{name}" for name in ("data.partition", "data.splits", "adapters.LoRA", "LoRA", "WarmupDecay")),
-    "lit_dpo.strategies.FSDP2Strategy",
-    *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
-    *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined
-    *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),
-)
 _LIGHTNINGS_OWN = ("best", "hpc")  # checkpoint paths that Lightning resolves by itself
 
 
@@ -298,7 +295,7 @@ def _run(given: list[str]) -> None:
         for name in hidden if is_first() else ():
             sys.stderr.write(f"`--config {name}`: the file `{name}` is taken, not the shipped configuration.\n")
         short = (f"lit_dpo.{name}" for base in PLUGGABLE for name in subclass_names(base))
-        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*_IMPORTABLE, *short, *flags.packages])
+        set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*IMPORTABLE, *short, *flags.packages])
         import_packages(flags.packages)
         with trusting_remote_code(flags.trust_remote_code), permitting(flags.packages, flags.allow_command):
             if args[:1] and args[0] in TOOLS:
@@ -317,18 +314,18 @@ def _run(given: list[str]) -> None:
             )
         raise
     except (KeyboardInterrupt, SystemExit) as stopped:
-        interrupted = isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt)
-        if interrupted:
-            sys.stderr.write("lit-dpo: interrupted\n")
+        if isinstance(stopped, KeyboardInterrupt) or isinstance(stopped.__context__, KeyboardInterrupt):
+            sys.stderr.write(f"lit-dpo: interrupted\n{kept(stopped, given)}")
             raise SystemExit(128 + signal.SIGINT) from None  # Lightning says 1
         raise
     except Exception as error:
         if os.environ.get("LIT_DPO_TRACEBACK") or not users_fault(error):
             raise
-        text = one_sentence(error)
+        text = plain(one_sentence(error))  # which may quote a file that somebody else wrote
         if "No supported gpu backend" in text or "CUDA" in text:
             text += " To run without a GPU, use `--trainer.accelerator cpu`."
         sys.stderr.write(f"lit-dpo: error: {text}\n(LIT_DPO_TRACEBACK=1 shows where it came from.)\n")
+        sys.stderr.write(kept(error, given))
         raise SystemExit(2) from error
 
 

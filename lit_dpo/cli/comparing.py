@@ -19,8 +19,8 @@ _ALONE = ["--trainer.devices", "1", "--trainer.num_nodes", "1"]  # Lightning sta
 def compare_runs(
     runs: list[str] = [],  # noqa: B006 - read only
     train: list[str] = [],  # noqa: B006
-    seeds: int = 5,
-    folder: str = "runs/compare",
+    seeds: int | None = None,
+    folder: str | None = None,
     output: str | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -37,8 +37,8 @@ def compare_runs(
     Args:
         runs: Folders of runs, or files that `predict` wrote; each is compared with those before it.
         train: Configurations to train and compare, in place of `runs`.
-        seeds: Trainings of each configuration.
-        folder: Where those go.
+        seeds: Trainings of each configuration; 5 by default.
+        folder: Where those go; `runs/compare` by default.
         output: An `.html` file to write the comparison to; none only prints.
         overwrite: Replace that file.
 
@@ -51,16 +51,19 @@ def compare_runs(
         raise ValueError("Give either runs to compare, or `--train` with configurations: one of the two.")
     if len(runs or train) < 2 or len(set(runs or train)) < len(runs or train):
         raise ValueError(f"To compare takes two or more that are not the same, got {' '.join(runs or train)}.")
-    if seeds < 1:
+    if runs and (seeds is not None or folder is not None):
+        raise ValueError("`--seeds` and `--folder` are for `--train`: leave them out, or name configurations by it.")
+    if seeds is not None and seeds < 1:
         raise ValueError(f"`seeds` must be at least 1, got {seeds}.")
     if output is not None:
         page.refuse_taken(output, overwrite, endings=[".html"])
     if train:
-        settings = {config: [_trained(config, Path(folder), seed) for seed in range(seeds)] for config in _named(train)}
+        root, trainings = Path(folder or "runs/compare"), range(seeds or 5)
+        settings = {config: [_trained(config, root, seed) for seed in trainings] for config in _named(train)}
     else:
         settings = {run: [Path(run)] for run in runs}
     files = {name: [_predictions(path) for path in paths] for name, paths in settings.items()}
-    count = seeds if train else 1
+    count = len(next(iter(files.values())))
     found = compare({name: [read_predictions(file) for file in each] for name, each in files.items()})
     show(found, count)
     if output is not None:
@@ -117,6 +120,7 @@ def _predictions(path: Path) -> Path:
     if not file.exists():
         words = ["predict", "--config", str(config_file(run)), "--ckpt_path", str(checkpoint)]
         words += ["--predictions", str(file), "--data.predict", "null", "--data.test", "null", *_ALONE]
+        words += ["--first_reference", "false"]  # which is for validations of a fit
         if not config["data"].get("validation") and not config["data"].get("validation_fraction", 0.1):
             raise ValueError(f"`{run.folder}` has no validation rows: predict other rows, and give the files.")
         print(f"Predicting the validation rows of {run.folder} with {checkpoint.name}", flush=True)

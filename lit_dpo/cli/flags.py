@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sysconfig
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+KEPT = "What was done of the step is kept"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,18 @@ def resuming(args: Sequence[str], checkpoint: str) -> list[str]:
         elif not argument.startswith("--ckpt_path="):
             rest.append(argument)
     return [*rest, "--ckpt_path", checkpoint]
+
+
+def kept(error: BaseException, args: Sequence[str]) -> str:
+    """What to say of a step that was stopped before there was a checkpoint; nothing if none was begun.
+
+    Args:
+        error: What stopped it, with the note `KEPT` if something is kept.
+        args: Those of the command line.
+    """
+    if KEPT not in getattr(error, "__notes__", []):
+        return ""
+    return f"{KEPT}. To go on: {shlex.join(['lit-dpo', *resuming(args, 'last')])}\n"
 
 
 def import_packages(packages: Sequence[str]) -> None:

@@ -24,6 +24,17 @@ from lit_dpo.losses import PreferenceLoss
 from lit_dpo.references.base import Reference
 from lit_dpo.rounds import Judge, Picker
 
+# What a configuration may name: narrow paths, none of which runs or loads anything by itself.
+IMPORTABLE = (
+    *(f"lit_dpo.{name}" for name in ("losses", "references", "schedules", "callbacks")),
+    *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "implicit", "pickers", "on_policy")),
+    *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play", "active")),
+    *(f"lit_dpo.{name}" for name in ("data.partition", "data.splits", "adapters.LoRA", "LoRA", "WarmupDecay")),
+    "lit_dpo.strategies.FSDP2Strategy",
+    *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
+    *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined
+    *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),
+)
 PLUGGABLE = (PreferenceLoss, Reference, Partition, Judge, Picker)
 _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
     "loss": PreferenceLoss,

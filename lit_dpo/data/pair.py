@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Required, TypedDict
 
+from lit_dpo.plain_text import obeyed_by_none
+
 
 class Message(TypedDict, total=False):
     """One turn of a conversation.
@@ -82,7 +84,8 @@ class RowError(ValueError):
 
     def __str__(self) -> str:
         column = f", column `{self.column}`" if self.column else ""
-        return f"{self.where}{column}: {self.reason}; {self.remedy}.{self.others and ' '}{self.others}"
+        text = f"{self.where}{column}: {self.reason}; {self.remedy}.{self.others and ' '}{self.others}"
+        return obeyed_by_none(text)  # which names columns and values of the row
 
     def with_others(self, others: str) -> "RowError":
         """The same error, which also tells of the rows behind it."""

@@ -47,10 +47,12 @@ class Pool:
         logps: Gives log-probs; called with the arguments of `logps`.
         progress: Tells whether this process draws on a terminal how far it is.
         allow_changes: Whether the user lets a run go on whose data have changed.
+        policy: What decides the policy that starts the step and how it is asked, as plain values.
 
     Attributes:
         sources: Name of the data source of each pair, by row number.
         allow_changes: As given.
+        policy: As given.
     """
 
     def __init__(
@@ -63,13 +65,15 @@ class Pool:
         processes: tuple[int, int] = (0, 1),
         gather: Callable[[dict[int, Any]], dict[int, Any]] = dict,
         encoder: Callable[[], PairEncoder] | None = None,
-        pairs: Callable[[], list[Pair]] | None = None,
+        pairs: Callable[[], Sequence[Pair]] | None = None,
         model: Callable[[int], tuple[PreTrainedModel, PreTrainedTokenizerBase]] | None = None,
         logps: Callable[..., Iterator[list[float]]] | None = None,
         progress: Callable[[], bool] | None = None,
         allow_changes: bool = False,
+        policy: Mapping[str, object] | None = None,
     ) -> None:
         self.sources, self._progress, self.allow_changes = sources, progress, allow_changes
+        self.policy = dict(policy or {})
         self._encoder = encoder
         self._pairs, self._model, self._logps = pairs, model, logps
         self._complete, self._processes, self._gather = complete, processes, gather
@@ -109,8 +113,8 @@ class Pool:
         """The folder of an earlier step, which holds what it has left."""
         return self.folder.with_name(f"partition_{step}")
 
-    def pairs(self) -> list[Pair]:
-        """The pairs as texts, by row number; the data are read again for it.
+    def pairs(self) -> Sequence[Pair]:
+        """The pairs as texts, by row number; the data are read again for it, and each text when it is asked for.
 
         Raises:
             ValueError: There are none.

@@ -52,10 +52,13 @@ def read_prompts(source: str) -> Iterator[Prompt]:
         if not Path(source).exists():
             raise FileNotFoundError(f"`{source}`: there is no such file of prompts; name another.")
         refuse_special(source)
-        with open(source, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if text := line.strip():
-                    yield Prompt(text, f"{source}:{number}", line=True)
+        with open(source, encoding="utf-8-sig") as file:
+            try:
+                for number, line in enumerate(file, 1):
+                    if text := line.strip():
+                        yield Prompt(text, f"{source}:{number}", line=True)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"`{source}` is not UTF-8 ({error.reason}): save it in that encoding.") from error
         return
     for where, row in read_rows(source):
         yield Prompt(_prompt_of(row, where), where)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.layouts import LAYOUTS
 from lit_dpo.data.pair import NoPreferenceError, Pair, RowError
+from lit_dpo.plain_text import obeyed_by_none
 
 _EXAMPLES = 3
 _COUNTED = ("truncated", "healed", "with special tokens", "duplicates", "contradictions")
@@ -116,7 +117,7 @@ class LoadReport:
         for source in mixed:
             found = ", ".join(f"`{name}` {count}" for name, count in self.layouts[source].most_common())
             lines.append(f"{source} mixes layouts: {found}")
-        return "\n".join(lines)
+        return obeyed_by_none("\n".join(lines))  # names columns and values of the rows
 
     def overview(self, decode: Callable[[list[int]], str], has_template: bool = False) -> str:
         """The layout and lengths of each source, and one pair as it is trained on, with its boundary.
@@ -140,7 +141,7 @@ class LoadReport:
             lines.append(f"{where}, as it is trained on; the prompt ends where the completions begin:")
             lines.append(f"  prompt   {_end(prompt)}")
             lines += [f"  {name:8} {_start(text)}" for name, text in (("chosen", chosen), ("rejected", rejected))]
-        return "\n".join(lines)
+        return obeyed_by_none("\n".join(lines))
 
     def skip(self, error: RowError, where: str | None = None) -> None:
         """Count a row that is not used."""

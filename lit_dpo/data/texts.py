@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow, Encoder, load_pairs
 from lit_dpo.data.pair import Pair, RowError
+from lit_dpo.data.streams import Each, Spool
+from lit_dpo.data.token_writer import digest
 
 if TYPE_CHECKING:
     from lit_dpo.data.datamodule import PreferenceDataModule
 
 
-def pool_pairs(data: PreferenceDataModule) -> list[Pair]:
+def pool_pairs(data: PreferenceDataModule) -> Sequence[Pair]:
     """The pairs that a data module trains on if nothing else is chosen, as texts, in the order of their row numbers.
 
-    The sources are read and encoded once more, because what is too long is known by its tokens alone.
+    The sources are read and encoded once more, because what is too long is known by its tokens alone. The texts are
+    then in a file without a name, not in memory.
 
     Raises:
         ValueError: The data have changed since they were read.
     """
     noting = _Noting(data._encoder())
     load_pairs(data._given["train"], noting, into=noting, **data._options(data.reading))
-    if [pair.row for pair in noting.kept] != list(data.training.train.origins):
+    if bytes(noting.digests) != data.training.train.digest_bytes(numbers=False):
         raise ValueError("The training data have changed since this run has read them: start it again.")
-    return [noting.kept[row] for row in data.training.pool.tolist()]
+    pool = data.training.pool
+    return Each(len(pool), lambda number: pair_of(noting.kept[int(pool[number])]))
+
+
+def plain(pair: Pair) -> dict[str, Any]:
+    """A pair as plain values."""
+    return {field.name: getattr(pair, field.name) for field in fields(pair)}
+
+
+def pair_of(values: Mapping[str, Any]) -> Pair:
+    """The pair again."""
+    return Pair(**{**values, "notes": tuple(map(tuple, values["notes"]))})
 
 
 class _Noting:
     """Notes which pairs are kept; it stands in for the encoder and for what takes the encoded rows."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-        self.kept: list[Pair] = []
+        self.encoder, self.kept = encoder, Spool()
+        self.digests = bytearray()  # of their ids, one after the other
         self._asked: dict[int, tuple[Encoded, Pair]] = {}  # by the object, which is held so that no other has its place
 
     def many(self, pairs: Sequence[Pair]) -> list[Encoded | RowError]:
@@ -44,4 +61,6 @@ class _Noting:
 
     def append(self, row: EncodedRow, /) -> None:
         """Note the pair of one encoded row."""
-        self.kept.append(self._asked[id(row.encoded)][1])
+        encoded, pair = self._asked[id(row.encoded)]
+        self.kept.append(plain(pair))
+        self.digests += digest([np.array(part, "<i4") for part in (encoded.prompt, encoded.chosen, encoded.rejected)])

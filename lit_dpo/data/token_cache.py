@@ -26,6 +26,7 @@ from lit_dpo.data.token_store import TokenStore, names_of, open_blocks
 from lit_dpo.data.token_writer import FLAGS, TokenWriter, of_flags
 from lit_dpo.data.unchanged import Sources, stamp
 from lit_dpo.files import read_json, refuse_special
+from lit_dpo.plain_text import obeyed_by_none
 from lit_dpo.processes import rank_zero_info, rank_zero_warn
 
 _LAYOUT = 3  # of the files
@@ -143,7 +144,7 @@ class TokenCache:
         self.reused = len(store)
         with suppress(OSError):
             self._write_header(store, header["report"])
-        return store, "".join(sign for sign in header["report"] if sign.isprintable() or sign == "\n")
+        return store, obeyed_by_none(header["report"])
 
     def _is_meant(self) -> bool:
         """Whether the header is that of these data files and of what is done with them."""
@@ -183,6 +184,8 @@ class TokenCache:
             report: What to say of them when they are found as a `whole`.
         """
         store = self._writer.finish()
+        if self._sources is not None:
+            self._sources.doubt()
         if self._files is None or (store.path is None and self._writer.problem is None):
             return store
         try:

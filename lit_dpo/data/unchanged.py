@@ -58,6 +58,7 @@ class Sources:
     def __init__(self, specs: Sequence[str], load: Mapping[str, object], known: object = None) -> None:
         self.digest: str | None = None
         self.stamps: dict[str, list[Any]] = {}
+        self._before: dict[Path, list[int] | None] = {}
         try:
             found = [files_of(spec) for spec in specs]
             options = json.dumps(load, sort_keys=True)
@@ -69,12 +70,21 @@ class Sources:
             record = [options, list(specs), _code(), [[str(path), sums[path]] for path in files]]
             self.digest = hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
+    def doubt(self) -> None:
+        """Know nothing any more if a file was written to since: rows that were read by now may be those of before."""
+        try:
+            same = all(stamp(path, settled=False) == before for path, before in self._before.items())
+        except OSError:
+            same = False
+        if not same:
+            self.digest, self.stamps = None, {}
+
     def _sums(self, files: Sequence[Path], known: Mapping[str, Any]) -> dict[Path, list[str]]:
         """Hashes of the pieces of files, by all processors."""
         stamps = {}
         for path in files:
             refuse_special(path)
-            stamps[path] = stamp(path)
+            stamps[path], self._before[path] = stamp(path), stamp(path, settled=False)
         kept = {path: known[str(path)][1] for path in files if stamps[path] and _is_of(stamps[path], known, path)}
         read = [path for path in dict.fromkeys(files) if path not in kept]
         pieces = [(path, start) for path in read for start in range(0, path.stat().st_size or 1, _PIECE)]

@@ -5,6 +5,7 @@ from lit_dpo.rounds.command import Command
 from lit_dpo.rounds.discriminated import Discriminated
 from lit_dpo.rounds.discriminator import Discriminator
 from lit_dpo.rounds.filtered import Filtered
+from lit_dpo.rounds.implicit import ImplicitReward
 from lit_dpo.rounds.judges import Judge, JudgeError, RewardModel, Verifier
 from lit_dpo.rounds.on_policy import OnPolicy
 from lit_dpo.rounds.pickers import AllPairs, BestVsWorst, Candidate, ChosenVsSample, Picker, RightVsWrong
@@ -20,6 +21,7 @@ __all__ = [
     "Discriminated",
     "Discriminator",
     "Filtered",
+    "ImplicitReward",
     "Judge",
     "JudgeError",
     "OnPolicy",

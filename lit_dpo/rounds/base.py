@@ -14,6 +14,7 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import naming, write_json
 from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Partition, Pool, Prompt
+from lit_dpo.data.streams import Each
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info, rank_zero_only, rank_zero_warn
 from lit_dpo.rounds import measured
@@ -22,7 +23,6 @@ from lit_dpo.rounds.journal import Lines
 from lit_dpo.rounds.judges import Judge, checked
 from lit_dpo.rounds.progress import progress
 from lit_dpo.rounds.rows import Row
-from lit_dpo.rounds.streams import Each
 from lit_dpo.sampling import Sampler
 
 RECORD = "round.json"
@@ -87,6 +87,7 @@ class Rounds(Partition):
             return None
         with naming(pool.folder, "what was sampled and judged is kept"):
             try:
+                self._prepare(step, pool)
                 rows, record = self.make(step, pool)
                 record |= self._measured(step, pool)
             finally:
@@ -117,6 +118,7 @@ class Rounds(Partition):
             )
         self._looking = True
         try:
+            self._prepare(step, pool)
             self.make(step, pool)
         except _Unchanged:
             pass
@@ -155,11 +157,16 @@ class Rounds(Partition):
             return
         with naming(earlier.folder, "the policy is trained and exported"):
             try:
+                self._prepare(step, pool)
                 record["greedy_after"] = measured.greedy(self, step, earlier, prompts)
             finally:
                 self._close()
             if is_first():
                 write_json(path, record)
+
+    def _prepare(self, step: int, pool: Pool) -> None:
+        for judge in self.judges:
+            judge.prepare(step, pool)
 
     def _close(self) -> None:
         for judge in self.judges:
@@ -176,7 +183,7 @@ class Rounds(Partition):
     # -- for subclasses -----------------------------------------------------------------------------------------------
 
     def begin(self, step: int, pool: Pool, **values: Any) -> None:
-        """Note what decides a round besides its policy when it begins, and compare with that when it goes on.
+        """Note what decides a round when it begins, and compare with that when it goes on.
 
         It comes first in `make`: of a round whose pairs are written, nothing behind it is done.
 
@@ -189,7 +196,7 @@ class Rounds(Partition):
             ValueError: The round was begun with others; a table of them is printed.
         """
         sampler = {name: value for name, value in vars(self.sampler).items() if name not in ("rows", "round")}
-        begin(pool.folder, {"round": step, **sampler, **values}, pool.allow_changes)
+        begin(pool.folder, {"round": step, **pool.policy, **sampler, **values}, pool.allow_changes)
         if self._looking:
             raise _Unchanged
 

@@ -12,7 +12,6 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lit_dpo.data.partition import Prompt
@@ -75,7 +74,7 @@ class Command(Judge):
                     ) from problem
         try:
             return json.loads(answer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise JudgeError(
                 f"The judge `{self.command}` wrote {answer[:80].decode(errors='replace')!r}, which is no score: write "
                 "a number, true, false or null on a line of its own, and nothing else to standard output."
@@ -126,8 +125,11 @@ class Command(Judge):
 
     def identity(self) -> dict[str, Any]:
         """The command, and the digests of the files that it names."""
-        files = {word: Path(word).read_bytes() for word in self.words if Path(word).is_file()}
-        digests = {word: hashlib.sha256(content).hexdigest() for word, content in files.items()}
+        digests = {}
+        for word in self.words:
+            if os.path.isfile(word):  # a word may be too long for a path
+                with open(word, "rb") as file:
+                    digests[word] = hashlib.file_digest(file, "sha256").hexdigest()
         return {**super().identity(), "command": self.command, "files": digests}
 
     def close(self) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import replace_file
 from lit_dpo.data.partition import Pool, Prompt
+from lit_dpo.data.streams import Each, Streamed
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info, rank_zero_warn
-from lit_dpo.rounds.base import RECORD, Rounds, check
+from lit_dpo.rounds.base import RECORD, Rounds, _rank, check
 from lit_dpo.rounds.discriminator import AGREEMENT, Discriminator, Labelled
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.pickers import BestVsWorst
@@ -91,7 +94,7 @@ class Discriminated(Rounds):
         who = {"gold": self.gold.identity(), **self.discriminator.identity()}
         self.begin(step, pool, prompts=digest_of(prompts), gold_before=digest_of(known), **options, **who)
         texts, counts = said_of(self.sample(step, pool, prompts))
-        two = [n for n, said in enumerate(texts) if len(said) == 2]
+        two = array("q", (n for n, said in enumerate(texts) if len(said) == 2))
         asked, rest = two[: self.gold_per_round], two[self.gold_per_round :]
         labels = self._picked(pool, self.gold, asked, prompts, texts, "gold")
         labelled = [*known, *_pairs(labels[0])]
@@ -110,7 +113,8 @@ class Discriminated(Rounds):
         reasons = {"no two different completions": len(prompts) - len(two)}
         for name, (_, told) in {"gold": labels, "discriminator": silver}.items():
             reasons |= {f"{name}: {reason}": count for reason, count in told["without_pair"].items()}
-        return [*labels[0], *silver[0]], {
+        pairs = labels[0], silver[0]
+        return Streamed(sum(map(len, pairs)), lambda: chain(*pairs)), {
             "prompts": len(prompts),
             **counts,
             "gold_asked": len(asked),
@@ -126,7 +130,7 @@ class Discriminated(Rounds):
         self,
         pool: Pool,
         judge: Judge,
-        numbers: list[int],
+        numbers: Sequence[int],
         prompts: Sequence[Prompt],
         texts: Sequence[list[str]],
         name: str,
@@ -134,22 +138,29 @@ class Discriminated(Rounds):
         """The pairs of some prompts by a judge, and counts."""
         if not numbers:
             return [], {"no_opinion": 0, "without_pair": {}}
-        some, said = [prompts[n] for n in numbers], [texts[n] for n in numbers]
+        some = Each(len(numbers), lambda place: prompts[numbers[place]])
+        said = Each(len(numbers), lambda place: texts[numbers[place]])
         return picked(self.picker, some, said, self.judged(pool, judge, some, said, name))
 
     def _trained(self, step: int, pool: Pool, labelled: list[Labelled]) -> tuple[float, int]:
-        """Have a discriminator that has learned from all labelled pairs; its agreement with held-out labels."""
+        """Have a discriminator that has learned from all labelled pairs; its agreement with held-out labels.
+
+        Processes that are connected share what the first one trains, so that all of them label alike.
+        """
         folder = pool.folder / _FOLDER
-        if (folder / AGREEMENT).exists():
-            found = read_json(folder / AGREEMENT)
-            self.discriminator.load(folder)
-            return float(found["agreement"]), int(found["of"])
+        alone = len(pool.share(2)) == 2
+        if any(pool.gathered({_rank(): (folder / AGREEMENT).exists()}).values()):  # asked of all before one writes it
+            return self._load(folder)
         if is_first() and folder.exists():
             raise FileExistsError(f"`{folder}` holds something that is no discriminator of this round: move it away.")
         with self.seconds("training the discriminator"):
-            agreement, of = self.discriminator.fit(labelled, pool.model(0))
+            if is_first() or alone:
+                agreement, of = self.discriminator.fit(labelled, pool.model(0))
             if is_first():
                 self.discriminator.save(folder, {"agreement": agreement, "of": of})
+            pool.gathered({})  # the others wait for the first
+            if not (is_first() or alone):
+                agreement, of = self._load(folder)
         told = f"The discriminator of round {step} agrees with {agreement:.0%} of {of} held-out gold labels"
         before = read_json(pool.folder_of(step - 1) / RECORD).get("agreement") if step else None
         if agreement <= 0.5:
@@ -159,6 +170,11 @@ class Discriminated(Rounds):
         else:
             rank_zero_info(f"{told}.")
         return agreement, of
+
+    def _load(self, folder: Path) -> tuple[float, int]:
+        found = read_json(folder / AGREEMENT)
+        self.discriminator.load(folder)
+        return float(found["agreement"]), int(found["of"])
 
 
 def _pairs(rows: Sequence[Row]) -> list[Labelled]:

@@ -183,6 +183,8 @@ class Discriminator(RewardModel):
 def _with_head(start: PreTrainedModel, seed: int) -> Any:
     """A sequence classifier with one output on a copy of a language model, in float32.
 
+    Code that comes with the model never runs for it, trusted or not.
+
     Raises:
         ValueError: transformers has none for its architecture.
     """
@@ -197,9 +199,11 @@ def _with_head(start: PreTrainedModel, seed: int) -> Any:
         own = getattr(start, start.base_model_prefix).state_dict()
         getattr(model, model.base_model_prefix).load_state_dict(own)
     except (ValueError, AttributeError, RuntimeError) as error:
+        own_code = "trust_remote_code" in str(error)
+        reason = "Python code of its own would, which is not run" if own_code else str(error).splitlines()[0]
         raise ValueError(
-            f"A {start.config.model_type} cannot be given a scalar output, which a discriminator needs "
-            f"({str(error).splitlines()[0]}): name another model as its `base`."
+            f"A {start.config.model_type} cannot be given a scalar output, which a discriminator needs ({reason}): "
+            "name another model as its `base`."
         ) from error
     _pad(model.config, -1)
     return model.eval().to(start.device)  # in evaluation mode dropout is off

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from lit_dpo.data.pair import Pair, RowError
 from lit_dpo.data.partition import Pool
+from lit_dpo.data.streams import Each, Grouped, Streamed
 from lit_dpo.rounds.base import Rounds
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.rows import Row, answer_of, digest_of
@@ -63,34 +65,39 @@ class Filtered(Rounds):
         super().__init__(rounds, sampler, [judge], min_pairs)
         self.judge, self.replace = judge, replace
 
-    def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
+    def make(self, step: int, pool: Pool) -> tuple[Sequence[Row], dict[str, Any]]:
         """One sample a prompt, and the pairs whose chosen answer beats it."""
         pairs = pool.pairs()
-        answers = [_answer(pair) for pair in pairs]
-        keys = [json.dumps(pair.prompt) for pair in pairs]
-        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        prompts: list[Any] = [json.loads(key) for key in numbers]
-        digest = digest_of(keys, answers, [pair.rejected for pair in pairs])
+        keys, answers, rejected = (
+            Each(len(pairs), lambda n: json.dumps(pairs[n].prompt)),
+            Each(len(pairs), lambda n: _answer(pairs[n])),
+            Each(len(pairs), lambda n: pairs[n].rejected),
+        )
+        digest = digest_of(keys, answers, rejected)
         self.begin(step, pool, pairs=digest, partition="Filtered", replace=self.replace, **self.judge.identity())
-        samples = [found[0] for found in self.sample(step, pool, prompts)]
-        texts: list[list[str]] = [[one["text"]] for one in samples]
-        for key, answer in zip(keys, answers, strict=True):
-            if answer not in texts[numbers[key]]:
-                texts[numbers[key]].append(answer)
+        equal = Grouped(keys)
+        prompts = Each[Any](len(equal.first), lambda n: pairs[int(equal.first[n])].prompt)
+        samples = self.sample(step, pool, prompts)
+
+        def judged(number: int) -> list[str]:  # the sample, and the answers of the pairs with this prompt
+            return list(dict.fromkeys([samples[number][0]["text"], *(answers[int(n)] for n in equal.of(number))]))
+
+        texts = Each(len(prompts), judged)
         scores = self.judged(pool, self.judge, prompts, texts)
-        rows: list[Row] = []
-        counts: Counter[str] = Counter()
-        for pair, key, answer in zip(pairs, keys, answers, strict=True):
-            number = numbers[key]
-            score = dict(zip(texts[number], scores[number], strict=True))
-            row, what = self._kept(pair, samples[number], score[texts[number][0]], score[answer])
-            counts[what] += 1
-            rows += [] if row is None else [row]
+
+        def each() -> Iterator[tuple[Row | None, str]]:
+            for pair, group in zip(pairs, equal.group.tolist(), strict=True):
+                [sample], score = samples[group], dict(zip(texts[group], scores[group], strict=True))
+                yield self._kept(pair, sample, score[sample["text"]], score[_answer(pair)])
+
+        counts = Counter(what for _, what in each())
+        finished = sum(found[0]["finished"] for found in samples) / len(samples)
+        rows = Streamed(counts["kept"] + counts["replaced"], lambda: (row for row, _ in each() if row is not None))
         return rows, {
             "prompts": len(prompts),
             "of": len(pairs),
             "completions": len(samples),
-            "finished": sum(one["finished"] for one in samples) / len(samples),
+            "finished": finished,
             **{name: counts.pop(name, 0) for name in ("kept", "replaced")},
             "dropped": counts.total() - counts["no opinion"],
             "no_opinion": counts["no opinion"],

@@ -1,4 +1,4 @@
-"""What decides the pairs of a round besides its policy, and the refusal to go on under anything else."""
+"""What decides the pairs of a round, and the refusal to go on under anything else."""
 
 from __future__ import annotations
 

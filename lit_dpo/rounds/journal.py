@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import finalize
 
+from lit_dpo.checkpoints.tensor_store import give_back_lock, refuses_lock
+
 
 class Lines(Mapping[int, Any]):
     """Values by number, appended to a file of JSON lines, which this process or a later one reads again.
@@ -25,6 +27,7 @@ class Lines(Mapping[int, Any]):
 
     Raises:
         OSError: The folder cannot be written to.
+        ValueError: Another process writes under the same number.
     """
 
     def __init__(self, folder: Path, name: str, rank: int) -> None:
@@ -36,6 +39,11 @@ class Lines(Mapping[int, Any]):
         self._ends: dict[Path, int] = {}  # of the last whole line
         finalize(self, _close, self._files)  # they are read as long as somebody asks for values
         self._file = self.path.open("ab", buffering=0)
+        if refuses_lock(self._file):
+            self._file.close()
+            raise ValueError(
+                f"Another process writes to `{self.path}`, so this run is under way already: wait, or end it first."
+            )
         self.refresh()
         self._own = [path for path, _ in self._files].index(self.path)
         if self.path.stat().st_size > self._ends[self.path]:
@@ -44,16 +52,17 @@ class Lines(Mapping[int, Any]):
     def refresh(self) -> None:
         """Read what other processes have written since."""
         for path in sorted(self._folder.glob(f"{self._name}.*.jsonl")):
-            if path not in self._ends:
+            rank = path.name.removeprefix(f"{self._name}.").removesuffix(".jsonl")
+            if path not in self._ends and rank.isdecimal():  # a copy that somebody made has another name
                 self._files.append((path, path.open("rb")))
                 self._ends[path] = 0
         for which, (path, file) in enumerate(self._files):
             file.seek(self._ends[path])
             for line in file:
-                number = _number(line)
-                if number is None:
+                found = _value(line)
+                if found is None:
                     break
-                self._note(number, which, len(line))
+                self._note(found[0], which, len(line))
 
     def _note(self, number: int, which: int, size: int) -> None:
         """Remember where the line stands that ends a file."""
@@ -82,7 +91,10 @@ class Lines(Mapping[int, Any]):
         start, which = divmod(self._places[number], _FILES)
         file = self._files[which][1]
         file.seek(start)
-        return json.loads(file.readline())[1]
+        found = _value(file.readline())
+        if found is None or found[0] != number:
+            raise ValueError(f"`{file.name}` was changed while it was read: go on with the run, which reads it anew.")
+        return found[1]
 
     def __contains__(self, number: object) -> bool:
         return isinstance(number, int) and 0 <= number < len(self._places) and self._places[number] >= 0
@@ -104,6 +116,7 @@ class Lines(Mapping[int, Any]):
         try:
             os.fsync(self._file.fileno())
         finally:
+            give_back_lock(self._file)
             self._file.close()
 
 
@@ -115,10 +128,10 @@ def _close(files: list[tuple[Path, BinaryIO]]) -> None:
         file.close()
 
 
-def _number(line: bytes) -> int | None:
-    """The number of a whole line; `None` of one that was torn."""
+def _value(line: bytes) -> tuple[int, Any] | None:
+    """The number and the value of a whole line; `None` of one that was torn."""
     try:
-        number, _ = json.loads(line) if line.endswith(b"\n") else (None, None)
+        number, value = json.loads(line) if line.endswith(b"\n") else (None, None)
     except (ValueError, TypeError):
         return None
-    return number if isinstance(number, int) and number >= 0 else None
+    return (number, value) if isinstance(number, int) and number >= 0 else None

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lit_dpo.data.partition import Prompt
+from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.pretrained import read_classifier, read_tokenizer
 from lit_dpo.references.table import fingerprint
 from lit_dpo.rounds.permission import refuse_function
@@ -55,6 +55,14 @@ class Judge(ABC):
         """What decides its scores, as plain values: a round that was begun with another judge does not go on."""
         return {"judge": f"{type(self).__module__}.{type(self).__qualname__}"}
 
+    def prepare(self, step: int, pool: Pool) -> None:  # noqa: B027 - most need no round
+        """Know the round before anything else is asked: for a judge that looks at the policy.
+
+        Args:
+            step: Number of the round.
+            pool: Gives the models that start this and earlier rounds.
+        """
+
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Give back what it holds, at the end of a round."""
 
@@ -69,10 +77,21 @@ def checked(scores: object, wanted: int) -> list[float | None]:
     if given is None or len(given) != wanted:
         said = "no list of scores" if given is None else f"{len(given)} scores"
         raise JudgeError(f"The judge gave {said} for {wanted} completions: give one each, `None` for no opinion.")
-    for score in given:
-        if score is not None and not (isinstance(score, bool | int | float) and math.isfinite(score)):
-            raise JudgeError(f"The judge gave the score {score!r}: give a finite number, or `None` for no opinion.")
-    return [None if score is None else float(score) for score in given]
+    return [None if score is None else _number(score) for score in given]
+
+
+def _number(score: object) -> float:
+    """A score as a plain number; raises JudgeError if it is none."""
+    try:
+        found = float(score) if isinstance(score, bool | int | float) else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise JudgeError(
+            f"The judge gave the score {repr(score)[:80]}: give a finite number, or `None` for no opinion; `.item()` "
+            "makes a plain number of what NumPy or PyTorch give."
+        )
+    return found
 
 
 class Verifier(Judge):
@@ -107,7 +126,7 @@ class Verifier(Judge):
             try:
                 with _interrupted_after(self.seconds):
                     found.append(self.function(prompt, completion))
-            except Exception as error:
+            except (Exception, SystemExit, _TooSlowError) as error:
                 problem = str(error) if isinstance(error, _TooSlowError) else f"raised {type(error).__name__}: {error}"
                 raise JudgeError(
                     f"The verifier `{self._name}` {problem} (prompt {prompt!r}, completion {completion!r}): correct it "
@@ -128,8 +147,8 @@ class Verifier(Judge):
         return {**super().identity(), "function": self._name, "code": hashlib.sha256(source.encode()).hexdigest()}
 
 
-class _TooSlowError(Exception):
-    pass
+class _TooSlowError(BaseException):
+    """No function's `except Exception` takes it for a wrong answer."""
 
 
 @contextmanager
@@ -138,8 +157,13 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
         yield
         return
 
+    late = _TooSlowError(f"took more than {seconds:g} seconds")
+    stopped = False
+
     def stop(*_: object) -> None:
-        raise _TooSlowError(f"took more than {seconds:g} seconds")
+        nonlocal stopped
+        stopped = True
+        raise late
 
     before = signal.signal(signal.SIGALRM, stop)
     timer = signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -148,6 +172,8 @@ def _interrupted_after(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
         signal.signal(signal.SIGALRM, before)
+    if stopped:  # and the function caught it
+        raise late
 
 
 class RewardModel(Judge):

@@ -32,13 +32,15 @@ def greedy(rounds: Rounds, step: int, pool: Pool, source: str) -> dict[str, Any]
         `prompts`, `score` (the mean), `error` (half of its 95 % interval), `finished` (share), and `no_opinion`.
     """
     prompts: list[Any] = [prompt.content for prompt in read_prompts(source)]
+    if not prompts:
+        raise ValueError(f"`greedy_prompts`: `{source}` holds no prompt: give some, or leave the option out.")
     judge, sampler = rounds.judges[0], rounds.sampler
     key = digest_of(step, prompts, judge.identity())[:8]  # others are measured anew
     one = Sampler(temperature=0.0, max_new_tokens=sampler.max_new_tokens, rows=sampler.rows)
     said = rounds.sample(step, pool, prompts, one, f"greedy_{key}")
     texts = [[completion["text"] for completion in found] for found in said]
     scores = [score for [score] in rounds.judged(pool, judge, prompts, texts, f"greedy_scores_{key}")]
-    finished = sum(completion["finished"] for [completion] in said) / len(prompts) if prompts else 0.0
+    finished = sum(completion["finished"] for [completion] in said) / len(prompts)
     return {"prompts": len(prompts), **_mean(scores, "score"), "finished": finished}
 
 
@@ -49,6 +51,8 @@ def agreement(rounds: Rounds, pool: Pool, source: str) -> dict[str, Any]:
         `pairs`, `share`, `error` (half of its 95 % interval), and `no_opinion`.
     """
     rows = [parse_row(row, source, where) for where, row in read_rows(source)]
+    if not rows:
+        raise ValueError(f"`trusted`: `{source}` holds no pair: give some, or leave the option out.")
     prompts: list[Any] = [row.prompt for row in rows]
     texts = [[answer_of(row.chosen, source), answer_of(row.rejected, source, "rejected")] for row in rows]
     judge = rounds.judges[0]
@@ -64,8 +68,18 @@ def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 def _mean(values: Sequence[float | None], name: str) -> dict[str, Any]:
+    """The mean, and half of its 95 % interval.
+
+    That of right and wrong answers has two more of each (Agresti and Coull, Approximate is better than "exact" for
+    interval estimation of binomial proportions, 1998): a few that are all right do not prove that all are.
+
+    >>> _mean([1.0] * 8, "share")["error"] > 0.2, _mean([3.5] * 8, "score")["error"]
+    (True, 0.0)
+    """
     known = [value for value in values if value is not None]
     mean = sum(known) / len(known) if known else 0.0
-    spread = sum((value - mean) ** 2 for value in known) / max(1, len(known) - 1)
-    error = _Z * math.sqrt(spread / max(1, len(known)))
+    some = [*known, 0.0, 0.0, 1.0, 1.0] if known and {*known} <= {0.0, 0.5, 1.0} else known
+    middle = sum(some) / max(1, len(some))
+    spread = sum((value - middle) ** 2 for value in some) / max(1, len(some) - 1)
+    error = _Z * math.sqrt(spread / max(1, len(some)))
     return {name: mean, "error": error, "no_opinion": len(values) - len(known)}

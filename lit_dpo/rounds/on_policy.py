@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lit_dpo.data.partition import Pool
+from lit_dpo.data.streams import Each
 from lit_dpo.processes import rank_zero_info
 from lit_dpo.rounds.base import Rounds, check
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.pickers import Picker, RightVsWrong
 from lit_dpo.rounds.rows import Row, digest_of, picked, prompts_of, said_of
-from lit_dpo.rounds.streams import Each
 from lit_dpo.sampling import Sampler
 
 

@@ -13,8 +13,8 @@ from lit_dpo.data.partition import Prompt
 from lit_dpo.data.prompts import read_prompts
 from lit_dpo.data.read import read_rows
 from lit_dpo.data.rows import parse_row
+from lit_dpo.data.streams import Each, Streamed, different
 from lit_dpo.rounds.pickers import Candidate, Picker
-from lit_dpo.rounds.streams import Each, Streamed, different
 
 Row = dict[str, object]
 _Pairs = list[tuple[Candidate, Candidate]]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_dpo.data import new_pairs
@@ -15,9 +18,13 @@ from lit_dpo.data.encode import PairEncoder
 from lit_dpo.data.opening import Opening, answer_of, open_answer
 from lit_dpo.data.pair import Pair, RowError
 from lit_dpo.data.partition import Pool
+from lit_dpo.data.streams import Each, Spool, Streamed, different
+from lit_dpo.data.texts import pair_of, plain
 from lit_dpo.rounds.base import Rounds, check
 from lit_dpo.rounds.rows import Row, digest_of
 from lit_dpo.sampling import Sampler
+
+_AT_ONCE = 256  # pairs, to be encoded together
 
 
 class SelfPlay(Rounds):
@@ -91,54 +98,70 @@ class SelfPlay(Rounds):
         new = super().next(step, pool)
         if new is None:
             return None
-        if not step:
-            return [*new][-self.buffer :]
-        with (pool.at(step - 1).folder / new_pairs.FILE).open(encoding="utf-8") as file:
-            return [*map(json.loads, file), *new][-self.buffer :]
+        before = pool.folder_of(step - 1) / new_pairs.FILE if step else None
+        known = sum(1 for _ in _lines(before)) + len(new)
+        over = max(0, known - self.buffer)
+        return Streamed(known - over, lambda: islice(chain(_lines(before), new), over, None))
 
-    def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
+    def make(self, step: int, pool: Pool) -> tuple[Sequence[Row], dict[str, Any]]:
         """The new pairs of a round."""
         taken = self._taken(step)
-        self.begin(step, pool, rows=digest_of([_name(pair) for pair in taken]), buffer=self.buffer)
-        encoder, opened, reasons = pool.encoder, list[tuple[Pair, Opening]](), Counter[str]()
-        for pair in taken:
+        self.begin(step, pool, rows=digest_of(Each(len(taken), lambda n: _name(taken[n]))), buffer=self.buffer)
+        encoder, opened, reasons = pool.encoder, Spool(), Counter[str]()
+        for number, pair in enumerate(taken):
             found = self._open(encoder, pair, step)
             if isinstance(found, str):
                 reasons[found] += 1
             else:
-                opened.append((pair, found))
-        said = [one for [one] in self.sample(step, pool, [opening for _, opening in opened])]
-        pairs: list[Pair] = []
-        for (pair, opening), one in zip(opened, said, strict=True):
-            if not one["finished"] and not opening.rest:
-                reasons["no end"] += 1
-                continue
-            written = one["text"] if one["finished"] else one["text"].rstrip("\ufffd") + opening.rest
-            text = opening.said + written
-            if text == answer_of(pair) or not text.strip():
-                reasons["the policy says the same" if text.strip() else "empty"] += 1
-            else:
-                pairs.append(_with_rejected(pair, text))
-        rows = []
-        for pair, encoded in zip(pairs, encoder.many(pairs), strict=True):
-            if isinstance(encoded, RowError):
-                reasons[encoded.reason] += 1
-            else:
-                rows.append(_row(pair))
-        finished = sum(one["finished"] for one in said)
+                opened.append([number, found.ids, found.said, found.rest])
+
+        def opening(place: int) -> Opening:
+            number, ids, said, rest = opened[place]
+            return Opening(tuple(ids), said, rest, _name(taken[number]).encode())
+
+        said = self.sample(step, pool, Each(len(opened), opening))
+
+        def rejected(place: int) -> Pair | str:
+            """The pair of an opening, or why there is none."""
+            (number, _, begun, rest), [one] = opened[place], said[place]
+            if not one["finished"] and not rest:
+                return "no end"
+            text = begun + (one["text"] if one["finished"] else one["text"].rstrip("\ufffd") + rest)
+            if text == answer_of(taken[number]) or not text.strip():
+                return "the policy says the same" if text.strip() else "empty"
+            return _with_rejected(taken[number], text)
+
+        kept = array("q")
+        for start in range(0, len(opened), _AT_ONCE):
+            places, pairs = list[int](), list[Pair]()
+            for place in range(start, min(start + _AT_ONCE, len(opened))):
+                made = rejected(place)
+                if isinstance(made, str):
+                    reasons[made] += 1
+                else:
+                    places.append(place)
+                    pairs.append(made)
+            for place, encoded in zip(places, encoder.many(pairs), strict=True):
+                if isinstance(encoded, RowError):
+                    reasons[encoded.reason] += 1
+                else:
+                    kept.append(place)
+        finished = sum(one["finished"] for [one] in said)
         counts = {"prompts": len(taken), "completions": len(said), "finished": finished / max(1, len(said))}
+        rows = Each(len(kept), lambda number: _row(rejected(kept[number])))  # type: ignore[arg-type]  # a pair
         return rows, {**counts, "without_pair": dict(sorted(reasons.items()))}
 
-    def _taken(self, step: int) -> list[Pair]:
+    def _taken(self, step: int) -> Sequence[Pair]:
         """The rows of a round; equal ones count once."""
-        known = [*{_name(pair): pair for pair in read_answers(self.answers)}.values()]
+        rows = ([_name(pair), plain(pair)] for pair in read_answers(self.answers))
+        known = different(rows, key=lambda row: row[0])
         count = len(known) if self.prompts_per_round is None else self.prompts_per_round
         if not known or count > len(known):
             raise ValueError(
                 f"`{self.answers}` holds {len(known)} different rows, and a round takes {count or 'at least 1'}: give "
                 "more, or lower `prompts_per_round`."
             )
-        return [known[(step * count + n) % len(known)] for n in range(count)]
+        return Each(count, lambda number: pair_of(known[(step * count + number) % len(known)][1]))
 
     def _open(self, encoder: PairEncoder, pair: Pair, step: int) -> Opening | str:
         drawn = sha256(f"{self.sampler.seed} {step} {_name(pair)}".encode()).digest()
@@ -147,6 +170,13 @@ class SelfPlay(Rounds):
             return open_answer(encoder, pair, self.sampler.max_new_tokens, place, _name(pair).encode())
         except RowError as error:
             return error.reason
+
+
+def _lines(path: Path | None) -> Iterator[Row]:
+    """The pairs of the round before, if there is one."""
+    if path is not None:
+        with path.open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
 
 
 def _name(pair: Pair) -> str:

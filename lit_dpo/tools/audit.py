@@ -19,7 +19,7 @@ from lit_dpo.tools.runs import FinishedRun, config_of, find_run, pairs_at, read_
 RECORDED = "margins.jsonl"
 LIMITS = (
     "The list holds rows against the majority's tendency: where length alone tells chosen from rejected, it says "
-    "little more than length. Where the list is as long as there are wrong labels, about half of it are good rows. "
+    "little more than length. Where the list is as long as there are wrong labels, about half of its rows are good. "
     "Read them; nothing is dropped, and training without them was seldom better than plain DPO. Three epochs or more "
     "tell most."
 )

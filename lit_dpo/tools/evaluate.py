@@ -69,13 +69,13 @@ def evaluate_models(
     """
     if not models or not data:
         raise ValueError("`lit-dpo evaluate MODEL... --data FILE...` needs at least one model and one file of pairs.")
-    for path in (output, html):
-        if path is not None:
-            page.refuse_taken(path, overwrite)
+    page.refuse_any_taken((output, html), overwrite)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     results = []
     for given in models:
         opened = open_model(given, dtype)
-        most = max_length or min(2048, positions(opened.model) or 2048)
+        most = min(2048, positions(opened.model) or 2048) if max_length is None else max_length
         loaded = _load(data, opened, PairEncoder(opened.tokenizer, most, truncation), on_bad_row)
         start = _reference_of(opened, reference, dtype)
         margins, name = _margins(opened, start, loaded.pairs, batch_size)
@@ -254,7 +254,6 @@ def _margins(opened: Opened, start: Opened | None, pairs: PairDataset, batch_siz
 @torch.no_grad()
 def _scored(model: nn.Module, name: str, pairs: PairDataset, batch_size: int) -> Array:
     """Log-prob of chosen minus that of rejected of each pair, shape `(pairs,)`, float64, in nats."""
-    weights = next(model.parameters())
     longest = pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(1).values
     most = positions(model)
     if most and int(longest.max()) > most:
@@ -268,7 +267,7 @@ def _scored(model: nn.Module, name: str, pairs: PairDataset, batch_size: int) ->
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=len(pairs))
         for batch in pairs.plain_batches(order, batch_size):
-            logps = Scorer()(model, batch.to(weights.device))
+            logps = Scorer()(model, batch.to(next(model.parameters()).device))
             found[batch.row_ids] = (logps.chosen.double() - logps.rejected.double()).cpu()
             bar.advance(task, len(batch))
     if not found.isfinite().all():
@@ -297,7 +296,8 @@ def _estimates(loaded: _Loaded, margins: Array) -> list[Estimate]:
             return []
         found = share(wins[kept], loaded.prompts[kept], None if strata is None else strata[kept])
         prompts, ties = len(set(loaded.prompts[kept].tolist())), float((lowest[kept] == 0).mean())
-        margin = float(lowest[kept].mean())
+        groups = [kept] if strata is None else [kept & (strata == group) for group in np.unique(strata[kept])]
+        margin = float(np.mean([lowest[group].mean() for group in groups]))
         return [Estimate(name, int(kept.sum()), prompts, found.value, found.low, found.high, ties, margin)]
 
     kinds = [("all pairs", ~loaded.best), ("all best-of rows", loaded.best)]
@@ -321,7 +321,7 @@ _HEAD = ("rows", "number", "accuracy", "95 % interval", "ties", "margin")
 _NOTE = (
     "Accuracy: share of rows whose chosen completion has the higher implicit reward; a tie counts one half. Margins "
     "are in nats. Length-controlled: the mean of the accuracies where the chosen completion is longer and where it is "
-    "shorter, which is one half for a preference of length alone."
+    "shorter, which is one half for a preference of length alone; the same for the margin."
 )
 
 
@@ -345,6 +345,6 @@ def _show(console: Console, result: Result) -> None:
 def _page(results: Sequence[Result]) -> str:
     parts = [page.paragraph(_NOTE)]
     for result in results:
-        parts += [page.heading(f"{result.model}, reference: {result.reference}"), page.paragraph(result.account)]
+        parts += [page.heading(f"{result.model}, reference: {result.reference}"), page.block(result.account)]
         parts.append(page.table(_HEAD, [_cells(estimate) for estimate in result.estimates]))
     return page.page("Evaluation", parts)

@@ -147,7 +147,7 @@ def inspect(
         parts += [page.heading("Pairs"), page.paragraph(_MARKS)]
         for pair in found:
             blocks = [
-                page.marked([(text, piece.kind) for text, piece in marked(side)], name, name)
+                page.marked(_with_fork(name, [(text, piece.kind) for text, piece in marked(side)]), name, name)
                 for name, side in zip(SIDES, pair.sides, strict=True)
             ]
             parts.append(page.details(pair.title, blocks, opened=True))
@@ -236,6 +236,10 @@ def marked(pieces: Sequence[Piece]) -> Iterator[tuple[str, Piece]]:
         text = f"«{piece.text}»" if piece.special else piece.text
         opened = "⟦" if ends[number] and not piece.scored else ""
         yield f"{opened}{text}{'⟧' if ends[number + 2] and not piece.scored else ''}", piece
+
+
+def _with_fork(name: str, pieces: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [*pieces, ("┃", "")] if name == "prompt" else [("┃", ""), *pieces]
 
 
 def _print(console: Console, pair: ShownPair) -> None:

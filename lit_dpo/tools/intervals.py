@@ -60,7 +60,12 @@ def share(values: Array, clusters: Array, strata: Array | None = None) -> Share:
     spread = value * (1 - value)
     alone = [len(np.unique(clusters[groups == group])) for group in range(len(sizes))]
     alike = variance == 0 or spread == 0
-    size = _worth(alone) if alike else min(spread / variance, _worth(sizes))
+    counts = np.array(alone) if alike else sizes
+    near = (means * counts + 2) / (counts + 4)  # of means of 0 and 1, something between
+    # What tells the groups apart is no chance.
+    within = float((near * (1 - near) / counts).sum()) / len(counts) ** 2
+    most = max(_worth(counts), spread / within)
+    size = most if alike else min(spread / variance, most)
     z = _student(count - 1)
     middle = (value + z * z / (2 * size)) / (1 + z * z / size)
     half = z / (1 + z * z / size) * math.sqrt(spread / size + z * z / (4 * size * size))

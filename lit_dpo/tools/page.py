@@ -16,6 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from lit_dpo.checkpoints.durable import new_file, part_beside, put
+from lit_dpo.plain_text import obeyed_by_none as obeyed_by_none
+from lit_dpo.plain_text import plain as plain
 from lit_dpo.version import __version__
 
 _STYLE = """
@@ -25,10 +27,10 @@ _STYLE = """
   --panel: #151b23; --good: #56d364; --bad: #ff7b72; } }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back); margin: 0 auto;
-  padding: 1rem; max-width: 75rem; }
+  padding: 1rem; max-width: 75rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); border-left: 4px solid var(--line);
@@ -40,12 +42,13 @@ pre.tokens.chosen { color: var(--good); } pre.tokens.rejected { color: var(--bad
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1rem; }
 img { max-width: 100%; height: auto; } details { margin: .5rem 0; } summary { cursor: pointer; }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(18rem, 100%), 1fr)); gap: 0 1rem; }
-@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .3rem .35rem; } }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .3rem .35rem; }
+  td:first-child { overflow-wrap: anywhere; min-width: 7rem; } }
 footer { color: var(--soft); font-size: .85rem; margin-top: 2rem; }
 """
 _NUMBER = ' class="number"'
-# A number, a share, two lengths, or an interval.
-_NUMERIC = re.compile(r"[-+<>]?\d[\d.,e%/+-]*(( to)? [-+]?[\d.,e-]+)?")
+# Nothing, a number, a share, two lengths, or an interval.
+_NUMERIC = re.compile(r"([-+<>]?\d[\d.,e%/+-]*(( to)? [-+±]?[\d.,e-]+)?|-?inf|nan)?")
 
 
 def page(title: str, parts: Iterable[str], refresh: int = 0) -> str:
@@ -104,19 +107,24 @@ def beside(columns: Iterable[Iterable[str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table that scrolls by itself where the page is narrow; numbers are aligned at the right."""
-    lines = [[_cell(value) for value in row] for row in rows]
-    numbers = {n for line in lines[:1] for n, cell in enumerate(line) if cell.startswith("<td class")}
-    names = [f"<th{_NUMBER if n in numbers else ''}>{escape(name)}</th>" for n, name in enumerate(head)]
-    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
-    head_row = "".join(names)
-    return f'<div class="wide"><table><thead><tr>{head_row}</tr></thead><tbody>{body}</tbody></table></div>'
+    """A table that scrolls by itself where the page is narrow; columns of numbers alone are aligned at the right.
+
+    >>> [table(("share",), [["<1%"], [last]]).count('class="number"') for last in (0.5, "", "█ 5")]
+    [3, 3, 0]
+    """
+    lines = [[_text(value) for value in row] for row in rows]
+    marks = [_NUMBER if all(map(_NUMERIC.fullmatch, column)) else "" for column in zip(*lines, strict=True)]
+    marks = marks or [""] * len(head)
+    names = "".join(f"<th{mark}>{escape(name)}</th>" for name, mark in zip(head, marks, strict=True))
+    cells = (
+        "".join(f"<td{mark}>{escape(cell)}</td>" for cell, mark in zip(line, marks, strict=True)) for line in lines
+    )
+    body = "".join(f"<tr>{line}</tr>" for line in cells)
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return f"<td{_NUMBER}>{number(value)}</td>"
-    return f"<td{_NUMBER if _NUMERIC.fullmatch(str(value)) else ''}>{escape(str(value))}</td>"
+def _text(value: object) -> str:
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def number(value: float) -> str:
@@ -151,24 +159,6 @@ def terminal() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def plain(text: str) -> str:
-    r"""Text on one line without anything that a terminal would obey.
-
-    >>> plain("one\ntwo \x1b[31m")
-    'one two ?[31m'
-    """
-    return obeyed_by_none(" ".join(text.split()))
-
-
-def obeyed_by_none(text: str) -> str:
-    r"""Text with its lines and tabs, and without anything else that a terminal would obey.
-
-    >>> obeyed_by_none("one\ntwo \x1b[31m")
-    'one\ntwo ?[31m'
-    """
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in text)
-
-
 def refuse_taken(path: str | Path, overwrite: bool = False, *, endings: Sequence[str] = ()) -> Path:
     """The path of a file to write, found out before anything is computed.
 
@@ -189,6 +179,18 @@ def refuse_taken(path: str | Path, overwrite: bool = False, *, endings: Sequence
         remedy = "name another file, or add `--overwrite`" if plain else "name a file"
         raise FileExistsError(f"`{target}` exists already: {remedy}.")
     return target
+
+
+def refuse_any_taken(paths: Sequence[str | None], overwrite: bool = False) -> None:
+    """The same for several files, of which none may be another one.
+
+    Raises:
+        ValueError: Two are one file.
+        FileExistsError: Something is in the place of one.
+    """
+    given = [refuse_taken(path, overwrite) for path in paths if path is not None]
+    if len({path.absolute() for path in given}) < len(given):
+        raise ValueError(f"Two files cannot be written to `{given[0]}`: name another one.")
 
 
 def write(path: str | Path, content: str | bytes, overwrite: bool = False) -> Path:

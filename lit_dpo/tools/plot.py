@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -58,7 +59,8 @@ def plot_runs(
     Args:
         runs: Folders of runs, or `last` for the newest.
         output: A file to write: `.html`, one page that needs nothing else, or `.png`; none is only printed.
-        watch: Seconds after which to draw again, until Ctrl-C; 0 draws once. A page then reads itself again.
+        watch: Seconds after which to draw again what has changed, until Ctrl-C; 0 draws once. Until then a page reads
+            itself again.
         overwrite: Replace that file.
 
     Raises:
@@ -74,17 +76,41 @@ def plot_runs(
     if output is not None:
         page.refuse_taken(output, overwrite, endings=(".html", ".png"))
         _matplotlib()
-    while True:
-        # Told apart by as much of their paths as the user gave.
-        found = {name: with_lengths(metrics(find_run(name))) for name in runs}
-        _print(found)
-        if output is not None:
-            page.write(output, _file(found, output, watch), overwrite)
-            overwrite = True  # from now on it is ours
-            print(f"Wrote {output}", flush=True)
-        if not watch:
-            return
-        time.sleep(watch)
+    # Told apart by as much of their paths as the user gave; a newer run does not take the place of one that is watched.
+    folders = {name: find_run(name).folder for name in runs}
+    shown: dict[str, dict[str, Series]] = {}
+    said = ""
+    try:
+        while True:
+            found, lacking = _found(folders)
+            if lacking and not watch:
+                raise FileNotFoundError(lacking)
+            if lacking and lacking != said:
+                print(lacking, flush=True)
+                said = lacking
+            if found and found != shown:
+                _print(found, alone=bool(watch))
+                if output is not None:
+                    page.write(output, _file(found, output, watch), overwrite)
+                    overwrite = True  # from now on it is ours
+                    print(f"Wrote {output}", flush=True)
+                shown = found
+            if not watch:
+                return
+            time.sleep(watch)
+    except KeyboardInterrupt:
+        if output is not None and shown:
+            page.write(output, _file(shown, output, 0), overwrite)  # which no longer reads itself again
+        raise
+
+
+def _found(folders: Mapping[str, Path]) -> tuple[dict[str, dict[str, Series]], str]:
+    """What the runs have logged by now; or nothing, and the sentence that one has not begun to."""
+    runs = {name: find_run(folder) for name, folder in folders.items()}
+    try:
+        return {name: with_lengths(metrics(run)) for name, run in runs.items()}, ""
+    except FileNotFoundError as error:
+        return {}, str(error)
 
 
 def with_lengths(found: Mapping[str, Series]) -> dict[str, Series]:
@@ -114,8 +140,10 @@ def _of(found: Mapping[str, Series], name: str) -> dict[str, Series]:
 # -- terminal ---------------------------------------------------------------------------------------------------------
 
 
-def _print(found: Mapping[str, Mapping[str, Series]]) -> None:
+def _print(found: Mapping[str, Mapping[str, Series]], alone: bool = False) -> None:
     console = page.terminal()
+    if alone and console.is_terminal:
+        console.clear()
     width = max(8, min(40, console.width - 60))  # of a curve
     for run, values in found.items():
         steps = [series[place][0] for series in values.values() for place in (0, -1)]
@@ -189,6 +217,7 @@ def draw(found: Mapping[str, Mapping[str, Series]], panels: Sequence[Panel], dar
     text, back = ("#e6edf3", "#0d1117") if dark else ("#1f2328", "#ffffff")
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     look = {**dict.fromkeys(keys, text), "axes.facecolor": back, "legend.facecolor": back, "font.size": 9}
+    look["text.parse_math"] = False  # a `$` in a name is one
     colours = matplotlib.colormaps["tab10"].colors
     with matplotlib.rc_context(look):
         figure = Figure(figsize=(5.0 * columns, 3.2 * lines), dpi=120, facecolor=back, layout="constrained")
@@ -215,7 +244,11 @@ def draw(found: Mapping[str, Mapping[str, Series]], panels: Sequence[Panel], dar
                     drawn += 1
             axes.grid(alpha=0.25)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=7)
+                many = len(axes.get_legend_handles_labels()[0]) > 4  # too many to stand among the curves
+                place = (
+                    {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2} if many else {"framealpha": 0.6}
+                )
+                axes.legend(fontsize=7 - many, **place)
         file = io.BytesIO()
         figure.savefig(file, format="png")
     return file.getvalue()

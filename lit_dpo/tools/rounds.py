@@ -51,14 +51,12 @@ def show_rounds(run: str, output: str | None = None, overwrite: bool = False) ->
         FileExistsError: `output` exists already.
     """
     if output is not None:
-        if Path(output).suffix != ".html":
-            raise ValueError(f"`output` must end in .html, got `{output}`.")
-        page.refuse_taken(output, overwrite)
+        page.refuse_taken(output, overwrite, endings=[".html"])
     folder, records = read_rounds(run)
     numbers = [f"round {record['round']}" for record in records]
     try:
         lines, said = lines_of(records), list(sentences(records))
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"A `{RECORD}` in `{folder}` is no record of a round: restore it.") from error
     console = page.terminal()
     at_once = max(1, (console.width - _WIDEST) // _COLUMN)
@@ -70,6 +68,7 @@ def show_rounds(run: str, output: str | None = None, overwrite: bool = False) ->
         for name, values in lines.items():
             table.add_row(page.plain(name), *values[some])
         console.print(table)
+        console.print()
     for sentence in said:
         console.print(sentence)
     if output is not None:
@@ -151,7 +150,9 @@ def lines_of(records: list[dict[str, Any]]) -> Lines:
 
 
 def sentences(records: list[dict[str, Any]]) -> Iterator[str]:
-    """What a person should not overlook."""
+    """What the numbers are, and what a person should not overlook."""
+    if any(key in record for record in records for key in ("trusted", "greedy", "greedy_after")):
+        yield "± is half of a 95 % interval."
     for before, now in pairwise(records):
         if "trusted" in before and "trusted" in now and got_worse(before["trusted"], now["trusted"]):
             shares = [f"{one['trusted']['share']:.0%}" for one in (before, now)]

@@ -73,9 +73,11 @@ def sample_models(
         raise ValueError("`lit-dpo sample MODEL... --prompts FILE` needs at least one model and a file of prompts.")
     if count < 0:
         raise ValueError(f"`count` must be at least 0, got {count}.")
-    for path in (jsonl, html):
-        if path is not None:
-            page.refuse_taken(path, overwrite)
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if temperature == 0 and top_p != 1:
+        raise ValueError(f"`top_p` {top_p} changes nothing at `temperature` 0: raise the temperature, or leave it out.")
+    page.refuse_any_taken((jsonl, html), overwrite)
     sampler = Sampler(samples, temperature, top_p, max_new_tokens, seed, rows=batch_size)
     found = read_prompts(prompts)
     asked = list(found if count == 0 else islice(found, count))

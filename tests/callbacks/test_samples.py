@@ -48,11 +48,11 @@ def test_without_a_chat_template_the_prompt_is_plain_text():
 def test_both_ends_of_training_are_shown(capsys):
     loss = WeightedLoss((DPOLoss(), SFTLoss()))
     module = runs.module(lr=1e-2, optimizer=torch.optim.AdamW, loss=loss)
-    callback = SampleCompletions(["Can you help me?", "Tell me [bold]more[/bold]."], max_new_tokens=5)
+    callback = SampleCompletions(["Can you help me?", "Tell me [bold]more[/bold].\x1b[2J"], max_new_tokens=5)
     runs.fit(module, runs.data(), max_steps=3, callbacks=[callback])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert [lines[0], lines[1], lines[3]] == ["Before training", "Can you help me?", "Tell me [bold]more[/bold]."]
-    assert [lines[5], lines[6], lines[8]] == ["After training", "Can you help me?", "Tell me [bold]more[/bold]."]
+    assert [lines[0], lines[1], lines[3]] == ["Before training", "Can you help me?", "Tell me [bold]more[/bold].?[2J"]
+    assert [lines[5], lines[6], lines[8]] == ["After training", "Can you help me?", "Tell me [bold]more[/bold].?[2J"]
     assert all(lines[i].startswith("-> '") for i in (2, 4, 7, 9))
     assert lines[2] != lines[7]
 
@@ -83,7 +83,7 @@ def validated(folder, *callbacks, steps=2, **options):
 
 
 def test_each_validation_shows_samples_and_counts_what_went_wrong(tmp_path, capsys):
-    prompts = ["Can you help me?", "Tell me [bold]more[/bold]."]
+    prompts = ["Can you help me?", "Tell me [bold]more[/bold].?[2J"]
     module, run = validated(tmp_path, SamplePrompts(prompts, max_new_tokens=7))
     path = tmp_path / "version_0" / "samples.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 
 import pytest
 
@@ -55,6 +56,19 @@ def test_what_is_legal_and_worth_knowing_is_noted_with_its_place(tmp_path):
     assert f"1x completions that differ in white space around them alone ({path}:3, column `rejected`)" in text
     assert f"1x completions of several messages ({path}:4, column `rejected`)" in text
     assert "rows mixes layouts: `text` 3, `messages` 1" in text
+
+
+def test_no_name_or_value_of_a_row_steers_the_terminal(tmp_path):
+    """Columns and roles are words of whoever wrote the file."""
+    rows = [GOOD, GOOD | {"prompt": [{"role": "a\x1b[2J", "content": "b"}]}, {"prompt": "a", "chosen\x9b2J\u202e": "b"}]
+    path = write(tmp_path, rows)
+    _, report = load_pairs([path], ENCODER, on_bad_row="skip")
+    said = [str(report), report.overview(lambda ids: str(ids)), *report.bad_rows]
+    with pytest.raises(RowError) as caught:
+        load_pairs([path], ENCODER)
+    said.append(str(caught.value))
+    assert "chosen?2J?" in said[0]
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", "".join(said))
 
 
 def test_the_overview_tells_layout_lengths_and_bias_and_shows_the_boundary(tmp_path):

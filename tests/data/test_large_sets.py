@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lit_dpo import PreferenceDataModule
-from lit_dpo.data import encoding, token_writer, unchanged
+from lit_dpo.data import encoding, token_cache, token_writer, unchanged
 from lit_dpo.data.dataset import BatchPlan, PairDataset
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.encoding import SpreadEncoder
@@ -310,6 +310,24 @@ def test_damage_that_no_time_tells_of_is_one_sentence_when_it_is_met(path, folde
     header.write_text(json.dumps(known))
     with pytest.raises(ValueError, match=r"tokens` is damaged: remove it, and start again"):
         batches(data(path))
+
+
+def test_a_file_that_changes_while_its_rows_are_read_is_read_again(path, monkeypatch):
+    """It was hashed before; its first content comes back afterwards, with the same hash and other rows kept."""
+    monkeypatch.setattr(unchanged, "_SETTLED", 0)
+    monkeypatch.setattr(token_cache, "WORTH_KEEPING", 8)
+    content, load = b"".join(path.read_bytes().splitlines(keepends=True)[:16]), token_cache.load_pairs
+    path.write_bytes(content)
+
+    def changing(*args, **options):
+        path.write_bytes(content.replace(b'"7+7="', b'"7-7="'))
+        return load(*args, **options)
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(token_cache, "load_pairs", changing)
+        assert tk.build().decode(data(path)._sets["train"].pair(7)[0]) == "7-7="
+    path.write_bytes(content)
+    assert tk.build().decode(data(path)._sets["train"].pair(7)[0]) == "7+7="
 
 
 def test_a_file_that_has_just_changed_is_read_again(path):

@@ -62,6 +62,7 @@ def folder(models, tmp_path, monkeypatch):
     Path("empty.txt").write_text("\n \n")
     Path("binary.jsonl").write_bytes(bytes(range(256)) * 8)
     os.mkfifo("pipe.jsonl")
+    runs.write(Path("steering.jsonl"), [{"prompt": "a", "chosen\x1b]0;mine\x07\x9b2J\u202e": "b", "rejected": "c"}])
     for number in (1, 2):
         rows = [{"row": f"set_{number}.jsonl:{n}", "margin": 1.0, "logp_chosen": -1.0} for n in range(20)]
         runs.write(Path(f"predicted_{number}.jsonl"), rows)
@@ -84,6 +85,7 @@ def answer(words, capsys):
     out, err = capsys.readouterr()
     assert stop.value.code == 2
     assert "Traceback" not in out + err
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", out + err)
     [line] = re.findall(r"^(?:lit-dpo: error: |fails +)(.*)$", out + err, re.MULTILINE)
     return line
 
@@ -95,6 +97,7 @@ CASES = {
     "inspect": [
         ([*FIT, "nothing.jsonl"], "There is no `nothing.jsonl` in `.`"),
         ([*FIT, "empty.jsonl"], "No row to train on in empty.jsonl; correct the data"),
+        ([*FIT, "steering.jsonl"], "`chosen?]0;mine??2J?`"),
         ([*FIT, "binary.jsonl"], "binary.jsonl:1: the line is not valid JSON; correct it"),
         ([*FIT, "pipe.jsonl"], PIPE),
         ([*FIT, "killed/version_0"], "No row to train on in killed/version_0; correct the data"),

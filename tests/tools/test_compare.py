@@ -160,6 +160,8 @@ def test_log_probs_of_other_tokens_are_not_compared(files, capsys):
         (["a.jsonl", "half.jsonl"], "half.jsonl:1` is no line of predictions"),
         (["--train", "dpo", "nothing"], "There is no configuration `nothing`"),
         (["--train", "dpo", "ipo", "--seeds", "0"], "must be at least 1"),
+        (["a.jsonl", "better.jsonl", "--seeds", "3"], "are for `--train`"),
+        (["a.jsonl", "better.jsonl", "--folder", "elsewhere"], "are for `--train`"),
         (["a.jsonl", "better.jsonl", "--output", "out.txt"], "must end in .html"),
     ],
 )

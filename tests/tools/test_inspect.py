@@ -111,7 +111,7 @@ def test_a_page_replaces_nothing_unasked_and_escapes_rows(rows, tmp_path, capsys
     assert "&lt;b&gt;sea&lt;/b&gt;" in text
     assert "<b>" not in text
     assert 'class="special">«&lt;|im_end|&gt;»' in text
-    assert re.search(r'<pre class="tokens chosen">It is west', text)
+    assert re.search(r'<pre class="tokens chosen">┃It is west', text)
     assert re.search(r'class="masked">[^<]*Really\?', text)
 
 

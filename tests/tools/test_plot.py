@@ -10,6 +10,7 @@ from lit_dpo.cli import main
 from lit_dpo.tools.plot import with_lengths
 from lit_dpo.tools.runs import find_run, metrics
 from tests import runs
+from tests.terminal import Terminal
 
 pytestmark = runs.QUIET
 
@@ -84,24 +85,62 @@ def test_files_are_whole_and_nothing_is_written_over(run, capsys):
 
 
 def test_watching_draws_what_has_come(run, capsys, monkeypatch):
+    """From before the first metric on, the run that it began with, once for each change, until Ctrl-C."""
     pytest.importorskip("matplotlib")
-    waited = []
+    log, page, draws, refreshing = run / "metrics.csv", run.parent / "out.html", [], []
+    whole = log.read_text()
+    (run / "metrics_0.csv").unlink()
+    log.write_text("")
+
+    def newer():
+        (run.parent / "version_1").mkdir()
+        (run.parent / "version_1" / "metrics.csv").write_text("step,train/loss\n0,9.5\n")
+
+    coming = iter(
+        [lambda: None, lambda: log.write_text(whole), newer, lambda: log.write_text(f"{whole},,,\n0,40,0.125,,,,\n")]
+    )
 
     def sleep(seconds):
-        waited.append(seconds)
-        if len(waited) == 2:
-            raise KeyboardInterrupt
-        with (run / "metrics.csv").open("a") as file:
-            file.write(",,,\n0,40,0.125,,,,\n")
+        said = capsys.readouterr().out
+        draws.append((seconds, said.count("metric "), said.count("has logged no metrics yet: wait")))
+        refreshing.append('<meta http-equiv="refresh" content="5">' in page.read_text() if page.exists() else None)
+        try:
+            next(coming)()
+        except StopIteration:
+            raise KeyboardInterrupt from None
 
     monkeypatch.setattr(time, "sleep", sleep)
     with pytest.raises(SystemExit) as stop:
-        main(["plot", str(run), "--output", "out.html", "--watch", "5"])
+        main(["plot", "last", "--output", "out.html", "--watch", "5"])
     assert stop.value.code == 130
-    assert waited == [5, 5]
-    text = (run.parent / "out.html").read_text()
-    assert "0.125" in text
-    assert '<meta http-equiv="refresh" content="5">' in text
+    assert draws == [(5, 0, 1), (5, 0, 0), (5, 1, 0), (5, 0, 0), (5, 1, 0)]
+    assert refreshing == [None, None, True, True, True]
+    assert "0.125" in page.read_text()
+    assert "9.5" not in page.read_text()
+    assert "refresh" not in page.read_text()
+
+
+def test_a_terminal_that_watches_shows_one_view(run, monkeypatch):
+    def stop(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr(time, "sleep", stop)
+    with pytest.raises(SystemExit):
+        main(["plot", str(run), "--watch", "5"])
+    assert terminal.getvalue().startswith("\x1b[2J\x1b[H")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    main(["plot", str(run)])
+    assert "\x1b[2J" not in terminal.getvalue()
+
+
+def test_a_dollar_in_a_name_is_no_formula(run):
+    pytest.importorskip("matplotlib")
+    run.rename(run.parent / "$\\frac$_1")
+    run.with_name("version_2").mkdir()
+    (run.with_name("version_2") / "metrics.csv").write_text("step,train/loss\n0,9.5\n")
+    main(["plot", "$\\frac$_1", "version_2", "--output", "out.png"])
+    assert (run.parent / "out.png").stat().st_size
 
 
 def test_without_matplotlib_the_terminal_still_works(run, capsys, monkeypatch):

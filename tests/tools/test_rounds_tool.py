@@ -56,6 +56,7 @@ def test_the_terminal_shows_what_each_round_did(run, capsys, monkeypatch, column
     said = "The judge got worse in round 1: it agrees with 60% of the trusted pairs, and did with 90% before."
     assert said in " ".join(text.split())
     assert text.count("got worse") == 1
+    assert "± is half of a 95 % interval." in text
 
 
 def test_the_page_is_whole_and_nothing_is_written_over(run, capsys):
