@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_dpo.checkpoints.durable import new_file, put
+from lit_dpo.checkpoints.durable import new_file, put, refuse_unwritable_file
 from lit_dpo.pair_data import pair_data
 
 
@@ -34,6 +34,7 @@ class PairPredictionWriter(BasePredictionWriter):
 
     Raises:
         FileExistsError: (at the start of the run) Something is at `path`.
+        OSError: (then, too) It cannot be written there.
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
@@ -51,6 +52,7 @@ class PairPredictionWriter(BasePredictionWriter):
         if trainer.strategy.broadcast(os.path.lexists(self.path) and not (plain and self.overwrite)):
             remedy = "name another file, or add `--overwrite`" if plain else "name a file"
             raise FileExistsError(f"`{self.path}` exists already: {remedy}.")
+        refuse_unwritable_file(self.path)
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]

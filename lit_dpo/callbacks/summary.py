@@ -71,6 +71,8 @@ class RunSummary(Callback):
     @staticmethod
     def _next(trainer: Trainer) -> str:
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not path and getattr(trainer.checkpoint_callback, "monitor", None):
+            return "No best checkpoint was kept, as no validation gave one: validate more often, or train for longer."
         if not path:
             return "No best checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
         return f"Best checkpoint: {path}\nNext: {shlex.join(['lit-dpo', 'export', path, 'OUTPUT_DIR'])}"

@@ -153,6 +153,23 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def refuse_unwritable_file(path: Path) -> None:
+    """Find out now, and not after hours, that a file could not be made; nothing is left.
+
+    Args:
+        path: The file; folders above it need not exist yet.
+
+    Raises:
+        OSError: The nearest folder that exists cannot be written to.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"`{path}` cannot be written ({error.strerror}): name a file in another folder.") from error
+
+
 def refuse_unwritable(folder: Path, needed: int) -> None:
     """Find out now, and not after an hour of training, that a checkpoint could not be written.
 

@@ -326,5 +326,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], title: str, style
     for name in head:
         table.add_column(name, style=styles.get(name), overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else page.plain(str(value)) for value in row))
     return table

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_dpo.checkpoints.durable import new_file, part_beside, put
+from lit_dpo.checkpoints.durable import new_file, part_beside, put, refuse_unwritable_file
 from lit_dpo.plain_text import obeyed_by_none as obeyed_by_none
 from lit_dpo.plain_text import plain as plain
 from lit_dpo.version import __version__
@@ -170,6 +170,7 @@ def refuse_taken(path: str | Path, overwrite: bool = False, *, endings: Sequence
     Raises:
         ValueError: The name ends in something else.
         FileExistsError: Something is there; with `overwrite`, something that is no regular file.
+        OSError: It cannot be written there.
     """
     target = Path(path)
     if endings and target.suffix not in endings:
@@ -178,6 +179,7 @@ def refuse_taken(path: str | Path, overwrite: bool = False, *, endings: Sequence
     if os.path.lexists(target) and not (plain and overwrite):
         remedy = "name another file, or add `--overwrite`" if plain else "name a file"
         raise FileExistsError(f"`{target}` exists already: {remedy}.")
+    refuse_unwritable_file(target)
     return target
 
 

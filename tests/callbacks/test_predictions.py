@@ -87,6 +87,13 @@ def test_what_is_in_the_way_is_refused_before_scoring_and_a_file_replaced_whole_
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.jsonl.0", "other.txt", "out.jsonl", "pairs.jsonl"]
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_scoring(pairs, tmp_path):
+    module = runs.module()
+    with pytest.raises(OSError, match=r"out\.jsonl` cannot be written \(Not a directory\): name a file in another"):
+        predicted(module, runs.data(pairs, predict=pairs), Path(pairs) / "new" / "out.jsonl")
+    assert module.policy is None
+
+
 def test_a_file_that_appears_while_scoring_stays_and_nothing_is_lost(pairs, tmp_path, monkeypatch):
     def origin(self, rows):
         (tmp_path / "out.jsonl").write_text("mine")

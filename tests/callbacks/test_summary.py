@@ -54,6 +54,12 @@ def test_the_best_is_what_the_checkpoint_callback_says(capsys):
     assert "Next: lit-dpo export 'runs/a b/x=1.ckpt' OUTPUT_DIR" in text
 
 
+def test_where_no_validation_could_rank_a_checkpoint_nobody_is_told_to_add_one(capsys):
+    text = printed(capsys, VALIDATIONS[:1], monitor="val/loss", best_model_path="")
+    assert "No best checkpoint was kept, as no validation gave one: validate more often" in " ".join(text.split())
+    assert "add `BestCheckpoint`" not in text
+
+
 def test_the_next_command_can_be_pasted_whatever_the_path(capsys):
     path = "runs/it's $(mine)/x=1.ckpt"
     text = printed(capsys, VALIDATIONS, best_model_path=path)

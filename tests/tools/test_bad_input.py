@@ -177,6 +177,10 @@ CASES = {
         (["killed", "--output", "mine.png"], "exists already"),
         (["killed", "--output", "mine.html"], "exists already"),
         (["killed", "--output", "new.pdf"], "must end in .html or .png"),
+        (
+            ["killed", "--output", "mine.html/new/new.html"],
+            "cannot be written (Not a directory): name a file in another",
+        ),
         ([], "No run is given"),
     ],
     "audit": [
@@ -190,6 +194,7 @@ CASES = {
         (["killed", "--predictions", "killed"], "is a folder, and only regular files are read"),
         (["killed", "--output", "mine.html"], "exists already"),
         (["killed", "--output", "mine.jsonl"], "exists already"),
+        (["no_config/version_0", "--output", "mine.html/new.html"], "cannot be written (Not a directory)"),
         ([], "required and not given: `"),
     ],
     "rounds": [

@@ -91,9 +91,10 @@ def test_text_that_spells_a_special_token_is_shown_as_text(tmp_path, capsys):
 
 def test_a_row_cannot_steer_the_terminal(tmp_path, capsys):
     row = {"prompt": "Say \x1b[2J this:", "chosen": " yes \x9b31m", "rejected": " no"}
-    main(asked("--data.train", runs.write(tmp_path / "rows.jsonl", [row])))
+    main(asked("--data.train", runs.write(tmp_path / "a\x1b[31m.jsonl", [row])))
     said = capsys.readouterr().out
     assert "Say ?[2J this:" in said
+    assert re.search(r"^a\?\[31m  1 ", said, re.MULTILINE)
     assert "\x1b" not in said
     assert "\x9b" not in said
 
