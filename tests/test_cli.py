@@ -138,8 +138,8 @@ def test_the_stepwise_config_trains_partition_after_partition(tmp_path):
     more = ("--data.train", json.dumps(files), "--data.batch_size", 4, "--trainer.accumulate_grad_batches", 1)
     main(command("fit", tmp_path / "run", "sdpo", *more))
     root = tmp_path / "run" / "version_0"
-    assert sorted(path.name for path in root.iterdir()) == ["partition_0", "partition_1"]
-    for part in root.iterdir():
+    assert sorted(path.name for path in root.iterdir()) == ["config.yaml", "partition_0", "partition_1"]
+    for part in root.glob("partition_*"):
         AutoModelForCausalLM.from_pretrained(part / "export")
         assert metrics(part / "version_0")["train/loss"][0] == pytest.approx(math.log(2), rel=1e-5)
         assert json.loads((part / "DONE").read_text())["rows"]
