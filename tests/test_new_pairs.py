@@ -287,7 +287,7 @@ def test_the_command_line_takes_a_partition_of_ones_own(tmp_path, monkeypatch, c
     run = tmp_path / "run" / "version_0"
     rows = [json.loads(line) for line in (run / "partition_0" / "pairs.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["Tell me of tea.", "And of rain."]
-    assert [path.name for path in run.iterdir()] == ["partition_0"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "partition_0"]
     main([*words, "--ckpt_path", "last"])
     rows[0]["chosen"] = " Never said."
     runs.write(run / "partition_0" / "pairs.jsonl", rows)
