@@ -131,6 +131,7 @@ def test_each_round_begins_with_the_first_model(whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_at_random_it_is_the_control(whole, tmp_path):
     """As many questions, of other prompts; another seed asks others, the same one the same."""
     found = []

@@ -381,6 +381,7 @@ def is_right(prompt, completion):
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_judging_prints_the_command_to_go_on_with(here, capsys):  # noqa: F811
     """With it, and with nothing else changed, the round goes on."""
     words = [*online(here, "--allow-import", "my_verifier"), "--data.partition.rounds", "1"]

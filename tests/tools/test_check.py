@@ -293,6 +293,7 @@ def test_the_widest_padded_batch_is_tried(here, capsys, monkeypatch):
         assert max(batch[column] for batch in seen) == max(batch[column] for batch in all_of_them)
 
 
+@pytest.mark.slow
 def test_what_the_first_batches_cost_counts_once_and_a_swing_is_told(here, capsys, monkeypatch):
     """A first step and then six lengths, four times: 1 s each at first, later 0.2 s, and at last 0.4 s."""
     monkeypatch.setattr("lit_dpo.tools.measured._PASSES", 4)

@@ -84,6 +84,7 @@ def test_files_are_whole_and_nothing_is_written_over(run, capsys):
     assert other.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_watching_draws_what_has_come(run, capsys, monkeypatch):
     """From before the first metric on, the run that it began with, once for each change, until Ctrl-C."""
     pytest.importorskip("matplotlib")
