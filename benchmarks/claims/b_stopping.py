@@ -135,7 +135,7 @@ def draw_drift(results: Results, drawn: Figure) -> None:
         axes.set_yticks(at, list(results.records) if axes is left else [""] * len(at))
         axes.invert_yaxis()
         figure.label(axes, shown, "")
-    left.legend(fontsize=11, frameon=False, loc="best")
+    drawn.legend(*left.get_legend_handles_labels(), fontsize=11, frameon=False, loc="outside upper center", ncols=2)
 
 
 def experiments(scale: str) -> list[Experiment]:

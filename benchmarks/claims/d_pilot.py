@@ -83,8 +83,8 @@ def draw(results: Results, figure: Figure) -> None:
     dots(left, {shown: results.values("DPO", name) for name, shown in SIGNALS.items()}, "rank correlation", line=0.0)
     x, y = results["DPO"][0]["points"]
     right.scatter(x, y, s=10, color=COLOURS[0], alpha=0.5)
-    label(right, "after the pilot, nats", "after all rows, nats", "log-ratio of the chosen reply, seed 0")
-    figure.suptitle("The pilot as a forecast of displacement", fontsize=12)
+    label(right, "after the pilot, nats", "after all rows, nats", "seed 0")
+    figure.suptitle("The pilot as a forecast of the chosen reply's log-ratio", fontsize=12)
 
 
 def experiments(scale: str) -> list[Experiment]:
