@@ -66,7 +66,9 @@ def _pairs(task: Run) -> tuple[list[support.Row], list[support.Row]]:
         return support.pairs(kind, arm["pairs"], seed), support.pairs(kind, arm["held_out"], seed, held_out=True)
     limit = bases.SIZES[task.place.scale][arm["base"]].characters
     train, test = (bases.rows(task.place, kind, split, limit) for split in ("train", "validation"))
-    return train[seed * arm["pairs"] :][: arm["pairs"]], test[: arm["held_out"]]
+    count = min(arm["pairs"], len(train))
+    first = seed * count % len(train)  # a small set is taken whole, beginning elsewhere
+    return (train * 2)[first : first + count], test[: arm["held_out"]]
 
 
 def _right(row: support.Row, text: str) -> bool:
