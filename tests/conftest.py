@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, where tests are started by `nohup` too
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, where tests are started by `nohup` too,
+signal.signal(signal.SIGINT, signal.default_int_handler)  # or by a script in the background, which ignores Ctrl-C
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, which only test modules do
 torch.set_num_threads(1)  # the tensors are tiny, and waiting threads cost more than they bring
 settings.register_profile("lit_dpo", max_examples=150, derandomize=True, deadline=None, database=None)
