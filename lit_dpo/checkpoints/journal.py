@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_dpo.checkpoints.tensor_store import TensorStore, _lock
+from lit_dpo.checkpoints.locks import lock
+from lit_dpo.checkpoints.tensor_store import TensorStore
 
 _HEAD = struct.Struct("<Q16s")  # of a block in a journal: its length, its sum
 
@@ -38,7 +39,7 @@ class Journal:
         self._store = store
         handle, path = tempfile.mkstemp(prefix=f"{store.key}.", suffix=".journal", dir=store.folder)
         self.path, self._file = Path(path), os.fdopen(handle, "wb")
-        _lock(self._file, exclusive=True)
+        lock(self._file)
 
     def append(self, tensors: Mapping[str, Tensor]) -> None:
         """Write one more block, down to the disk."""
@@ -69,7 +70,7 @@ class Journal:
         """Remove journals that were read, unless someone still writes them or has written more since."""
         for path, size in read.items():
             with suppress(OSError), path.open("rb") as file:
-                if _lock(file, exclusive=True) and os.fstat(file.fileno()).st_size == size:
+                if lock(file) and os.fstat(file.fileno()).st_size == size:
                     path.unlink()
 
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from lit_dpo.checkpoints.durable import replace_file
+from lit_dpo.checkpoints.locks import lock
 from lit_dpo.files import refuse_special
-
-if sys.platform != "win32":
-    import fcntl
 
 FORMAT = 1
 _PATIENCE = 10.0  # seconds to wait for another process that reads or writes; then go on, as sums tell of a mixture
@@ -119,37 +115,6 @@ class TensorStore:
         return json.dumps(record, sort_keys=True, indent=1).encode()
 
 
-def refuses_lock(file: BinaryIO) -> bool:
-    """Whether somebody else holds a file for writing; where that cannot be told, nobody does."""
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def give_back_lock(file: BinaryIO) -> None:
-    """Hold a file no longer, nor have processes hold it that were forked meanwhile."""
-    if sys.platform != "win32":
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _lock(file: BinaryIO | int, exclusive: bool) -> bool:
-    """Whether a lock was had at once."""
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 @contextmanager
 def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
     """Keep other processes from a folder's files for a moment; where that cannot be, go on all the same."""
@@ -160,7 +125,7 @@ def _locked(folder: Path, exclusive: bool) -> Iterator[None]:
         return
     try:
         end = time.monotonic() + _PATIENCE
-        while not _lock(handle, exclusive) and time.monotonic() < end:
+        while lock(handle, exclusive) is False and time.monotonic() < end:
             time.sleep(0.01)
         yield
     finally:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, overload
 from weakref import finalize
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lit_dpo.checkpoints.durable import naming
 
@@ -143,8 +144,8 @@ class Grouped:
         self._order = np.argsort(self.group, kind="stable")
         self._ends = np.cumsum(np.bincount(self.group, minlength=len(self.first)))
 
-    def of(self, number: int) -> Any:
-        """The numbers of a group's values, ascending."""
+    def of(self, number: int) -> NDArray[np.int64]:
+        """The numbers of the values of one group, ascending, shape `(values of the group,)`."""
         start = self._ends[number - 1] if number else 0
         return self._order[start : self._ends[number]]
 

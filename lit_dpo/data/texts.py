@@ -35,7 +35,7 @@ def pool_pairs(data: PreferenceDataModule) -> Sequence[Pair]:
     return Each(len(pool), lambda number: pair_of(noting.kept[int(pool[number])]))
 
 
-def plain(pair: Pair) -> dict[str, Any]:
+def values_of(pair: Pair) -> dict[str, Any]:
     """A pair as plain values."""
     return {field.name: getattr(pair, field.name) for field in fields(pair)}
 
@@ -62,5 +62,5 @@ class _Noting:
     def append(self, row: EncodedRow, /) -> None:
         """Note the pair of one encoded row."""
         encoded, pair = self._asked[id(row.encoded)]
-        self.kept.append(plain(pair))
+        self.kept.append(values_of(pair))
         self.digests += digest([np.array(part, "<i4") for part in (encoded.prompt, encoded.chosen, encoded.rejected)])

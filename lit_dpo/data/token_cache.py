@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lit_dpo.checkpoints.durable import put, replace_file
-from lit_dpo.checkpoints.tensor_store import TensorStore, _lock, cache_folder
+from lit_dpo.checkpoints.locks import lock
+from lit_dpo.checkpoints.tensor_store import TensorStore, cache_folder
 from lit_dpo.data.encode import Encoded, PairEncoder
 from lit_dpo.data.encoding import ShownEncoder, SpreadEncoder
 from lit_dpo.data.load import EncodedRow, Encoder, Rows, load_pairs
@@ -206,7 +207,7 @@ class TokenCache:
         self._writer.abandon()
         for path, size in self._parts.items():
             with suppress(OSError), path.open("rb") as part:
-                if _lock(part, exclusive=True) and os.fstat(part.fileno()).st_size == size:
+                if lock(part) and os.fstat(part.fileno()).st_size == size:
                     path.unlink()
         return store
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from lit_dpo.checkpoints.tensor_store import _lock
+from lit_dpo.checkpoints.locks import lock
 from lit_dpo.data.encode import Encoded
 from lit_dpo.data.load import EncodedRow
 from lit_dpo.data.places import split_place
@@ -113,7 +113,7 @@ class TokenWriter:
                 self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
                 handle, path = tempfile.mkstemp(prefix=f"{self._name}.", suffix=".part", dir=self._folder)
                 self._file, self.path = os.fdopen(handle, "w+b", buffering=0), Path(path)
-                _lock(self._file, exclusive=True)
+                lock(self._file)
             _write(self._file, self._waiting)
             self._written += len(self._waiting)
             self._waiting = bytearray()

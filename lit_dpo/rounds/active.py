@@ -15,7 +15,7 @@ from lit_dpo.checkpoints.durable import replace_file, write_json
 from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info
-from lit_dpo.rounds.base import Rounds, _rank, check
+from lit_dpo.rounds.base import Rounds, check, own_rank
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.rows import Row, digest_of, prompts_of, row_of, said_of
 from lit_dpo.sampling import Sampler
@@ -149,7 +149,7 @@ class Active(Rounds):
     def _questions(pool: Pool, rank: Callable[[], list[int]]) -> list[int]:
         """The numbers of the prompts asked about, as they were written down before the first question."""
         path = pool.folder / _QUESTIONS
-        if any(pool.gathered({_rank(): path.exists()}).values()):  # asked of all before one of them writes it
+        if any(pool.gathered({own_rank(): path.exists()}).values()):  # asked of all before one of them writes it
             return list(read_json(path)["prompts"])
         ranked = rank()
         if is_first():
@@ -220,7 +220,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _refuse_strangers(pool: Pool) -> None:
     """Refuse several processes that know nothing of each other, since each would ask the judge."""
-    if _rank() > 0 and len(pool.share(2)) == 2:
+    if own_rank() > 0 and len(pool.share(2)) == 2:
         raise ValueError(
             "`Active` asks the judge once, and processes that torchrun or Slurm start would each ask it in their first "
             "round: start one process, and let `trainer.devices` start the others."

@@ -217,7 +217,7 @@ class Rounds(Partition):
             sampler: Another one than the round's.
             name: Of the files that keep them.
         """
-        journal = Lines(pool.folder, name, _rank())
+        journal = Lines(pool.folder, name, own_rank())
         with self.seconds("sampling"):
             try:
                 own = array("q", (n for n in pool.share(len(prompts)) if n not in journal))
@@ -254,7 +254,7 @@ class Rounds(Partition):
         Raises:
             JudgeError: The judge fails.
         """
-        journal = Lines(pool.folder, name, _rank())
+        journal = Lines(pool.folder, name, own_rank())
         with self.seconds("judging"):
             try:
                 own, size = array("q", (n for n in pool.share(len(prompts)) if n not in journal)), judge.prompts_at_once
@@ -308,5 +308,6 @@ def check(**values: int | None) -> None:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
 
 
-def _rank() -> int:
+def own_rank() -> int:
+    """Number of this process among those of the run."""
     return int(getattr(rank_zero_only, "rank", 0) or 0)

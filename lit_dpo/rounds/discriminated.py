@@ -15,7 +15,7 @@ from lit_dpo.data.partition import Pool, Prompt
 from lit_dpo.data.streams import Each, Streamed
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info, rank_zero_warn
-from lit_dpo.rounds.base import RECORD, Rounds, _rank, check
+from lit_dpo.rounds.base import RECORD, Rounds, check, own_rank
 from lit_dpo.rounds.discriminator import AGREEMENT, Discriminator, Labelled
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.pickers import BestVsWorst
@@ -149,7 +149,7 @@ class Discriminated(Rounds):
         """
         folder = pool.folder / _FOLDER
         alone = len(pool.share(2)) == 2
-        if any(pool.gathered({_rank(): (folder / AGREEMENT).exists()}).values()):  # asked of all before one writes it
+        if any(pool.gathered({own_rank(): (folder / AGREEMENT).exists()}).values()):  # before one writes it
             return self._load(folder)
         if is_first() and folder.exists():
             raise FileExistsError(f"`{folder}` holds something that is no discriminator of this round: move it away.")

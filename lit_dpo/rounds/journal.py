@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import finalize
 
-from lit_dpo.checkpoints.tensor_store import give_back_lock, refuses_lock
+from lit_dpo.checkpoints.locks import lock, unlock
 
 
 class Lines(Mapping[int, Any]):
@@ -39,7 +39,7 @@ class Lines(Mapping[int, Any]):
         self._ends: dict[Path, int] = {}  # of the last whole line
         finalize(self, _close, self._files)  # they are read as long as somebody asks for values
         self._file = self.path.open("ab", buffering=0)
-        if refuses_lock(self._file):
+        if lock(self._file) is False:
             self._file.close()
             raise ValueError(
                 f"Another process writes to `{self.path}`, so this run is under way already: wait, or end it first."
@@ -116,7 +116,7 @@ class Lines(Mapping[int, Any]):
         try:
             os.fsync(self._file.fileno())
         finally:
-            give_back_lock(self._file)
+            unlock(self._file)
             self._file.close()
 
 

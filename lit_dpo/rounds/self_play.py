@@ -19,7 +19,7 @@ from lit_dpo.data.opening import Opening, answer_of, open_answer
 from lit_dpo.data.pair import Pair, RowError
 from lit_dpo.data.partition import Pool
 from lit_dpo.data.streams import Each, Spool, Streamed, different
-from lit_dpo.data.texts import pair_of, plain
+from lit_dpo.data.texts import pair_of, values_of
 from lit_dpo.rounds.base import Rounds, check
 from lit_dpo.rounds.rows import Row, digest_of
 from lit_dpo.sampling import Sampler
@@ -153,7 +153,7 @@ class SelfPlay(Rounds):
 
     def _taken(self, step: int) -> Sequence[Pair]:
         """The rows of a round; equal ones count once."""
-        rows = ([_name(pair), plain(pair)] for pair in read_answers(self.answers))
+        rows = ([_name(pair), values_of(pair)] for pair in read_answers(self.answers))
         known = different(rows, key=lambda row: row[0])
         count = len(known) if self.prompts_per_round is None else self.prompts_per_round
         if not known or count > len(known):

@@ -265,9 +265,9 @@ def _scored(model: nn.Module, name: str, pairs: PairDataset, batch_size: int) ->
     found = torch.empty(len(pairs), dtype=torch.float64)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=len(pairs))
+        task, device = bar.add_task(name, total=len(pairs)), next(model.parameters()).device
         for batch in pairs.plain_batches(order, batch_size):
-            logps = Scorer()(model, batch.to(next(model.parameters()).device))
+            logps = Scorer()(model, batch.to(device))
             found[batch.row_ids] = (logps.chosen.double() - logps.rejected.double()).cpu()
             bar.advance(task, len(batch))
     if not found.isfinite().all():
