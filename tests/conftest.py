@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections import Counter
 
 import pytest
@@ -37,7 +38,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch):
+def _no_network(_as_it_was, monkeypatch):
     """Fail a test that connects to anything but this machine."""
 
     def guarded(real):
@@ -54,18 +55,27 @@ def _no_network(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Lightning sets the number of threads for several processes; a fork of a process with more than one may hang."""
-    yield
-    torch.set_num_threads(1)
+def _as_it_was():
+    """Put back what a command, called in this process, changes of it: the tests after it must not depend on that.
 
-
-@pytest.fixture(autouse=True)
-def _loggers():
-    """A command that makes itself quiet, called in this process, must not silence the tests after it."""
+    Lightning sets the number of threads for several processes, and a fork of a process with more than one may hang.
+    """
+    environment, folder, path = dict(os.environ), os.getcwd(), [*sys.path]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    dtype, exact = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     known = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
-    before = [(logger, logger.level, logger.disabled) for logger in (logging.root, *known)]
+    loggers = [(logger, logger.level, logger.disabled) for logger in (logging.root, *known)]
     yield
-    for logger, level, disabled in before:
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.path[:] = path
+    for number, handler in handlers.items():
+        signal.signal(number, handler or signal.SIG_DFL)
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(exact)
+    torch.set_num_threads(1)
+    for logger, level, disabled in loggers:
         logger.setLevel(level)
         logger.disabled = disabled

@@ -143,6 +143,15 @@ def test_no_file_is_too_long():
     assert {module_of(path) for path in FILES if len(path.read_text().splitlines()) > LONGEST} == set()
 
 
+def test_no_test_has_a_class_with_a_name_of_the_package():
+    """The command line looks short names up among all classes of the process, those of earlier tests included."""
+    found = {}
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        found |= dict.fromkeys(re.findall(r"(?m)^\W*class (\w+)\b", path.read_text(encoding="utf-8")), path.name)
+    assert "OwnHinge" in found  # one that stands in a text, which a test writes to a file
+    assert {name: found[name] for name in found if name in lit_dpo.__all__} == {}
+
+
 def test_data_knows_lightning_in_its_data_module_alone():
     knows = {
         module_of(path) for path in FILES if any(name.startswith("lightning") for name in imported(path.read_text()))

@@ -310,18 +310,18 @@ def test_a_loss_from_a_file_of_ones_own(tmp_path, monkeypatch, caplog):
         "from dataclasses import dataclass\n"
         "from lit_dpo import PreferenceLoss\n"
         "@dataclass(frozen=True)\n"
-        "class HingeLoss(PreferenceLoss):\n"
+        "class OwnHinge(PreferenceLoss):\n"
         "    '''A hinge.'''\n"
         "    beta: float = 0.1\n"
         "    def __call__(self, policy, reference):\n"
         "        return (1 - self.beta * (policy.margin - reference.margin)).clamp(min=0)\n",
     )
     monkeypatch.syspath_prepend(tmp_path)
-    args = command("fit", tmp_path / "run", "dpo", "--model.loss", "my_losses.HingeLoss", "--model.loss.beta", 0.5)
+    args = command("fit", tmp_path / "run", "dpo", "--model.loss", "my_losses.OwnHinge", "--model.loss.beta", 0.5)
     args += ["--allow-import", "my_losses"]
     with caplog.at_level("INFO"):
         main(args)
-    assert "Loss: HingeLoss(beta=0.5); reference: FrozenReference" in caplog.text
+    assert "Loss: OwnHinge(beta=0.5); reference: FrozenReference" in caplog.text
     assert metrics(tmp_path / "run" / "version_0")["train/loss"][0] == pytest.approx(1.0)
 
 

@@ -33,7 +33,7 @@ pytestmark = runs.QUIET
 
 
 @dataclass(frozen=True)
-class HingeLoss(PreferenceLoss):
+class OwnHinge(PreferenceLoss):
     """A loss of one's own: ``max(0, 1 - beta * h)``."""
 
     beta: float = 0.1
@@ -76,7 +76,7 @@ def validated(module, datamodule):
         (IPOLoss(beta=0.1), 25.0),
         (IPOLoss(beta=0.5, length_normalize=False), 1.0),
         (IntermediateLoss(DPOLoss(), layers=(0.5,)), math.log(2)),
-        (HingeLoss(), 1.0),
+        (OwnHinge(), 1.0),
     ],
     ids=repr,
 )
@@ -103,7 +103,7 @@ def test_a_few_steps_teach_the_embedded_preferences(adapter):
 @pytest.mark.every(5)
 @pytest.mark.parametrize(
     "loss",
-    [IPOLoss(), DPOPLoss(penalty=5.0), SFTLoss(), IntermediateLoss(), HingeLoss()],
+    [IPOLoss(), DPOPLoss(penalty=5.0), SFTLoss(), IntermediateLoss(), OwnHinge()],
     ids=lambda x: type(x).__name__,
 )
 def test_every_loss_falls(pairs, loss):
@@ -289,7 +289,7 @@ def test_supervised_training_builds_no_reference(pairs):
 
 
 def test_a_loss_of_ones_own_is_all_it_takes(pairs):
-    run = runs.fit(runs.module(loss=HingeLoss(beta=0.2)), runs.data(pairs), max_epochs=1)
+    run = runs.fit(runs.module(loss=OwnHinge(beta=0.2)), runs.data(pairs), max_epochs=1)
     assert 0 < run.callback_metrics["val/loss"] < 1
 
 
@@ -300,7 +300,7 @@ LOSSES = [
     DPOLoss(beta=0.3, label_smoothing=0.1),
     WeightedLoss((IPOLoss(beta=0.2), SFTLoss()), (1.0, 0.25)),
     IntermediateLoss(DPOPLoss(penalty=3.0), layers=(1, 0.9), weight=0.1),
-    HingeLoss(beta=0.7),
+    OwnHinge(beta=0.7),
 ]
 
 
