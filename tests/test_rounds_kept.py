@@ -441,12 +441,18 @@ def test_greedy_answers_and_trusted_pairs_are_measured(one, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["greedy_prompts", "trusted"])
-def test_what_measures_nothing_is_refused(option, tmp_path):
-    """A mean over nothing would be recorded as 0."""
-    empty = runs.write(tmp_path / "empty.jsonl", [])
-    rounds = round_of(tmp_path / "run", Counting(tmp_path / "notes"), 2, **{option: empty})
-    with pytest.raises(ValueError, match=f"`{option}`: `.*empty.jsonl` holds no .*leave the option out"):
+@pytest.mark.parametrize("rows", [[], None], ids=["empty", "missing"])
+def test_what_measures_nothing_is_refused_before_anything_is_judged(option, rows, tmp_path):
+    """A mean over nothing would be recorded as 0, and a judge may take hours or cost money."""
+    file = tmp_path / "fixed.jsonl"
+    if rows is not None:
+        runs.write(file, rows)
+    rounds = round_of(tmp_path / "run", Counting(tmp_path / "notes"), 2, **{option: str(file)})
+    said = "There is no `fixed.jsonl` in" if rows is None else f"`{option}`: `.*fixed.jsonl` holds no .*leave the option out"
+    with pytest.raises((ValueError, OSError), match=said):
         rounds.next(0, Saying(tmp_path / "run" / "step"))
+    assert not (tmp_path / "notes").exists()
+    assert not [*(tmp_path / "run" / "step").rglob("*.jsonl")]
 
 
 def test_a_judge_that_got_worse_is_said(tmp_path):

@@ -83,13 +83,14 @@ class Rounds(Partition):
         self._seconds = {}
         if step >= self.rounds:
             if step and self.greedy_prompts is not None:
-                self._after(step, pool, self.greedy_prompts)
+                self._after(step, pool)
             return None
+        fixed = measured.Fixed.read(self.greedy_prompts, self.trusted)  # a mistake there must not show after hours
         with naming(pool.folder, "what was sampled and judged is kept"):
             try:
                 self._prepare(step, pool)
                 rows, record = self.make(step, pool)
-                record |= self._measured(step, pool)
+                record |= self._measured(step, pool, fixed)
             finally:
                 self._close()
             record = {"round": step, **record, "pairs": len(rows), "seconds": self._seconds}
@@ -126,15 +127,15 @@ class Rounds(Partition):
             self._looking = False
             self._close()
 
-    def _measured(self, step: int, pool: Pool) -> dict[str, Any]:
+    def _measured(self, step: int, pool: Pool, fixed: measured.Fixed) -> dict[str, Any]:
         """What is to be recorded of a round besides its pairs."""
         found: dict[str, Any] = {}
         made, self._seconds = self._seconds, {}
         start = time.perf_counter()
-        if self.greedy_prompts is not None:
-            found["greedy"] = measured.greedy(self, step, pool, self.greedy_prompts)
-        if self.trusted is not None:
-            now = found["trusted"] = measured.agreement(self, pool, self.trusted)
+        if fixed.prompts:
+            found["greedy"] = measured.greedy(self, step, pool, fixed.prompts)
+        if fixed.pairs:
+            now = found["trusted"] = measured.agreement(self, pool, fixed.pairs)
             before = (
                 read_json(path).get("trusted")
                 if step and (path := pool.at(step - 1).folder / RECORD).exists()
@@ -148,13 +149,14 @@ class Rounds(Partition):
         self._seconds = {**made, "measuring": time.perf_counter() - start} if found else made
         return found
 
-    def _after(self, step: int, pool: Pool, prompts: str) -> None:
+    def _after(self, step: int, pool: Pool) -> None:
         """Measure what came of the last round, and add that to its record."""
         earlier = pool.at(step - 1)
         path = earlier.folder / RECORD
         record = read_json(path) if path.exists() else {}
         if "greedy_after" in record:
             return
+        prompts = measured.Fixed.read(self.greedy_prompts, None).prompts
         with naming(earlier.folder, "the policy is trained and exported"):
             try:
                 self._prepare(step, pool)

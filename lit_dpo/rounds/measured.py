@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_dpo.data.partition import Pool
@@ -19,21 +20,46 @@ if TYPE_CHECKING:
 _Z = 1.959964  # of the normal distribution at 97.5 %
 
 
-def greedy(rounds: Rounds, step: int, pool: Pool, source: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Fixed:
+    """What is measured on: prompts, and pairs with their two answers."""
+
+    prompts: list[Any]
+    pairs: list[tuple[Any, list[str]]]
+
+    @classmethod
+    def read(cls, prompts: str | None, pairs: str | None) -> Fixed:
+        """From the data sets that the options name.
+
+        Args:
+            prompts: A data set of prompts, as for sampling; `None` for none.
+            pairs: A data set of pairs; `None` for none.
+
+        Raises:
+            ValueError: One cannot be read, or is empty.
+        """
+        found: list[Any] = [] if prompts is None else [prompt.content for prompt in read_prompts(prompts)]
+        if prompts is not None and not found:
+            raise ValueError(f"`greedy_prompts`: `{prompts}` holds no prompt: give some, or leave the option out.")
+        rows = [] if pairs is None else [parse_row(row, pairs, where) for where, row in read_rows(pairs)]
+        if pairs is not None and not rows:
+            raise ValueError(f"`trusted`: `{pairs}` holds no pair: give some, or leave the option out.")
+        answers = [[answer_of(getattr(row, side), str(pairs), side) for side in ("chosen", "rejected")] for row in rows]
+        return cls(found, [(row.prompt, texts) for row, texts in zip(rows, answers, strict=True)])
+
+
+def greedy(rounds: Rounds, step: int, pool: Pool, prompts: list[Any]) -> dict[str, Any]:
     """What the first judge says of the likeliest completions of fixed prompts by the policy that starts a step.
 
     Args:
         rounds: The partition, whose journals keep completions and scores.
         step: Whose starting policy answers.
         pool: Its folder keeps them.
-        source: A data set of prompts, as for sampling.
+        prompts: The prompts.
 
     Returns:
         `prompts`, `score` (the mean), `error` (half of its 95 % interval), `finished` (share), and `no_opinion`.
     """
-    prompts: list[Any] = [prompt.content for prompt in read_prompts(source)]
-    if not prompts:
-        raise ValueError(f"`greedy_prompts`: `{source}` holds no prompt: give some, or leave the option out.")
     judge, sampler = rounds.judges[0], rounds.sampler
     key = digest_of(step, prompts, judge.identity())[:8]  # others are measured anew
     one = Sampler(temperature=0.0, max_new_tokens=sampler.max_new_tokens, rows=sampler.rows)
@@ -44,22 +70,18 @@ def greedy(rounds: Rounds, step: int, pool: Pool, source: str) -> dict[str, Any]
     return {"prompts": len(prompts), **_mean(scores, "score"), "finished": finished}
 
 
-def agreement(rounds: Rounds, pool: Pool, source: str) -> dict[str, Any]:
+def agreement(rounds: Rounds, pool: Pool, pairs: list[tuple[Any, list[str]]]) -> dict[str, Any]:
     """How often the first judge prefers the chosen completion of pairs whose label is trusted; a tie is one half.
 
     Returns:
         `pairs`, `share`, `error` (half of its 95 % interval), and `no_opinion`.
     """
-    rows = [parse_row(row, source, where) for where, row in read_rows(source)]
-    if not rows:
-        raise ValueError(f"`trusted`: `{source}` holds no pair: give some, or leave the option out.")
-    prompts: list[Any] = [row.prompt for row in rows]
-    texts = [[answer_of(row.chosen, source), answer_of(row.rejected, source, "rejected")] for row in rows]
+    prompts, texts = [prompt for prompt, _ in pairs], [answers for _, answers in pairs]
     judge = rounds.judges[0]
     key = digest_of(prompts, texts, judge.identity())[:8]
     given = rounds.judged(pool, judge, prompts, texts, f"trusted_{key}")
     wins = [None if a is None or b is None else (1.0 if a > b else 0.5 if a == b else 0.0) for a, b in given]
-    return {"pairs": len(rows), **_mean(wins, "share")}
+    return {"pairs": len(pairs), **_mean(wins, "share")}
 
 
 def got_worse(before: dict[str, Any], now: dict[str, Any]) -> bool:
