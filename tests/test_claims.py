@@ -194,6 +194,35 @@ class TestTable:
         run.show(run.experiments("cpu"), tmp_path, draw=False)
         assert (tmp_path / "README.md").read_text() == (RUN.parent / "README.md").read_text()
 
+    def test_the_results_are_of_this_code(self):
+        """What made the numbers and what makes them now: the settings of every arm, and the code that measures."""
+        import run
+        import sources
+
+        stale = []
+        for name, experiment in run.experiments("cpu").items():
+            path = RUN.parent / "results" / f"{name}.json"
+            whole = json.loads(path.read_text()) if path.exists() else {"arms": None, "about": {}}
+            now = json.loads(json.dumps(experiment.arms)), sources.code(run.module_of(name))
+            stale += [name] if (whole["arms"], whole["about"].get("code")) != now else []
+        assert stale == [], "measure them again: python benchmarks/claims/run.py NAME --work WORK --data DATA"
+
+    def test_code_that_measures_is_told_from_what_judges_and_draws(self, tmp_path):
+        import sources
+
+        text = (RUN.parent / "d_rounds.py").read_text()
+        of = sources.measuring(text)
+        assert (
+            sources.measuring(text.replace("Whether ", "If ").replace("against_fixed(results", "other(results")) == of
+        )
+        assert sources.measuring(text.replace("draw.randrange(len(prompt) - 1)", "0")) != of
+        assert {path.name for path in sources.sources("d_rounds")} >= {
+            "sort3.py",
+            "rounds.py",
+            "bases.py",
+            "support.py",
+        }
+
     def test_a_smoke_run_spoils_no_result(self, tmp_path, capsys):
         import run
 

@@ -448,7 +448,11 @@ def test_what_measures_nothing_is_refused_before_anything_is_judged(option, rows
     if rows is not None:
         runs.write(file, rows)
     rounds = round_of(tmp_path / "run", Counting(tmp_path / "notes"), 2, **{option: str(file)})
-    said = "There is no `fixed.jsonl` in" if rows is None else f"`{option}`: `.*fixed.jsonl` holds no .*leave the option out"
+    said = (
+        "There is no `fixed.jsonl` in"
+        if rows is None
+        else f"`{option}`: `.*fixed.jsonl` holds no .*leave the option out"
+    )
     with pytest.raises((ValueError, OSError), match=said):
         rounds.next(0, Saying(tmp_path / "run" / "step"))
     assert not (tmp_path / "notes").exists()

@@ -41,6 +41,7 @@ def run(task: Run) -> Record:
         validation=test,
         epochs=arm["epochs"],
         rate=arm["rate"],
+        max_length=bases.SIZES[task.place.scale][arm["base"]].max_length,
         seed=seed,
         scale=task.place.scale,
         callbacks=[named("ExportModel")],
@@ -51,6 +52,8 @@ def run(task: Run) -> Record:
     for name, path in {"train": train, "test": test}.items():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found |= {f"{name}_{what}": value for what, value in _tokens(start, trained, path, rows).items()}
+        if not arm["prompts"]:
+            continue  # replies without one right answer
         rows = rows[: arm["prompts"]]
         said = greedy(trained / "export", [row["prompt"] for row in rows], arm["new_tokens"])
         before = greedy(start, [row["prompt"] for row in rows], arm["new_tokens"])
@@ -122,8 +125,8 @@ def _edit(chosen: Sequence[int], rejected: Sequence[int]) -> tuple[int, int]:
 
 
 def _low(results: Results) -> dict[str, str]:
-    """The arms with pairs that differ little, by loss."""
-    return {arm.partition(",")[0]: arm for arm in results.records if arm.endswith("low edit")}
+    """The arms, by loss; where there are two kinds of pairs, those with pairs that differ little."""
+    return {arm.partition(",")[0]: arm for arm in results.records if not arm.endswith("high edit")}
 
 
 def judge_after(results: Results) -> tuple[Verdict, str]:
@@ -156,6 +159,13 @@ def judge_equal(results: Results) -> tuple[Verdict, str]:
     said = ", ".join(f"{name} {Mean.of(values).text(2)}" for name, values in found.items())
     gains = [b - a for a, b in zip(found["DPO"], found["DPOP 50"], strict=True)]
     return differs(gains, 1), f"chosen log-ratio at equal h ({Mean.of(at).text(1)} nats): {said}"
+
+
+def judge_held_out(results: Results) -> tuple[Verdict, str]:
+    """As `judge_equal`, with what happened to held-out pairs by the end."""
+    verdict, said = judge_equal(results)
+    ends = [f"{name} {results.mean(arm, 'test_chosen').text(2)}" for name, arm in _low(results).items()]
+    return verdict, f"{said}; on held-out pairs at the end {', '.join(ends)}"
 
 
 def judge_edit(results: Results) -> tuple[Verdict, str]:
@@ -226,8 +236,8 @@ def draw_positions(results: Results, drawn: Figure) -> None:
 
 
 def experiments(scale: str) -> list[Experiment]:
-    """Pairs of the made-up set, and of GSM8K."""
-    return [_support(scale), _gsm(scale)]
+    """Pairs of the made-up set, of GSM8K, and of sets whose pairs are whole replies of people or of models."""
+    return [_support(scale), _gsm(scale), *(_replies(name, scale) for name in ("hh_harmless", "hellaswag", "oasst_en"))]
 
 
 def _support(scale: str) -> Experiment:
@@ -251,6 +261,20 @@ def _gsm(scale: str) -> Experiment:
     note = f"{sizes['pairs']} pairs of `gsm8k_lowedit` (low edit) or as many as there are of `gsm8k_model_solutions` "
     note += f"(high edit), {sizes['epochs']} epochs, beta 0.1 for every loss, batch 16, AdamW {sizes['rate']}."
     return _experiment("b_displacement_gsm", "B1 on GSM8K", arms, {**sizes, "new_tokens": 160}, scale, note, 3)
+
+
+def _replies(base: str, scale: str) -> Experiment:
+    sizes = {"base": base, "kind": base, "pairs": 256, "held_out": 96, "epochs": 3, "rate": 3e-4, "prompts": 0}
+    sizes |= {"smoke": {"pairs": 16, "held_out": 8, "epochs": 1}}.get(scale, {})
+    sizes |= {"gpu": {"pairs": 1024, "rate": 5e-6, "held_out": 400}}.get(scale, {})
+    name, sentence = f"b_displacement_{base.partition('_')[0]}", "at equal h DPOP keeps the chosen log-prob higher"
+    claims = (Claim(f"B1 on {base}, equal h", "2402.13228", sentence, judge_held_out, f"{name}_paths"),)
+    arms = {loss: {"loss": LOSSES[loss], **sizes} for loss in ("DPO", "DPOP 50")}
+    most = bases.SIZES[scale][base].characters
+    note = f"{sizes['pairs']} pairs of `{base}` of at most {most} characters, or as many as there are, "
+    note += f"{sizes['epochs']} epochs, beta 0.1 for both losses, batch 16, AdamW {sizes['rate']}."
+    seeds = 2 if scale == "smoke" else 3
+    return Experiment(name, arms, run, claims, {f"{name}_paths": draw_trajectories}, (base,), seeds, note)
 
 
 def _experiment(

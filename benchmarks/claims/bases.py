@@ -7,7 +7,7 @@ import gzip
 import json
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import support
@@ -48,9 +48,11 @@ class Sizes:
 
 _SMOKE = Sizes(32, 2, 2, 400, 96, 1, 32, characters=400)
 _SMALL = Sizes(128, 4, 4, 2048, 1500, 4, 16, 3e-3, 400)
-_GPU = Sizes(768, 12, 12, 16384, 100_000, 3, 32, 6e-4, 6000, 1024)
+_LONGER = {"hh_harmless": replace(_SMALL, characters=800)}
+_LONGER["oasst_en"] = replace(_SMALL, characters=2000, max_length=1024)
+_GPU = Sizes(768, 12, 12, 16384, 100_000, 3, 32, 6e-4, 3000, 2048)
 SIZES: dict[str, dict[str, Sizes]] = {
-    "cpu": {"support": Sizes(64, 4, 4, 640, 4000, 4), **dict.fromkeys(REAL, _SMALL)},
+    "cpu": {"support": Sizes(64, 4, 4, 640, 4000, 4), **dict.fromkeys(REAL, _SMALL), **_LONGER},
     "smoke": {"support": _SMOKE, **dict.fromkeys(REAL, _SMOKE)},
     "gpu": {"support": Sizes(512, 12, 8, 640, 40_000, 3, 64, 6e-4), **dict.fromkeys(REAL, _GPU)},
 }

@@ -157,7 +157,7 @@ def experiments(scale: str) -> list[Experiment]:
             claims,
             {"d_rounds": draw},
             bases=(),
-            seeds=1 if scale == "smoke" else 3,
+            seeds=1 if scale == "smoke" else 5,
             note=note,
         )
     ]

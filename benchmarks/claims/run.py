@@ -42,6 +42,7 @@ import d_pilot
 import d_rounds
 import figure
 import losses
+import sources
 from bases import REAL, Place, base
 from claim import Experiment, Results, measure
 from commands import write
@@ -56,6 +57,11 @@ def experiments(scale: str) -> dict[str, Experiment]:
     """All of them, by name."""
     found = [experiment for module in MODULES for experiment in module.experiments(scale)]
     return {experiment.name: experiment for experiment in found}
+
+
+def module_of(name: str) -> str:
+    """The module that has an experiment."""
+    return next(m.__name__ for m in MODULES if any(each.name == name for each in m.experiments("cpu")))
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
@@ -119,6 +125,7 @@ def collect(experiment: Experiment, place: Place, out: Path, command: str) -> No
     bases = {name: [base(place, name, seed).perplexity for seed in seeds] for name in experiment.bases}
     about = facts("cuda" if place.scale == "gpu" else "cpu", 1, None)
     about |= {"command": command, "seed": f"0 to {experiment.seeds - 1}", "scale": place.scale}
+    about["code"] = sources.code(module_of(experiment.name))
     whole = {"about": about, "perplexity": bases, "arms": experiment.arms, "records": records}
     write(out / "results" / f"{experiment.name}.json", json.dumps(whole, indent=1) + "\n")
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_SWITCHES = ("--allow-changes", "--overwrite", "--trust-remote-code", "--allow-command")
 KEPT = "What was done of the step is kept"
 
 
@@ -36,23 +37,32 @@ class Flags:
 def take_flags(args: Sequence[str]) -> tuple[list[str], Flags]:
     """Split off the flags that only the command line may set from the other arguments.
 
+    A switch stands alone, or has `true` or `false` behind it, as the other options have.
+
     Raises:
-        ValueError: The package to import from has no such name as packages have.
+        ValueError: The package to import from has no such name as packages have, or a switch another value.
     """
-    rest, packages, switches = [], [], set()
-    remaining = iter(args)
-    for argument in remaining:
-        name, _, value = argument.partition("=")
-        if argument in ("--allow-changes", "--overwrite", "--trust-remote-code", "--allow-command"):
-            switches.add(argument.removeprefix("--").replace("-", "_"))
+    rest: list[str] = []
+    packages: list[str] = []
+    switches: dict[str, bool] = {}
+    remaining = [*reversed(args)]
+    while remaining:
+        argument = remaining.pop()
+        name, given, value = argument.partition("=")
+        if name in _SWITCHES:
+            if not given:
+                value = remaining.pop() if remaining and remaining[-1] in ("true", "false") else "true"
+            if value not in ("true", "false"):
+                raise ValueError(f"`{name}` is true or false, got {value!r}.")
+            switches[name.removeprefix("--").replace("-", "_")] = value == "true"
         elif name == "--allow-import":
-            package = value or next(remaining, "")
+            package = value or (remaining.pop() if remaining else "")
             if not all(part.isidentifier() for part in package.split(".")):
                 raise ValueError(f"`--allow-import` needs the import path of a package, got {package!r}.")
             packages.append(package)
         else:
             rest.append(argument)
-    return rest, Flags(tuple(packages), **dict.fromkeys(switches, True))
+    return rest, Flags(tuple(packages), **switches)
 
 
 def resuming(args: Sequence[str], checkpoint: str) -> list[str]:

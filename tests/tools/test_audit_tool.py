@@ -109,8 +109,13 @@ def test_nothing_is_written_over_unless_it_is_asked_for(run, capsys):
         (run.parent / name).write_text("mine")
     assert "exists already" in refused(capsys, run, "--output", "out.html")
     assert (run.parent / "out.html").read_text() == "mine"
-    main(["audit", str(run), "--output", "out.html", "--overwrite"])
-    assert "Rows whose label" in (run.parent / "out.html").read_text()
+    assert "exists already" in refused(capsys, run, "--output", "out.html", "--overwrite", "false")
+    assert "is true or false, got 'no'" in refused(capsys, run, "--output", "out.html", "--overwrite=no")
+    assert (run.parent / "out.html").read_text() == "mine"
+    for asked in (["--overwrite"], ["--overwrite", "true"], ["--overwrite=true"]):
+        (run.parent / "out.html").write_text("mine")
+        main(["audit", str(run), "--output", "out.html", *asked])
+        assert "Rows whose label" in (run.parent / "out.html").read_text()
     assert (run.parent / "beside.html").read_text() == "mine"
     (run.parent / "folder.html").mkdir()
     assert "name a file" in refused(capsys, run, "--output", "folder.html", "--overwrite")
