@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.text import Text
 
 from lit_dpo.data.rows import Pair
+from lit_dpo.plain_text import plain
 from lit_dpo.tools import page
 from lit_dpo.tools.runs import FinishedRun, config_of, find_run, pairs_at, read_lines, shown
 
@@ -190,13 +191,13 @@ def _print(suspects: Sequence[Suspect], pairs: dict[str, Pair], everything: Sequ
     console = page.terminal()
     console.print(f"{_head(min(_SHOWN, len(suspects)), everything)}\n")
     for number, suspect in enumerate(suspects[:_SHOWN], 1):
-        console.print(Text(f"{number}. {page.plain(suspect.row)}", style="bold"))
+        console.print(Text(f"{number}. {plain(suspect.row)}", style="bold"))
         console.print(f"   {_facts(suspect)}")
         pair = pairs.get(suspect.row)
         texts = {} if pair is None else {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         styles = {"prompt": "dim", "chosen": "green", "rejected": "red"}
         for name, content in texts.items():
-            text = page.plain(shown(content))
+            text = plain(shown(content))
             text = f"...{text[-_CUT:]}" if name == "prompt" and len(text) > _CUT else text
             text = f"{text[:_CUT]}..." if len(text) > _CUT + 3 else text
             for line in Text.assemble((f"{name}: ", styles[name]), text).wrap(console, console.width - 3):

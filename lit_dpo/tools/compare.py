@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from lit_dpo.plain_text import plain
 from lit_dpo.tools import page
 from lit_dpo.tools.runs import read_lines, source_of
 
@@ -271,11 +272,11 @@ def show(found: Sequence[Difference], runs: int) -> None:
         for column in table.columns[1:7]:
             column.justify = "right"
         for each in (each for each in found if (each.first, each.second) == pair):
-            table.add_row(page.plain(each.what), *map(str, _cells(each)), each.verdict)
+            table.add_row(plain(each.what), *map(str, _cells(each)), each.verdict)
         console.print(f"first: {pair[0]}\nsecond: {pair[1]}")
         console.print(table)
     for sentence in sentences(found, runs):
-        console.print(page.plain(sentence))
+        console.print(plain(sentence))
 
 
 def _cells(each: Difference) -> list[Any]:

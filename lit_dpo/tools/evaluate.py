@@ -21,6 +21,7 @@ from lit_dpo.data.encode import PairEncoder, Truncation
 from lit_dpo.data.load import OnBadRow, Rows, load_pairs
 from lit_dpo.data.read import read_rows, source_name
 from lit_dpo.models import Dtype
+from lit_dpo.plain_text import plain
 from lit_dpo.scoring.decoder import adapters_off
 from lit_dpo.scoring.score import Scorer
 from lit_dpo.tools import page
@@ -325,10 +326,9 @@ _NOTE = (
 )
 
 
-def _cells(estimate: Estimate) -> list[str]:
-    interval = f"{estimate.low:.3f} to {estimate.high:.3f}"
-    numbers = [f"{estimate.accuracy:.3f}", interval, f"{estimate.ties:.3f}", f"{estimate.margin:+.3f}"]
-    return [estimate.name, f"{estimate.rows:,}", *numbers]
+def _cells(one: Estimate) -> list[str]:
+    interval = f"{one.low:.3f} to {one.high:.3f}"
+    return [one.name, f"{one.rows:,}", f"{one.accuracy:.3f}", interval, f"{one.ties:.3f}", f"{one.margin:+.3f}"]
 
 
 def _show(console: Console, result: Result) -> None:
@@ -338,7 +338,7 @@ def _show(console: Console, result: Result) -> None:
     for name in _HEAD:
         table.add_column(name, justify="left" if name == "rows" else "right", overflow="fold")
     for estimate in result.estimates:
-        table.add_row(*(Text(page.plain(cell)) for cell in _cells(estimate)))
+        table.add_row(*(Text(plain(cell)) for cell in _cells(estimate)))
     console.print(table)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_dpo.data import PreferenceDataModule
 from lit_dpo.module import PreferenceModule
 from lit_dpo.pairs import PairBatch
+from lit_dpo.plain_text import obeyed_by_none, plain
 from lit_dpo.starting import training_margins
 from lit_dpo.tools import page
 from lit_dpo.tools.before import set_up, special_ids, without_news
@@ -243,12 +244,12 @@ def _with_fork(name: str, pieces: list[tuple[str, str]]) -> list[tuple[str, str]
 
 
 def _print(console: Console, pair: ShownPair) -> None:
-    console.print(f"\n{page.plain(pair.title)}", style="bold", soft_wrap=True)
+    console.print(f"\n{plain(pair.title)}", style="bold", soft_wrap=True)
     for name, pieces in zip(SIDES, pair.sides, strict=True):
         text = Text()
         for shown_as, piece in marked(pieces):
             how = f"{' reverse' if piece.special else ''}{'' if piece.scored else ' dim'}"
-            text.append(page.obeyed_by_none(shown_as), style=f"{_COLOURS[name]}{how}")
+            text.append(obeyed_by_none(shown_as), style=f"{_COLOURS[name]}{how}")
         fork, left = Text("┃", style="bold"), len(text) - _SHOWN
         if left > 0:
             more = Text(f"... ({left} more characters) ...", style="italic")
@@ -326,5 +327,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], title: str, style
     for name in head:
         table.add_column(name, style=styles.get(name), overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else page.plain(str(value)) for value in row))
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else plain(str(value)) for value in row))
     return table

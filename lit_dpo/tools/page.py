@@ -16,8 +16,6 @@ from pathlib import Path
 from rich.console import Console
 
 from lit_dpo.checkpoints.durable import new_file, part_beside, put, refuse_unwritable_file
-from lit_dpo.plain_text import obeyed_by_none as obeyed_by_none
-from lit_dpo.plain_text import plain as plain
 from lit_dpo.version import __version__
 
 _STYLE = """

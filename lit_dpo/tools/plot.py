@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lit_dpo.plain_text import plain
 from lit_dpo.tools import page
 from lit_dpo.tools.runs import Series, find_run, metrics
 
@@ -147,7 +148,7 @@ def _print(found: Mapping[str, Mapping[str, Series]], alone: bool = False) -> No
     width = max(8, min(40, console.width - 60))  # of a curve
     for run, values in found.items():
         steps = [series[place][0] for series in values.values() for place in (0, -1)]
-        title = f"{page.plain(run)}, steps {min(steps):,} to {max(steps):,}"
+        title = f"{plain(run)}, steps {min(steps):,} to {max(steps):,}"
         table = Table("metric", "curve", "first", "last", title=title, title_justify="left", box=None, pad_edge=False)
         for column in table.columns[2:]:
             column.justify = "right"

@@ -12,6 +12,7 @@ from typing import Any
 from rich.text import Text
 
 from lit_dpo.files import read_json
+from lit_dpo.plain_text import plain
 from lit_dpo.tools import page
 
 _KNOWN = (  # what an export writes; nothing else leaves this machine
@@ -50,7 +51,7 @@ def push_folder(
     for name in names:
         console.print(Text(f"  {name} ({(folder / name).stat().st_size:,} bytes)"))
     if left_out:
-        console.print(Text(page.plain(f"Left out, as no export writes them: {', '.join(left_out)}")))
+        console.print(Text(plain(f"Left out, as no export writes them: {', '.join(left_out)}")))
     if not dry_run:
         console.print(Text(f"Uploaded: {_upload(folder, names, repository, private, overwrite)}"))
 

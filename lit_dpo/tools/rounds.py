@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lit_dpo.checkpoints.claim import number_of
 from lit_dpo.files import read_json
+from lit_dpo.plain_text import plain
 from lit_dpo.rounds.base import RECORD
 from lit_dpo.rounds.measured import got_worse
 from lit_dpo.stepwise import DONE
@@ -62,11 +63,11 @@ def show_rounds(run: str, output: str | None = None, overwrite: bool = False) ->
     at_once = max(1, (console.width - _WIDEST) // _COLUMN)
     for first in range(0, len(numbers), at_once):
         some = slice(first, first + at_once)
-        table = Table("", title=page.plain(run), title_justify="left", box=None, pad_edge=False)
+        table = Table("", title=plain(run), title_justify="left", box=None, pad_edge=False)
         for name in numbers[some]:
             table.add_column(name, justify="right", max_width=_COLUMN, overflow="fold")
         for name, values in lines.items():
-            table.add_row(page.plain(name), *values[some])
+            table.add_row(plain(name), *values[some])
         console.print(table)
         console.print()
     for sentence in said:
@@ -125,8 +126,8 @@ def lines_of(records: list[dict[str, Any]]) -> Lines:
 
     for number, record in enumerate(records):
         for key, value in record.items():
-            plain = isinstance(value, int | float) and not isinstance(value, bool)
-            if key not in _MEASURED and key != "displacement" and plain:
+            counted = isinstance(value, int | float) and not isinstance(value, bool)
+            if key not in _MEASURED and key != "displacement" and counted:
                 text = f"{value:.1%}" if key in _SHARES else page.number(value)
                 note(number, _NAMES.get(key, key.replace("_", " ")), text)
     for number, record in enumerate(records):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lit_dpo.data.prompts import Prompt, prompt_ids, read_prompts
 from lit_dpo.models import Dtype
+from lit_dpo.plain_text import obeyed_by_none, plain
 from lit_dpo.sampling import REPEATING, Completion, Sampler, repetition
 from lit_dpo.tools import page
 from lit_dpo.tools.opened import Opened, open_model, open_start
@@ -145,21 +146,21 @@ _HEAD = ("model", "completions", "tokens each", "without an end", "repeating")
 def _show(console: Console, asked: Sequence[Prompt], said: Sequence[_Said]) -> None:
     beside = console.is_terminal and console.width // len(said) > _COLUMN
     for number, prompt in enumerate(asked):
-        text, cut = page.obeyed_by_none(prompt.text), len(prompt.text) - _PROMPT
+        text, cut = obeyed_by_none(prompt.text), len(prompt.text) - _PROMPT
         text = f"... ({cut} more characters) ...{text[cut:]}" if cut > 0 else text
-        console.print(Text(f"\n{page.plain(prompt.row)}", style="bold"))
+        console.print(Text(f"\n{plain(prompt.row)}", style="bold"))
         console.print(Text(text, style="dim"))
         if beside:
             grid = Table(box=None, padding=(0, 2, 0, 0), expand=True)
             for one in said:
                 grid.add_column(Text(one.name), ratio=1, overflow="fold")
             for found in zip(*(one.completions[number] for one in said), strict=True):
-                grid.add_row(*(Text(page.obeyed_by_none(_shown(completion))) for completion in found))
+                grid.add_row(*(Text(obeyed_by_none(_shown(completion))) for completion in found))
             console.print(grid)
         else:
             for one in said:
                 for completion in one.completions[number]:
-                    console.print(Text(f"{one.name}: ", style="bold") + page.obeyed_by_none(_shown(completion)))
+                    console.print(Text(f"{one.name}: ", style="bold") + obeyed_by_none(_shown(completion)))
     console.print()
     for row in _rows(said):
         name, completions, tokens, unfinished, repeats = row
