@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lit_dpo.version import __version__
 
 __all__ = [
+    "VLLM",
     "ADPOLoss",
     "APODownLoss",
     "APOZeroLoss",
@@ -143,10 +144,11 @@ if TYPE_CHECKING:
     )
     from lit_dpo.schedules import WarmupDecay
     from lit_dpo.scoring.score import Scorer, score
+    from lit_dpo.vllm_engine import VLLM
 else:
     # The names above, from the modules that have them, tried in this order: those that import least come first.
     _HOMES = ("pairs", "losses", "schedules", "data", "adapters", "scoring.score", "pretrained", "references", "rounds")
-    _HOMES += ("module",)
+    _HOMES += ("module", "vllm_engine")
 
     def __getattr__(name: str) -> object:
         """Import what is asked for now: all of it takes seconds, which no `lit-dpo --help` should wait for."""

@@ -7,9 +7,9 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.scoring.decoder import decoder_parts
 from lit_dpo.scoring.score import length_turn, own_attention
+
+if TYPE_CHECKING:
+    from lit_dpo.vllm_engine import VLLM
 
 REPEATING = 0.5
 """A completion repeats itself if so much of it stood in it before; see `repetition`."""
@@ -68,6 +71,8 @@ class Sampler:
             length, do one at a time, because padding would change what they say.
         top_k: Draw among this many most likely tokens, at least 1; `None` for all. With `top_p` too, that chooses among
             these, whose probabilities then sum to 1.
+        engine: What completes in the place of this class where a step of stepwise training is sampled for; `None` for
+            transformers.
 
     Raises:
         ValueError: An option is out of its range.
@@ -81,6 +86,7 @@ class Sampler:
     round: int = 0
     rows: int = 64
     top_k: int | None = None
+    engine: VLLM | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "rows", "top_k"):
@@ -115,16 +121,16 @@ class Sampler:
                 came before.
 
         Raises:
-            ValueError: A prompt is empty, or too long for the model's positions.
+            ValueError: A prompt is empty, or too long for the model's positions; or there is an `engine`, which takes
+                a folder and no model.
         """
+        if self.engine is not None:
+            raise ValueError("An `engine` samples from the folder of a model: call its `complete`.")
         parts = decoder_parts(model)
         alone = getattr(parts.model, "_is_stateful", False) or length_turn(parts) is not None
-        rows, seen = 1 if alone else self.rows, Counter[bytes]()
-        given = (
-            ((ids, array("q", ids).tobytes()) for ids in prompts) if names is None else zip(prompts, names, strict=True)
-        )
-        waiting = ((ids, self._key(name, seen)) for ids, name in given)
-        while window := list(islice(waiting, max(1, _WINDOW * rows // self.samples))):
+        sampler = replace(self, rows=1) if alone else self
+        rows, waiting = sampler.rows, self.keyed(prompts, names)
+        while window := list(islice(waiting, sampler.window)):
             keyed = [(ids, key, sample) for ids, key in window for sample in range(self.samples)]
             order = sorted(range(len(keyed)), key=lambda row: -len(keyed[row][0]))  # too long ones fail first
             found: dict[int, Completion] = {}
@@ -134,8 +140,21 @@ class Sampler:
             for start in range(0, len(keyed), self.samples):
                 yield [found[row] for row in range(start, start + self.samples)]
 
+    @property
+    def window(self) -> int:
+        """Prompts that are in memory at a time."""
+        return max(1, _WINDOW * self.rows // self.samples)
+
+    def keyed(
+        self, prompts: Iterable[Sequence[int]], names: Iterable[bytes] | None = None
+    ) -> Iterator[tuple[Sequence[int], bytes]]:
+        """Each prompt, with what decides the random numbers of its completions besides the number of the sample."""
+        seen = Counter[bytes]()
+        own = ((ids, array("q", ids).tobytes()) for ids in prompts)
+        for ids, name in own if names is None else zip(prompts, names, strict=True):
+            yield ids, self._key(name, seen)
+
     def _key(self, name: bytes, seen: Counter[bytes]) -> bytes:
-        """What decides the random numbers of a prompt's completions besides the number of the sample."""
         prompt = hashlib.sha256(name).digest()
         occurrence, seen[prompt] = seen[prompt], seen[prompt] + 1
         return prompt + array("q", [self.seed, self.round, occurrence]).tobytes()
@@ -189,11 +208,14 @@ class Sampler:
         Raises:
             ValueError: A prompt is empty, or too long for the model's positions.
         """
+        config: Any = decoder_parts(model).model.config
+        self.check_ids(prompts, getattr(config.get_text_config(), "max_position_embeddings", None), where)
+
+    def check_ids(self, prompts: Sequence[Sequence[int]], most: int | None, where: str = "") -> None:
+        """Refuse prompts that no model of so many positions can complete, or `None` for no limit; see `check`."""
         if not all(prompts):
             raise ValueError(f"{where}A prompt needs at least one token: remove the empty one.")
         longest = max(map(len, prompts))
-        config: Any = decoder_parts(model).model.config
-        most = getattr(config.get_text_config(), "max_position_embeddings", None)
         if most and longest + self.max_new_tokens > most:
             raise ValueError(
                 f"{where}A prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the {most} positions "
@@ -240,8 +262,7 @@ def _generating(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterato
     """
     base: Any = decoder_parts(model).model
     own, training = base.generation_config, model.training
-    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    ends = list(dict.fromkeys(end for end in [tokenizer.eos_token_id, *ends] if end is not None))
+    ends = ends_of(tokenizer, own)
     own_attention(model)
     model.eval()
     base.generation_config = GenerationConfig()
@@ -250,6 +271,12 @@ def _generating(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterato
     finally:
         base.generation_config = own
         model.train(training)
+
+
+def ends_of(tokenizer: PreTrainedTokenizerBase, config: GenerationConfig) -> list[int]:
+    """Ids that end a completion: the tokenizer's end, and those of the model."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return list(dict.fromkeys(end for end in [tokenizer.eos_token_id, *ends] if end is not None))
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -6,10 +6,12 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import tee
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -200,12 +202,12 @@ class StartingPolicies:
 
     def complete(self, step: int, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
         """See `Pool.complete`."""
-        tokenizer: Any
-        model, tokenizer = self.load(step)
+        tokenizer: Any = self.module.tokenizer
         ids, again = tee(map(self._ids, prompts))  # the sampler reads some prompts ahead
         opened = len(prompts) > 0 and isinstance(prompts[0], Opening)
         names = (prompt.name for prompt in prompts if isinstance(prompt, Opening)) if opened else None
-        for prompt, each in zip(again, sampler(model, tokenizer, ids, names), strict=True):
+        asked = sampler(*self.load(step), ids, names) if sampler.engine is None else self._by(sampler, step, ids, names)
+        for prompt, each in zip(again, asked, strict=True):
             before = text_of(tokenizer, prompt)
             whole = (text_of(tokenizer, [*prompt, *one.ids]) for one in each)
             # Decoded alone, some tokenizers lose the first space.
@@ -213,6 +215,37 @@ class StartingPolicies:
                 replace(one, text=text.removeprefix(before)) if text.startswith(before) else one
                 for one, text in zip(each, whole, strict=True)
             ]
+
+    def _by(
+        self, sampler: Sampler, step: int, ids: Iterator[list[int]], names: Iterator[bytes] | None
+    ) -> Iterator[list[Completion]]:
+        """The completions of an engine, which loads the policy from its folder."""
+        assert sampler.engine is not None  # for the types
+        dtype, device = self.module.dtype_name, self._scoring.strategy.root_device
+        with self._saved(step) as folder:
+            yield from sampler.engine.complete(sampler, folder, self.module.tokenizer, ids, names, dtype, device)
+
+    @contextmanager
+    def _saved(self, step: int) -> Iterator[Path]:
+        """The folder of the policy that starts a step; for the time of the context, if there is none yet."""
+        source = self.of(step)
+        if self.loading.quantization is not None:
+            raise ValueError("An `engine` samples from whole weights: leave it out, or `quantization`.")
+        weights = ("model.safetensors", "model.safetensors.index.json")
+        if isinstance(source, str) and any((Path(source) / name).is_file() for name in weights):
+            yield Path(source)
+            return
+        folder = folder_of(self.folder, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix="policy-", dir=folder) as saved:
+            model, tokenizer = self.load(step)
+            if hasattr(model, "peft_config"):
+                raise ValueError("An `engine` samples from whole weights: leave it out, or export merged ones.")
+            model.save_pretrained(saved)
+            tokenizer.save_pretrained(saved)
+            del model
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            yield Path(saved)
 
     def logps(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sequence[int]]], step: int

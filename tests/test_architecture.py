@@ -39,6 +39,8 @@ FLOORS = {
     "adapters": 4,
     "models": 4,
     "sampling": 4,
+    "vllm_engine": 4,
+    "vllm_worker": 0,
     "strategies": 4,
     "data": 4,
     "references": 5,
@@ -58,11 +60,18 @@ FLOORS = {
     "__main__": 13,
 }
 # On one floor, what may build on what.
-NEIGHBOURS = {("metrics", "losses"), ("export", "trained"), ("assembly", "hparams"), ("data", "sampling")}
+NEIGHBOURS = {
+    ("metrics", "losses"),
+    ("export", "trained"),
+    ("assembly", "hparams"),
+    ("data", "sampling"),
+    ("vllm_engine", "sampling"),
+}
 TORCH_ONLY = {"pairs", "scoring.logps", "scoring.attention", "losses", "checkpoints.finite"}
 # `references`, `assembly` and `module` for the names of types; `data` for type checking alone, which does not count.
 KNOW_TRANSFORMERS = {"scoring", "models", "tokenizers", "adapters", "pretrained", "references", "rounds"}
 KNOW_TRANSFORMERS |= {"quantization", "resume", "assembly", "module", "export", "extrapolate", "sampling", "trained"}
+KNOW_TRANSFORMERS |= {"vllm_engine"}
 LONGEST = 350  # lines of a file
 
 

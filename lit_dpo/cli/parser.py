@@ -23,6 +23,7 @@ from lit_dpo.data import Partition
 from lit_dpo.losses import PreferenceLoss
 from lit_dpo.references.base import Reference
 from lit_dpo.rounds import Judge, Picker
+from lit_dpo.vllm_engine import VLLM
 
 # What a configuration may name: narrow paths, none of which runs or loads anything by itself.
 IMPORTABLE = (
@@ -30,7 +31,7 @@ IMPORTABLE = (
     *(f"lit_dpo.rounds.{name}" for name in ("judges", "command", "implicit", "pickers", "on_policy")),
     *(f"lit_dpo.rounds.{name}" for name in ("filtered", "discriminated", "discriminator", "self_play", "active")),
     *(f"lit_dpo.{name}" for name in ("data.partition", "data.splits", "adapters.LoRA", "LoRA", "WarmupDecay")),
-    "lit_dpo.strategies.FSDP2Strategy",
+    *("lit_dpo.strategies.FSDP2Strategy", "lit_dpo.vllm_engine.VLLM", "lit_dpo.VLLM"),
     *(f"lightning.pytorch.{name}" for name in ("callbacks", "loggers", "strategies", "profilers", "plugins")),
     *("lightning.fabric.plugins.environments", "lightning.fabric.plugins.io"),  # where some of its plugins are defined
     *("lightning.Callback", "torch.optim", "torch.distributed.fsdp"),
@@ -49,6 +50,7 @@ _KINDS: dict[str, type[Any]] = {  # what an option takes, by its last name
     "discriminator": Judge,
     "picker": Picker,
     "adapter": LoRA,
+    "engine": VLLM,
     "optimizer": Optimizer,
     "lr_scheduler": LRScheduler,
     "callbacks": Callback,
@@ -108,4 +110,4 @@ def subclass_names(base: type[Any]) -> set[str]:
     }
 
 
-_ABSTRACT = {kind.__name__ for kind in _KINDS.values() if kind is not LoRA}
+_ABSTRACT = {kind.__name__ for kind in _KINDS.values() if kind not in (LoRA, VLLM)}

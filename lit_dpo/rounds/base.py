@@ -197,7 +197,10 @@ class Rounds(Partition):
         Raises:
             ValueError: The round was begun with others; a table of them is printed.
         """
-        sampler = {name: value for name, value in vars(self.sampler).items() if name not in ("rows", "round")}
+        left_out = ("rows", "round", "engine")
+        sampler = {name: value for name, value in vars(self.sampler).items() if name not in left_out}
+        if self.sampler.engine is not None:
+            sampler["engine"] = type(self.sampler.engine).__name__
         begin(pool.folder, {"round": step, **pool.policy, **sampler, **values}, pool.allow_changes)
         if self._looking:
             raise _Unchanged

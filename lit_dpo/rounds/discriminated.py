@@ -21,6 +21,7 @@ from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.pickers import BestVsWorst
 from lit_dpo.rounds.rows import Row, digest_of, picked, prompts_of, said_of
 from lit_dpo.sampling import Sampler
+from lit_dpo.vllm_engine import VLLM
 
 _GOLD, _FOLDER = "gold.jsonl", "discriminator"
 
@@ -58,6 +59,7 @@ class Discriminated(Rounds):
         max_new_tokens: Tokens of a completion at most, its end included.
         seed: Of the random numbers of sampling.
         batch_size: Completions sampled at a time; it does not change them.
+        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
 
     Raises:
         ValueError: An option is out of its range.
@@ -78,8 +80,9 @@ class Discriminated(Rounds):
         max_new_tokens: int = 256,
         seed: int = 0,
         batch_size: int = 512,
+        engine: VLLM | None = None,
     ) -> None:
-        sampler = Sampler(2, temperature, top_p, max_new_tokens, seed, rows=batch_size)
+        sampler = Sampler(2, temperature, top_p, max_new_tokens, seed, rows=batch_size, engine=engine)
         self.discriminator = discriminator or Discriminator()
         super().__init__(rounds, sampler, [gold, self.discriminator], min_pairs)
         check(prompts_per_round=prompts_per_round, gold_per_round=gold_per_round)

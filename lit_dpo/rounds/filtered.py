@@ -14,6 +14,7 @@ from lit_dpo.rounds.base import Rounds
 from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.rows import Row, answer_of, digest_of
 from lit_dpo.sampling import Sampler
+from lit_dpo.vllm_engine import VLLM
 
 
 class Filtered(Rounds):
@@ -42,6 +43,7 @@ class Filtered(Rounds):
         max_new_tokens: Tokens of a sample at most, its end included.
         seed: Of the random numbers of sampling.
         batch_size: Samples drawn at a time; it does not change them.
+        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
 
     Raises:
         ValueError: An option is out of its range.
@@ -60,8 +62,9 @@ class Filtered(Rounds):
         max_new_tokens: int = 64,
         seed: int = 0,
         batch_size: int = 512,
+        engine: VLLM | None = None,
     ) -> None:
-        sampler = Sampler(1, temperature, top_p, max_new_tokens, seed, rows=batch_size)
+        sampler = Sampler(1, temperature, top_p, max_new_tokens, seed, rows=batch_size, engine=engine)
         super().__init__(rounds, sampler, [judge], min_pairs)
         self.judge, self.replace = judge, replace
 

@@ -13,6 +13,7 @@ from lit_dpo.rounds.judges import Judge
 from lit_dpo.rounds.pickers import Picker, RightVsWrong
 from lit_dpo.rounds.rows import Row, digest_of, picked, prompts_of, said_of
 from lit_dpo.sampling import Sampler
+from lit_dpo.vllm_engine import VLLM
 
 
 class OnPolicy(Rounds):
@@ -46,6 +47,7 @@ class OnPolicy(Rounds):
         max_new_tokens: Tokens of a completion at most, its end included.
         seed: Of the random numbers of sampling.
         batch_size: Completions sampled at a time; it does not change them.
+        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
         greedy_prompts: Prompts whose likeliest completions the judge scores at the start of each round and after the
             last one; a data set as `prompts`.
         trusted: Pairs whose label is trusted: in each round it is measured how often the judge prefers the chosen one.
@@ -70,8 +72,9 @@ class OnPolicy(Rounds):
         batch_size: int = 512,
         greedy_prompts: str | None = None,
         trusted: str | None = None,
+        engine: VLLM | None = None,
     ) -> None:
-        sampler = Sampler(samples, temperature, top_p, max_new_tokens, seed, rows=batch_size)
+        sampler = Sampler(samples, temperature, top_p, max_new_tokens, seed, rows=batch_size, engine=engine)
         super().__init__(rounds, sampler, [judge], min_pairs, greedy_prompts, trusted)
         check(prompts_per_round=prompts_per_round)
         self.prompts, self.judge, self.picker, self.prompts_per_round = prompts, judge, picker, prompts_per_round

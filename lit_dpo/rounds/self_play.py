@@ -23,6 +23,7 @@ from lit_dpo.data.texts import pair_of, values_of
 from lit_dpo.rounds.base import Rounds, check
 from lit_dpo.rounds.rows import Row, digest_of
 from lit_dpo.sampling import Sampler
+from lit_dpo.vllm_engine import VLLM
 
 _AT_ONCE = 256  # pairs, to be encoded together
 
@@ -63,6 +64,7 @@ class SelfPlay(Rounds):
         top_p: Draw among the fewest most likely of these tokens whose probabilities sum to this.
         seed: Of the cuts and of sampling.
         batch_size: Answers gone on with at a time; it does not change what comes of them.
+        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
 
     Raises:
         ValueError: An option is out of its range.
@@ -83,9 +85,10 @@ class SelfPlay(Rounds):
         top_p: float = 0.95,
         seed: int = 0,
         batch_size: int = 512,
+        engine: VLLM | None = None,
     ) -> None:
         check(prompts_per_round=prompts_per_round, buffer=buffer, segment_tokens=segment_tokens)
-        sampler = Sampler(1, temperature, top_p, segment_tokens, seed, rows=batch_size, top_k=top_k)
+        sampler = Sampler(1, temperature, top_p, segment_tokens, seed, rows=batch_size, engine=engine, top_k=top_k)
         super().__init__(rounds, sampler, (), min_pairs)
         self.answers, self.prompts_per_round, self.buffer = answers, prompts_per_round, buffer
 
