@@ -215,8 +215,8 @@ class Sampler:
         """Refuse prompts that no model of so many positions can complete, or `None` for no limit; see `check`."""
         if not all(prompts):
             raise ValueError(f"{where}A prompt needs at least one token: remove the empty one.")
-        longest = max(map(len, prompts))
-        if most and longest + self.max_new_tokens > most:
+        longest = max(map(len, prompts), default=0)
+        if prompts and most and longest + self.max_new_tokens > most:
             raise ValueError(
                 f"{where}A prompt of {longest} tokens and {self.max_new_tokens} new ones exceed the {most} positions "
                 "of the model: lower `max_new_tokens`, or shorten the prompt."

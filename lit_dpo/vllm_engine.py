@@ -24,16 +24,8 @@ from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.sampling import Completion, Sampler, ends_of, text_of
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_OF_A_RUN = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
+_OF_A_RUN = {f"{prefix}{name}" for prefix in ("", "LOCAL_") for name in ("RANK", "WORLD_SIZE")}
+_OF_A_RUN |= {"NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
 _PATIENCE = 30.0  # seconds for its end
 
 
@@ -117,15 +109,22 @@ class VLLM:
             **({"max_model_len": self.max_model_len} if self.max_model_len else {}),
         }
         waiting = sampler.keyed(prompts, names)
+
+        def window() -> list[tuple[Sequence[int], bytes]]:
+            found = list(islice(waiting, sampler.window))
+            sampler.check_ids([ids for ids, _ in found], most)
+            return found
+
+        some = window()  # refused, if it is, before vLLM is loaded
         with _worker(settings, device) as ask:
-            while window := list(islice(waiting, sampler.window)):
-                sampler.check_ids([ids for ids, _ in window], most)
-                keyed = [(ids, key, sample) for ids, key in window for sample in range(sampler.samples)]
+            while some:
+                keyed = [(ids, key, sample) for ids, key in some for sample in range(sampler.samples)]
                 seeds = [_seed(key, sample) for _, key, sample in keyed]
                 found = ask({"prompts": [[*ids] for ids, _, _ in keyed], "seeds": seeds, "options": options})
                 said = [Completion(tuple(ids), text_of(tokenizer, ids), finished) for ids, finished in found]
                 for start in range(0, len(said), sampler.samples):
                     yield said[start : start + sampler.samples]
+                some = window()
 
 
 def _generation(model: Path, config: Any) -> GenerationConfig:
@@ -155,17 +154,23 @@ def _worker(settings: dict[str, Any], device: torch.device | None) -> Iterator[A
     )
     os.close(theirs_in)
     os.close(theirs_out)
+    patience = 0.0  # whoever is interrupted does not wait for what is under way
     try:
-        with os.fdopen(ours_out, "w", encoding="utf-8") as asked, os.fdopen(ours_in, encoding="utf-8") as answered:
+        with open(ours_out, "wb", buffering=0) as asked, open(ours_in, "rb") as answered:
+
+            def tell(request: dict[str, Any]) -> None:
+                line = memoryview(json.dumps(request).encode() + b"\n")
+                with suppress(BrokenPipeError):  # that it has ended is seen where its answer is missing
+                    while line:
+                        line = line[asked.write(line) :]
 
             def ask(request: dict[str, Any]) -> list[list[Any]]:
-                with suppress(BrokenPipeError):  # why it ended is told below
-                    asked.write(json.dumps(request) + "\n")
-                    asked.flush()
+                tell(request)
                 line = answered.readline()
-                answer: dict[str, Any] = (
-                    json.loads(line) if line else {"error": f"its process ended with status {process.wait()}"}
-                )
+                if not line:
+                    _end(process, _PATIENCE)
+                ended = f"its process ended with status {process.returncode}"
+                answer: dict[str, Any] = json.loads(line) if line else {"error": ended}
                 if "error" in answer:
                     raise ValueError(
                         f"vLLM failed ({answer['error']}): see what it printed. If it is short of memory, lower "
@@ -174,17 +179,17 @@ def _worker(settings: dict[str, Any], device: torch.device | None) -> Iterator[A
                 found: list[list[Any]] = answer["completions"]
                 return found
 
-            asked.write(json.dumps(settings) + "\n")
-            asked.flush()
+            tell(settings)
             yield ask
+            patience = _PATIENCE
     finally:
-        _end(process)
+        _end(process, patience)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Wait for its own end, now that its pipes are closed, and then end all that is left of it."""
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """Wait so many seconds for its own end, now that nothing is asked any more, and end all that is left of it."""
     with suppress(subprocess.TimeoutExpired):
-        process.wait(_PATIENCE)
+        process.wait(patience)
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from typing import Any
 
 
@@ -34,6 +37,13 @@ def completions_of(llm: Any, make: Any, asked: dict[str, Any]) -> list[list[Any]
     return found
 
 
+def follow(parent: int) -> None:
+    """End with the process that asks, with all that vLLM has started, however that process ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)  # a group of its own, see `vllm_engine.py`
+
+
 def main(read: int, write: int) -> None:
     """Answer until no more is asked.
 
@@ -41,6 +51,8 @@ def main(read: int, write: int) -> None:
         read: File descriptor of what is asked.
         write: File descriptor of the answers.
     """
+    if os.getpgrp() == os.getpid():
+        threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
     with os.fdopen(read, encoding="utf-8") as asked, os.fdopen(write, "w", encoding="utf-8") as answered:
         try:
             from vllm import LLM, SamplingParams

@@ -79,6 +79,7 @@ def test_rounds_are_what_vllm_says_of_the_policy_that_starts_them(tmp_path, note
 def test_prompts_that_are_too_long_are_refused(tmp_path, notes):
     with pytest.raises(ValueError, match="exceed the 12 positions"):
         train(tmp_path / "run", Verifier(is_right), engine=VLLM(max_model_len=12))
+    assert not notes.exists()  # before vLLM is loaded
 
 
 @pytest.mark.slow
@@ -108,24 +109,26 @@ def test_it_is_told_nothing_of_the_run_it_serves(tmp_path, notes, monkeypatch):
 
 
 @pytest.mark.slow
-def test_it_ends_with_the_process_that_asked(tmp_path, notes, monkeypatch):
-    """Ended from outside while vLLM computes."""
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_it_ends_with_the_process_that_asked(how, tmp_path, notes, monkeypatch):
+    """Killed outright while vLLM computes, or interrupted, which does not wait for what is computed."""
     monkeypatch.setenv("FAILS", "hang")
     load_model(DESCRIPTION, signs()).save_pretrained(tmp_path / "model")
     program = (
         "from pathlib import Path; from lit_dpo import VLLM; from lit_dpo.sampling import Sampler; "
         "from tests.test_rounds import signs; "
-        f"list(VLLM().complete(Sampler(), Path({str(tmp_path / 'model')!r}), signs(), [[1, 2]], None, 'float32'))"
+        "sampler = Sampler(max_new_tokens=9); "
+        f"list(VLLM().complete(sampler, Path({str(tmp_path / 'model')!r}), signs(), [[1, 2]], None, 'float32'))"
     )
     asking = subprocess.Popen([sys.executable, "-c", program])
     while not (notes.exists() and notes.read_text().endswith("\n")):
         assert asking.poll() is None
         time.sleep(0.1)
     [note] = lines(notes)
-    time.sleep(0.5)
-    asking.send_signal(signal.SIGTERM)
-    asking.wait()
-    end = time.monotonic() + 30
+    time.sleep(3)
+    asking.send_signal(how)
+    asking.wait(10)
+    end = time.monotonic() + 10
     while Path(f"/proc/{note['pid']}").exists() and time.monotonic() < end:
         time.sleep(0.1)
     assert not Path(f"/proc/{note['pid']}").exists()
