@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from lit_dpo.pretrained import trusts_remote_code
 from lit_dpo.scoring.decoder import decoder_parts
 from lit_dpo.scoring.score import length_turn, own_attention
-
-if TYPE_CHECKING:
-    from lit_dpo.vllm_engine import VLLM
 
 REPEATING = 0.5
 """A completion repeats itself if so much of it stood in it before; see `repetition`."""
@@ -44,6 +42,22 @@ class Completion:
     ids: tuple[int, ...]
     text: str
     finished: bool
+
+
+class Engine(Protocol):
+    """What completes in the place of transformers, such as `lit_dpo.VLLM`."""
+
+    def complete(
+        self,
+        sampler: Sampler,
+        model: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Iterable[Sequence[int]],
+        names: Iterable[bytes] | None,
+        dtype: str,
+        device: torch.device | None,
+    ) -> Iterator[list[Completion]]:
+        """The completions of each prompt, in order, by the model in a folder."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class Sampler:
     round: int = 0
     rows: int = 64
     top_k: int | None = None
-    engine: VLLM | None = None
+    engine: Engine | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "rows", "top_k"):
