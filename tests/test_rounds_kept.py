@@ -177,7 +177,10 @@ def data_of(file):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["on policy", "filtered", "discriminated", "self-play"])
 def test_memory_does_not_grow_with_the_prompts(name, tmp_path):
-    """Completions, scores and pairs of a round eight times as large take no more, but for a few bytes a prompt."""
+    """Completions, scores and pairs of a round eight times as large take no more, but for a few bytes a prompt.
+
+    What stands beside them at the peak differs by 100 kB from one process to another, which is 60 bytes a prompt.
+    """
     peaks = []
     for count in (250, 2000):
         partition, more = partition_of(name, tmp_path / str(count), count)
@@ -188,7 +191,7 @@ def test_memory_does_not_grow_with_the_prompts(name, tmp_path):
         assert sum(1 for row in rows if row["chosen"] != row["rejected"]) > 0.9 * count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert (peaks[1] - peaks[0]) / 1750 < 200  # bytes a prompt; its completions or its row are 500 and more as text
+    assert (peaks[1] - peaks[0]) / 1750 < 300  # bytes a prompt; its completions or its row are 500 and more as text
 
 
 class Nothing:
