@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,17 +46,9 @@ class Completion:
 class Engine(Protocol):
     """What completes in the place of transformers, such as `lit_dpo.VLLM`."""
 
-    def complete(
-        self,
-        sampler: Sampler,
-        model: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Iterable[Sequence[int]],
-        names: Iterable[bytes] | None,
-        dtype: str,
-        device: torch.device | None,
-    ) -> Iterator[list[Completion]]:
-        """The completions of each prompt, in order, by the model in a folder."""
+    @property
+    def complete(self) -> Callable[..., Iterator[list[Completion]]]:
+        """Called with the arguments of `VLLM.complete`."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,7 @@ class Sampler:
             length, do one at a time, because padding would change what they say.
         top_k: Draw among this many most likely tokens, at least 1; `None` for all. With `top_p` too, that chooses among
             these, whose probabilities then sum to 1.
-        engine: What completes in the place of this class where a step of stepwise training is sampled for; `None` for
-            transformers.
+        engine: What generates the completions of a round, such as `VLLM`; `None` for transformers.
 
     Raises:
         ValueError: An option is out of its range.

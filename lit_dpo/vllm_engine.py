@@ -1,4 +1,4 @@
-"""Sampling through vLLM, which is much faster than transformers on a GPU and less exact."""
+"""Sampling through vLLM, which is made for GPUs and less exact than `Sampler` with transformers."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def _worker(settings: dict[str, Any], device: torch.device | None) -> Iterator[A
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "lit_dpo.vllm_worker", str(theirs_in), str(theirs_out)],
+        # `-P`: no module of the working folder, or of this one, is taken for another.
+        [sys.executable, "-P", str(Path(__file__).with_name("vllm_worker.py")), str(theirs_in), str(theirs_out)],
         pass_fds=(theirs_in, theirs_out),
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
@@ -174,7 +175,7 @@ def _worker(settings: dict[str, Any], device: torch.device | None) -> Iterator[A
                 if "error" in answer:
                     raise ValueError(
                         f"vLLM failed ({answer['error']}): see what it printed. If it is short of memory, lower "
-                        "`gpu_memory_utilization` or `max_model_len`. What was sampled before is kept."
+                        "`gpu_memory_utilization` or `max_model_len`. A round keeps what was sampled before."
                     )
                 found: list[list[Any]] = answer["completions"]
                 return found
@@ -209,4 +210,4 @@ def _environment(device: torch.device | None) -> dict[str, str]:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         index = device.index or 0
         found["CUDA_VISIBLE_DEVICES"] = seen.split(",")[index] if seen else str(index)
-    return {"VLLM_LOGGING_LEVEL": "WARNING", **found}
+    return {"VLLM_LOGGING_LEVEL": "WARNING", **found, "PYTHONSAFEPATH": "1"}  # `-P` for what it starts

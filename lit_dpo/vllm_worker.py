@@ -1,4 +1,4 @@
-"""What runs in vLLM's own process: `python -m lit_dpo.vllm_worker READ WRITE`, which `vllm_engine.py` alone starts.
+"""What runs in vLLM's own process: `python -P vllm_worker.py READ WRITE`, which `vllm_engine.py` alone starts.
 
 It is a process of its own, so that its end gives all of the GPU's memory back, and nothing that vLLM sets up reaches
 the training. One line of JSON comes in for the model, then one for each batch of prompts; one goes out for each.

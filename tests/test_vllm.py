@@ -34,7 +34,7 @@ def notes(tmp_path_factory, monkeypatch):
     """A package `vllm` for this process and its children, and the file in which it notes what it is made with."""
     file, here = tmp_path_factory.mktemp("vllm") / "notes", Path(__file__).parent
     monkeypatch.syspath_prepend(str(here / "stand_ins"))
-    paths = [here / "stand_ins", here.parent, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [here / "stand_ins", here.parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
     monkeypatch.setenv("NOTES", str(file))
     return file
@@ -65,7 +65,9 @@ def test_rounds_are_what_vllm_says_of_the_policy_that_starts_them(tmp_path, note
     assert {one["pid"] for one in made}.isdisjoint({os.getpid()})
     assert {(one["dtype"], one["trust"], one["max_model_len"]) for one in made} == {("float32", False, 60)}
     assert not Path(made[0]["model"]).exists()  # written for vLLM alone, as the first policy is a description
-    assert [path.name for path in roots[0].iterdir() if path.name.startswith("policy-")] == []
+    assert [path.name for path in roots[0].iterdir() if path.name.startswith("policy-")] == [
+        "policy-mine"
+    ]  # the stand-in's
     starts = [load_model(DESCRIPTION, signs()), AutoModelForCausalLM.from_pretrained(roots[0] / "export")]
     for number, (root, model) in enumerate(zip(roots, starts, strict=True)):
         found = [[one["ids"] for one in said] for _, said in lines(root / "completions.0.jsonl")]
@@ -90,6 +92,24 @@ def test_what_fails_is_one_sentence(fails, said, tmp_path, notes, monkeypatch):
     monkeypatch.setenv("FAILS", fails)
     with pytest.raises(ValueError, match=rf"vLLM failed \({said}\): see what it printed.*gpu_memory_utilization"):
         train(tmp_path / "run", Verifier(is_right), engine=VLLM())
+
+
+@pytest.mark.slow
+def test_no_code_of_the_working_folder_or_of_the_model_runs(tmp_path, notes, monkeypatch):
+    """Decoys: modules in the folder that the command is called in, and code that the model's folder brings."""
+    canary = tmp_path / "canary"
+    code = f"open({str(canary)!r}, 'w').close()\n"
+    for name in ("vllm", "json", "torch", "lit_dpo"):
+        (tmp_path / f"{name}.py").write_text(code)
+    load_model(DESCRIPTION, signs()).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.Model"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "theirs.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    said = list(VLLM().complete(Sampler(max_new_tokens=4), tmp_path / "model", signs(), [[1, 2]], None, "float32"))
+    assert len(said) == 1
+    assert not canary.exists()
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def take_flags(args: Sequence[str]) -> tuple[list[str], Flags]:
             if not given:
                 value = remaining.pop() if remaining and remaining[-1] in ("true", "false") else "true"
             if value not in ("true", "false"):
-                raise ValueError(f"`{name}` is true or false, got {value!r}.")
+                raise ValueError(f"`{name}` is true or false, got {value!r}: write one of them, or `{name}` alone.")
             switches[name.removeprefix("--").replace("-", "_")] = value == "true"
         elif name == "--allow-import":
             package = value or (remaining.pop() if remaining else "")

@@ -43,7 +43,7 @@ class Filtered(Rounds):
         max_new_tokens: Tokens of a sample at most, its end included.
         seed: Of the random numbers of sampling.
         batch_size: Samples drawn at a time; it does not change them.
-        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
+        engine: `VLLM` samples with vLLM, which is less exact; by default transformers does.
 
     Raises:
         ValueError: An option is out of its range.

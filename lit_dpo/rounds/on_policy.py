@@ -47,7 +47,7 @@ class OnPolicy(Rounds):
         max_new_tokens: Tokens of a completion at most, its end included.
         seed: Of the random numbers of sampling.
         batch_size: Completions sampled at a time; it does not change them.
-        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
+        engine: `VLLM` samples with vLLM, which is less exact; by default transformers does.
         greedy_prompts: Prompts whose likeliest completions the judge scores at the start of each round and after the
             last one; a data set as `prompts`.
         trusted: Pairs whose label is trusted: in each round it is measured how often the judge prefers the chosen one.

@@ -64,7 +64,7 @@ class SelfPlay(Rounds):
         top_p: Draw among the fewest most likely of these tokens whose probabilities sum to this.
         seed: Of the cuts and of sampling.
         batch_size: Answers gone on with at a time; it does not change what comes of them.
-        engine: `VLLM` samples with vLLM, faster on a GPU and less exact; by default transformers does.
+        engine: `VLLM` samples with vLLM, which is less exact; by default transformers does.
 
     Raises:
         ValueError: An option is out of its range.

@@ -22,6 +22,8 @@ class LLM:
             said = {"model": model, "dtype": dtype, "trust": trust_remote_code, "pid": os.getpid(), **more}
             said["environment"] = {name: os.environ[name] for name in names if name in os.environ}
             file.write(json.dumps(said) + "\n")
+        if os.path.basename(model).startswith("policy-"):
+            os.mkdir(os.path.join(os.path.dirname(model), "policy-mine"))  # a decoy beside a folder that is removed
         print("a line that is no answer")
         if os.environ.get("FAILS") == "load":
             raise RuntimeError("no memory is left")
