@@ -69,6 +69,38 @@ class Terminate(Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Hold(Callback):
+    """Wait at the start of a batch until the other process, which has something to do at this moment, says `go on`.
+
+    It says so on the standard input. `waiting` is what it can wait for on the standard output.
+    """
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            print("waiting", flush=True)
+            assert sys.stdin.readline() == "go on\n"
+
+
+class Die(Callback):
+    """Be ended by the kernel some time after so many lines were logged, whatever is under way; no timer but its own.
+
+    A process that nobody else has to stop in time, so that it comes as far on a busy machine as on an idle one. The
+    default action of the signal of a timer is that of SIGKILL: nothing of the process runs any more.
+    """
+
+    def __init__(self, path, lines, seconds):
+        self.path, self.lines, self.seconds = path, lines, seconds
+
+    def on_train_batch_start(self, *args):
+        logged = self.path.read_text().count("\n") if self.path.exists() else 0
+        if logged >= self.lines and signal.getitimer(signal.ITIMER_REAL) == (0, 0):
+            assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+            signal.setitimer(signal.ITIMER_REAL, self.seconds)
+
+
 class Mishap(Callback):
     """At a batch one process is killed or fails, while the others are busy for long, which no collective ends."""
 
@@ -140,6 +172,10 @@ def parts(folder, options, partition=0):
         callbacks.append(RecordMargins())
     if "terminate" in options:
         callbacks.append(Terminate(options["terminate"], options.get("signal", signal.SIGTERM)))
+    if "hold" in options:
+        callbacks.append(Hold(options["hold"]))
+    if "die" in options:
+        callbacks.append(Die(folder / "log.jsonl", *options["die"]))
     if "mishap" in options:
         watch.GRACE = 3
         callbacks.append(Mishap(*options["mishap"]))

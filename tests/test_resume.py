@@ -193,17 +193,9 @@ def start(folder, options, **environment):
     command = [sys.executable, "-m", "tests.interrupted", str(folder), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
-def wait_for_lines(path, count, process, limit=60):
-    """Wait until a log has so many lines."""
-    end = time.monotonic() + limit
-    while time.monotonic() < end and process.poll() is None:
-        if path.exists() and path.read_text().count("\n") >= count:
-            return
-        time.sleep(0.002)
+        command, cwd=ROOT, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -217,21 +209,17 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("planned", [1, 8])
-def test_kill_9_at_random_moments_loses_nothing(tmp_path, undisturbed, planned):
+def test_an_end_at_random_moments_loses_nothing(tmp_path, undisturbed, planned):
     options, expected, weights = undisturbed
     folder, draw, kills = tmp_path / "run", random.Random(planned), 0
     while True:
-        process = start(folder, options)
-        if kills < planned:
-            have = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").exists() else 0
-            wait_for_lines(folder / "log.jsonl", have + draw.randrange(3, 100 // planned), process)
-            time.sleep(draw.uniform(0, 0.05))
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        _, err = process.communicate(timeout=120)
+        have = len((folder / "log.jsonl").read_text().splitlines()) if (folder / "log.jsonl").exists() else 0
+        die = {"die": [have + draw.randrange(3, 100 // planned), draw.uniform(0.001, 0.05)]} if kills < planned else {}
+        _, err = (process := start(folder, {**options, **die})).communicate(timeout=120)
         if process.returncode == 0:
             break
-        assert process.returncode == -signal.SIGKILL, err[-3000:]
+        assert process.returncode == -signal.SIGALRM, err[-3000:]
+        kills += 1
     assert kills == planned
     assert interrupted.contradictions(folder / "log.jsonl") == []
     assert interrupted.entries(folder / "log.jsonl") == expected
@@ -244,14 +232,14 @@ def test_a_signal_saves_and_exits_with_its_status(tmp_path, undisturbed, number,
     options, expected, weights = undisturbed
     options = {**options, "every": 1000}  # what is saved is saved because of the signal
     folder = tmp_path / "run"
-    process = start(folder, options)
-    wait_for_lines(folder / "log.jsonl", 8, process)
+    process = start(folder, {**options, "hold": 8})
+    assert [process.stdout.readline() for _ in "rw"] == ["ready\n", "waiting\n"]
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate("go on\n", timeout=60)
     assert process.returncode == code, err[-3000:]
-    logged = len(batches(interrupted.entries(folder / "log.jsonl")))
+    assert len(batches(interrupted.entries(folder / "log.jsonl"))) == 10  # the two batches of the step under way
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert state["global_step"] == logged // 2  # two batches a step: nothing done was lost
+    assert state["global_step"] == 5  # nothing done was lost
     process = start(folder, options)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-3000:]
@@ -324,8 +312,8 @@ def test_a_terminal_that_is_closed_ends_the_run_saved(tmp_path):
     """The progress bar cannot be written to it any more, which must not be what ends the run."""
     leader, follower = pty.openpty()
     command = [
-        "fit", "-c", "configs/dpo.yaml", "-c", "tests/conf/tiny.yaml", "--trainer.default_root_dir", str(tmp_path),
-        "--trainer.max_epochs", "500", "--trainer.max_steps", "-1", "--trainer.enable_progress_bar", "true",
+        "fit", "-c", "configs/dpo.yaml", "-c", "tests/conf/tiny.yaml", "-c", "tests/conf/endless.yaml",
+        "--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "true",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-c", f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
@@ -338,7 +326,10 @@ def test_a_terminal_that_is_closed_ends_the_run_saved(tmp_path):
     while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") > 5):
         time.sleep(0.05)
     os.close(leader)
-    assert process.wait(60) == 129
+    try:
+        assert process.wait(60) == 129
+    finally:
+        process.kill()
     assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").exists()
 
 

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from lit_dpo.cli import main
 from lit_dpo.data.encode import PairEncoder
 from lit_dpo.data.rows import RowError, parse_row
 from lit_dpo.models import load_model
+from lit_dpo.rounds import base
+from lit_dpo.rounds.journal import Lines
 from lit_dpo.sampling import Completion
 from lit_dpo.stepwise import fit_stepwise
 from lit_dpo.tokenizers import quickstart_tokenizer
@@ -275,18 +276,15 @@ def test_an_interrupted_round_goes_on_behind_the_last_answer(tmp_path):
 
 @pytest.mark.slow
 def test_a_kill_while_sampling_leaves_the_same_pairs_and_weights(tmp_path):
-    """A real process, SIGKILL when some answers are gone on with; with another batch size than the undisturbed run."""
+    """A real process that gets SIGKILL behind the third answer; with another batch size than the undisturbed run."""
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = train(tmp_path / "whole" / "run", top_k=None, prompts_per_round=9)
     folder = tmp_path / "cut" / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "tests.test_self_play", str(folder)], cwd=ROOT, env=environment)
-    journal = folder / "partition_1" / "completions.0.jsonl"
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 3):
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-m", "tests.test_self_play", str(folder)]
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == -signal.SIGKILL
+    assert len(lines(folder / "partition_1" / "completions.0.jsonl")) == 3
     assert not (folder / "partition_1" / "pairs.jsonl").exists()
     roots = train(folder, resume=True, batch_size=1, top_k=None, prompts_per_round=9)
     for root, other in zip(roots, whole, strict=True):
@@ -359,6 +357,16 @@ def test_a_reward_model_judges_a_shipped_configuration(name, here):
     assert (roots[1] / "export" / "config.json").exists()
 
 
+class Killed(Lines):
+    """Lines of the second round, in a process that is gone when it has written three."""
+
+    def append(self, number, value):
+        super().append(number, value)
+        if self.path.parent.name == "partition_1" and len(self) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    base.Lines = Killed
     train(Path(sys.argv[1]), batch_size=1, top_k=None, prompts_per_round=9)

@@ -124,8 +124,8 @@ def test_sigterm_to_one_process_alone_ends_the_command_with_143(tmp_path, strate
     folder = tmp_path / "run"
     command = [
         str(Path(sys.executable).with_name("lit-dpo")), "fit", "-c", "configs/dpo.yaml", "-c", "tests/conf/tiny.yaml",
+        "-c", "tests/conf/endless.yaml",
         "--trainer.devices", "2", "--trainer.strategy", strategy, "--trainer.default_root_dir", str(folder),
-        "--trainer.max_epochs", "500", "--trainer.max_steps", "-1",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
