@@ -21,9 +21,9 @@ _SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logp
 class RunSummary(Callback):
     """Print a table of the first, the best and the last validation at the end of training, and what to do next.
 
-    Between the two stands what the validations show, in a sentence each; see `lit_dpo.callbacks.findings`. With
-    `num_sanity_val_steps: -1` the first validation is from before training. The best is ranked as the run's
-    checkpoint callback ranks, or by reward accuracy without one.
+    Between the two stands what the validations show, in a sentence each; see `lit_dpo.callbacks.findings`; and before
+    it, which metric ended the run, if early stopping did. With `num_sanity_val_steps: -1` the first validation is from
+    before training. The best is ranked as the run's checkpoint callback ranks, or by reward accuracy without one.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class RunSummary(Callback):
         if trainer.is_global_zero and self._history:
             console = Console()
             console.print(self._table(trainer))
-            for sentence in findings(self._history, _validated(trainer)):
+            for sentence in [*_stopped_early(trainer), *findings(self._history, _validated(trainer))]:
                 console.print(sentence, highlight=False, markup=False)
             console.print(self._next(trainer), soft_wrap=True, highlight=False)
 
@@ -76,6 +76,13 @@ class RunSummary(Callback):
         if not path:
             return "No best checkpoint was kept; add `BestCheckpoint` to `trainer.callbacks` to keep the best policy."
         return f"Best checkpoint: {path}\nNext: {shlex.join(['lit-dpo', 'export', path, 'OUTPUT_DIR'])}"
+
+
+def _stopped_early(trainer: Trainer) -> list[str]:
+    """What early stopping says, if it is what ended the run."""
+    reasons = [callback.stopping_reason_message for callback in trainer.early_stopping_callbacks if trainer.should_stop]
+    said = [reason.removesuffix(" Signaling Trainer to stop.") for reason in reasons if reason]
+    return [f"Stopped early, at step {trainer.global_step}: {reason}" for reason in said]
 
 
 def _validated(trainer: Trainer) -> int | None:

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import DataLoader
 
-from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping
+from lit_dpo.callbacks import BestCheckpoint, RewardEarlyStopping, RunSummary
 from lit_dpo.checkpoints.verify import verify
 from tests import runs
 
@@ -59,6 +59,19 @@ def test_it_stops_at_a_plateau(tmp_path):
     assert follow(script, tmp_path, RewardEarlyStopping(patience=2)) == 4
     assert follow(script, tmp_path, RewardEarlyStopping(patience=3)) == 6
     assert follow(script, tmp_path, RewardEarlyStopping(patience=1, min_delta=0.2)) == 2
+
+
+def test_the_end_of_the_run_says_why_it_stopped_early(tmp_path, capsys):
+    """And a run that goes to its end says nothing of it, not even if it goes on where one has stopped."""
+    script, stopping = [(0.6, 0), (0.7, 0), (0.7, 0), (0.65, 0), (0.9, 0)], RewardEarlyStopping(patience=2)
+    follow(script, tmp_path, stopping, RunSummary())
+    said = " ".join(capsys.readouterr().out.split())
+    why = "Monitored metric val/rewards/accuracies did not improve in the last 2 records. Best score: 0.700."
+    assert f"Stopped early, at step 4: {why} Accuracy fell after step 2" in said
+    again = RewardEarlyStopping(patience=3)
+    again.load_state_dict(stopping.state_dict())
+    follow([(0.9, 0), (0.9, 0)], tmp_path, again, RunSummary())
+    assert "Stopped early" not in capsys.readouterr().out
 
 
 def test_the_tie_before_the_first_step_is_no_accuracy_to_beat(tmp_path):

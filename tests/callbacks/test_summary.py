@@ -19,7 +19,7 @@ def printed(capsys, validations, sanity_steps=2, **checkpoint):
     for step, values in validations:
         trainer = SimpleNamespace(
             sanity_checking=step is None, callback_metrics=values, global_step=step, is_global_zero=True,
-            checkpoint_callback=kept, num_sanity_val_steps=sanity_steps,
+            checkpoint_callback=kept, num_sanity_val_steps=sanity_steps, early_stopping_callbacks=[],
         )  # fmt: skip
         summary.on_validation_end(trainer, None)
     summary.on_fit_end(trainer, None)
@@ -97,7 +97,7 @@ def test_a_resumed_run_knows_the_validations_before(capsys):
     second.load_state_dict(first.state_dict())
     trainer = SimpleNamespace(
         sanity_checking=False, callback_metrics={"val/loss": 0.3}, global_step=30, is_global_zero=True,
-        checkpoint_callback=None, num_sanity_val_steps=0,
+        checkpoint_callback=None, num_sanity_val_steps=0, early_stopping_callbacks=[],
     )  # fmt: skip
     second.on_validation_end(trainer, None)
     second.on_fit_end(trainer, None)
