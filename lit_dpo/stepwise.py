@@ -26,6 +26,7 @@ from lit_dpo.references.frozen import FrozenReference
 from lit_dpo.starting import StartingPolicies, folder_of, from_first, wait_for_all
 
 DONE = "DONE"
+NO_STEP = "The partition has no first step: its `next` must answer more than `None` for step 0."
 _PATIENCE = 600  # seconds between the end of the first process's question to a partition and that of another
 
 
@@ -69,20 +70,17 @@ def fit_stepwise(
         FileExistsError: `folder` holds steps already, and it was not said to resume.
     """
     folder = Path(folder)
-    _refuse(module, datamodule.partition, folder, resume)
-    refuse_signature(datamodule.partition, "next", "step", "pool")
+    refuse_settings(module, datamodule.partition)
+    if not resume and is_first() and any(folder.glob("partition_*")):  # the others may come when the first has begun
+        raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
     datamodule.tokenizer = datamodule.tokenizer or module.tokenizer
     datamodule.setup("fit")
     policies = StartingPolicies(module, datamodule, make_trainer, folder)
     policies.connect()
     restarts = datamodule.partition.restarts
-    if restarts and isinstance(policies.first, nn.Module):
-        raise ValueError(
-            "Each step trains the first model anew, and a `model` given as an object has been training: save it with "
-            "`save_pretrained` and give the folder."
-        )
-    if datamodule.partition.first_reference:
-        _keep_first_reference(module, datamodule.partition, policies)
+    if (kept := _kept_reference(module, datamodule.partition)) is not None:
+        assert not isinstance(policies.first, nn.Module)  # which was refused
+        kept.keep(policies.first, module.init_seed, policies.loading)
     more = []
     if first_reference:
         if isinstance(policies.first, nn.Module):
@@ -107,40 +105,53 @@ def fit_stepwise(
             trainer.fit(module, datamodule, ckpt_path=_checkpoint_of(root) if resume else None)
         _note_done(trainer, root, datamodule, time.perf_counter() - start)
     if not step:
-        raise ValueError("The partition has no first step: its `next` must answer more than `None` for step 0.")
+        raise ValueError(NO_STEP)
     exported = Path(policies.of(step))  # type: ignore[arg-type]  # a folder, as this is no first step
     _hold(module, exported)
     rank_zero_info(f"Exported the policy of the last step to {exported}")
     return exported
 
 
-def _refuse(module: PreferenceModule, partition: Partition, folder: Path, resume: bool) -> None:
+def refuse_settings(module: PreferenceModule, partition: Partition) -> None:
+    """Refuse what stepwise training cannot do, before data are read.
+
+    Raises:
+        ValueError: The reference is a model of its own, the partition is not asked as it will be, or the first model
+            is needed later and cannot be had then.
+    """
     reference = getattr(module.reference, "of", None) or module.reference  # the cached one, if it is
     if isinstance(reference, FrozenReference) and reference.model is not None and not partition.other_reference:
         raise ValueError(
             "Stepwise, the reference is the policy of the step before: leave the `model` of `reference` out."
         )
-    if not resume and is_first() and any(folder.glob("partition_*")):  # the others may come when the first has begun
-        raise FileExistsError(f"`{folder}` holds partitions already: name a new folder, or remove that one first.")
+    refuse_signature(partition, "next", "step", "pool")
+    if partition.restarts and isinstance(module.model, nn.Module):
+        raise ValueError(
+            "Each step trains the first model anew, and a `model` given as an object has been training: save it with "
+            "`save_pretrained` and give the folder."
+        )
+    _kept_reference(module, partition)
 
 
-def _keep_first_reference(module: PreferenceModule, partition: Partition, policies: StartingPolicies) -> None:
-    """Have the reference stay at the model that starts the first step, unless it names one, or there is none."""
+def _kept_reference(module: PreferenceModule, partition: Partition) -> FrozenReference | None:
+    """The reference that has to stay at the model that starts the first step, unless it names one, or there is none."""
     reference = getattr(module.reference, "of", None) or module.reference
+    if not partition.first_reference or reference is None:
+        return None
     name = type(partition).__name__
-    if reference is None or (isinstance(reference, FrozenReference) and reference.model is not None):
-        return
     if not isinstance(reference, FrozenReference):
         raise ValueError(
             f"`{name}` keeps the first model as the reference of all steps, which `{type(reference).__name__}` does "
             "not: set `reference` to `FrozenReference`."
         )
-    if isinstance(policies.first, nn.Module):
+    if reference.model is not None:
+        return None
+    if isinstance(module.model, nn.Module):
         raise ValueError(
             f"`{name}` keeps the first model as the reference of all steps, and a `model` given as an object has been "
             "training: save it with `save_pretrained` and give the folder."
         )
-    reference.keep(policies.first, module.init_seed, policies.loading)
+    return reference
 
 
 def _choose(step: int, root: Path, datamodule: PreferenceDataModule, policies: StartingPolicies) -> bool:

@@ -23,6 +23,10 @@ Prompt = str | Sequence[Mapping[str, str]]
 """Plain text, or chat messages with `role` and `content`."""
 
 
+class OutsideRunError(ValueError):
+    """A pool that no run has made was asked for what only a run has: the policy, its samples, a folder."""
+
+
 class Pool:
     """The training pairs, held-out ones left out, and the policy that starts a step.
 
@@ -96,10 +100,10 @@ class Pool:
         Every process of a run calls `Partition.next`, so that several of them may write there at a time.
 
         Raises:
-            ValueError: There is none.
+            OutsideRunError: There is none.
         """
         if self._folder is None:
-            raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
+            raise OutsideRunError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
@@ -117,20 +121,20 @@ class Pool:
         """The pairs as texts, by row number; the data are read again for it, and each text when it is asked for.
 
         Raises:
-            ValueError: There are none.
+            OutsideRunError: There are none.
         """
         if self._pairs is None:
-            raise ValueError("This pool has no texts: run the partition through `fit_stepwise`.")
+            raise OutsideRunError("This pool has no texts: run the partition through `fit_stepwise`.")
         return self._pairs()
 
     def model(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model that starts a step, this one or an earlier one, and its tokenizer; a copy that may be changed.
 
         Raises:
-            ValueError: There is none.
+            OutsideRunError: There is none.
         """
         if self._model is None:
-            raise ValueError("Models need `fit_stepwise`: run the partition through it.")
+            raise OutsideRunError("Models need `fit_stepwise`: run the partition through it.")
         return self._model(step)
 
     def margins(self, step: int | None = None) -> Tensor:
@@ -146,10 +150,12 @@ class Pool:
             Shape `(rows,)`, float64.
 
         Raises:
-            ValueError: There is no policy.
+            OutsideRunError: There is no policy.
         """
         if self._score is None:
-            raise ValueError("Margins need the policy that starts the step: run the partition through `fit_stepwise`.")
+            raise OutsideRunError(
+                "Margins need the policy that starts the step: run the partition through `fit_stepwise`."
+            )
         return self._score(step)
 
     def sample(
@@ -180,10 +186,13 @@ class Pool:
             For each prompt its completions.
 
         Raises:
-            ValueError: There is no policy, or an argument is out of its range.
+            OutsideRunError: There is no policy.
+            ValueError: An argument is out of its range.
         """
         if self._generate is None:
-            raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
+            raise OutsideRunError(
+                "Samples need the policy that starts the step: run the partition through `fit_stepwise`."
+            )
         if isinstance(prompts, str):
             raise ValueError("`prompts` must be a list of prompts, got a text: give `[prompt]`.")
         if min(samples, max_new_tokens, batch_size) < 1 or temperature < 0:
@@ -200,10 +209,10 @@ class Pool:
         """What encodes rows as they are trained on.
 
         Raises:
-            ValueError: There is none.
+            OutsideRunError: There is none.
         """
         if self._encoder is None:
-            raise ValueError("This pool encodes no rows: run the partition through `fit_stepwise`.")
+            raise OutsideRunError("This pool encodes no rows: run the partition through `fit_stepwise`.")
         return self._encoder()
 
     def complete(self, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
@@ -218,10 +227,12 @@ class Pool:
             An iterator over the completions of each prompt, in order. The policy is in memory until its end.
 
         Raises:
-            ValueError: There is no policy.
+            OutsideRunError: There is no policy.
         """
         if self._complete is None:
-            raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
+            raise OutsideRunError(
+                "Samples need the policy that starts the step: run the partition through `fit_stepwise`."
+            )
         return self._complete(prompts, sampler)
 
     def logps(
@@ -238,10 +249,12 @@ class Pool:
             An iterator over the sums over tokens, in nats, of each prompt's completions.
 
         Raises:
-            ValueError: There is no such model.
+            OutsideRunError: There is no such model.
         """
         if self._logps is None:
-            raise ValueError("Log-probs need the model that starts a step: run the partition through `fit_stepwise`.")
+            raise OutsideRunError(
+                "Log-probs need the model that starts a step: run the partition through `fit_stepwise`."
+            )
         return self._logps(prompts, completions, step)
 
     def share(self, count: int) -> range:

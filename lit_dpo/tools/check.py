@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +19,18 @@ from lit_dpo.models import empty_model
 from lit_dpo.module import PreferenceModule
 from lit_dpo.references.cached import CachedReference
 from lit_dpo.references.frozen import FrozenReference
+from lit_dpo.stepwise import refuse_settings
 from lit_dpo.tools import page
-from lit_dpo.tools.before import nearest, set_up, special_ids, without_news, writable
+from lit_dpo.tools.before import nearest, set_up, without_news, writable
+from lit_dpo.tools.given import Finding, about_data, about_settings
 from lit_dpo.tools.measured import Measuring, StartReference, TooLargeError
 from lit_dpo.tools.memory import Memory, size
 from lit_dpo.tools.plan import Plan, planned
 
 _GIB = 2**30
 _FAST = 1e-5  # learning rate above which full fine-tuning is known to destroy a model
-_LOOKED_AT = 500  # rows whose ends are looked at
 _ERRORS = (ValueError, OSError, FloatingPointError, ImportError, MisconfigurationException)
 _COLOURS = {"fine": "green", "warning": "yellow", "fails": "bold red", "estimate": "cyan"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What was found out about a run.
-
-    Args:
-        level: `fine`, `warning`, `fails`, or `estimate` for what it will take.
-        text: In words, with numbers, and with a remedy where one is needed.
-    """
-
-    level: str
-    text: str
 
 
 def check(
@@ -98,11 +85,13 @@ def _findings(
     cached = module.reference if isinstance(module.reference, CachedReference) else None
     measuring: Measuring | None = None
     try:
+        if data.stepwise:
+            refuse_settings(module, data.partition)
         with without_news():
             set_up(module, data, trainer)
             plan = planned(data, trainer, callbacks, saves)
-        yield from _data(module, data, plan)
-        yield from _settings(module, data, trainer)
+        yield from about_data(module, data, plan)
+        yield from about_settings(module, trainer)
         least = _least(module)
         if room is not None and base + sum(least.values()) > room:
             yield _memory(module, data, trainer, plan, least, room, base)
@@ -122,7 +111,7 @@ def _findings(
         return
     yield from _started(module, measuring, cached)
     yield from _rate(module, measuring)
-    yield from _disk(Path(trainer.default_root_dir), measuring, callbacks, saves)
+    yield from _disk(Path(trainer.default_root_dir), measuring, callbacks, saves, data.stepwise)
     peak = max(measuring.peak, measuring.extrapolated)
     yield _memory(module, data, trainer, plan, measuring.parts, room, base, peak)
     yield from _time(measuring)
@@ -144,46 +133,7 @@ def _measure(
         trainer.fit(module, datamodule=data)
 
 
-# -- what is given ----------------------------------------------------------------------------------------------------
-
-
-def _data(module: PreferenceModule, data: PreferenceDataModule, plan: Plan) -> Iterator[Finding]:
-    training, tokenizer = data.training.dataset, module.tokenizer
-    account = training.report.splitlines()[0] if training.report else f"{len(training)} pairs"
-    yield Finding("fine", f"data: {account}; {len(data.training.rows)} pairs are trained on")
-    template = "a chat template" if data.chat_template or tokenizer.chat_template else "no chat template"
-    yield Finding("fine", f"tokenizer: {len(tokenizer)} tokens, EOS {tokenizer.eos_token!r}, {template}")
-    rows = data.training.rows[:_LOOKED_AT].tolist()
-    if not data.append_eos:
-        remedy = "set `--data.append_eos true`, unless a chat template ends its turns"
-        yield Finding("warning", f"no EOS is appended, so that nothing may teach the model where to end: {remedy}")
-    special = special_ids(tokenizer)
-    sides = [side for row in rows for side in training.pair(row)[1:]]
-    ended = sum(not special.isdisjoint(i if i >= 0 else ~i for i in side[-3:]) for side in sides) / len(sides)
-    if ended < 0.5:
-        remedy = "raise `--data.max_length`, or keep `append_eos`"
-        text = f"only {ended:.0%} of the completions looked at end with a special token, the others are cut or open"
-        yield Finding("warning", f"{text}, so that the model may learn not to end: {remedy}")
-    else:
-        yield Finding("fine", f"{ended:.0%} of the completions looked at end with a special token")
-    lengths = training.lengths[data.training.rows]
-    cut = float((lengths[:, 0] + lengths[:, 1:].amax(1) >= data.max_length).double().mean())
-    if cut > 0.2:
-        yield Finding("warning", f"{cut:.0%} of the pairs are as long as `max_length` {data.max_length}: raise it")
-
-
-def _settings(module: PreferenceModule, data: PreferenceDataModule, trainer: Trainer) -> Iterator[Finding]:
-    if "16" in str(trainer.precision) and "bf16" not in str(trainer.precision):
-        remedy = "use `--trainer.precision bf16-mixed`"
-        yield Finding("warning", f"float16 overflows where log-probs of long texts are summed: {remedy}")
-    if module.dtype_name == "float16":
-        yield Finding("warning", "float16 weights overflow and hardly move: set `--model.dtype float32`")
-    if module.dtype_name == "bfloat16" and module.adapter is None:
-        remedy = "set `--model.dtype float32` and `--trainer.precision bf16-mixed`"
-        yield Finding("warning", f"bfloat16 weights do not move at the usual learning rates: {remedy}")
-    if trainer.world_size > 1:
-        text = f"measured on one of {trainer.world_size} processes, without what they send each other"
-        yield Finding("estimate", f"{text}; of a sharded model each takes less memory than is said here")
+# -- the first step ---------------------------------------------------------------------------------------------------
 
 
 def _rate(module: PreferenceModule, found: Measuring) -> Iterator[Finding]:
@@ -194,9 +144,6 @@ def _rate(module: PreferenceModule, found: Measuring) -> Iterator[Finding]:
         yield Finding("warning", f"{text}: {remedy}")
     else:
         yield Finding("fine", f"learning rate {found.rate:g}")
-
-
-# -- the first step ---------------------------------------------------------------------------------------------------
 
 
 def _started(module: PreferenceModule, found: Measuring, cached: CachedReference | None) -> Iterator[Finding]:
@@ -330,7 +277,7 @@ def _long(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
 
 
-def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool) -> Iterator[Finding]:
+def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool, stepwise: bool) -> Iterator[Finding]:
     if not saves or "://" in str(folder):
         yield Finding("fine", "no checkpoints are written to a local disk")
         return
@@ -339,10 +286,15 @@ def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool)
         yield Finding("fails", f"`{existing}` cannot be written to: set `--trainer.default_root_dir`")
         return
     kept = sum(max(1, callback.save_top_k) for callback in callbacks if isinstance(callback, ModelCheckpoint))
-    one = found.parts["weights"] + found.parts["optimizer"]
-    needed, free = one * (2 + kept), shutil.disk_usage(existing).free
-    text = f"disk: {_gib(needed)} for checkpoints of {_gib(one)}"
-    text += f" (the last one, {kept} of the best, and one being written)"
+    one, steps = found.parts["weights"] + found.parts["optimizer"], len(found.plan.pairs)
+    needed, free = one * ((2 + kept) * steps + bool(kept)), shutil.disk_usage(existing).free
+    each = "" if steps == 1 else f" of each of {steps} steps"
+    best = f" and {kept} of the best" if kept else ""
+    text = f"checkpoints of {_gib(one)} (the last two{best}{each}{', and one being written' if kept else ''})"
+    if stepwise:
+        needed += found.parts["weights"] * steps
+        text += f" and {steps} exports"
+    text = f"disk: {_gib(needed)} for {text}"
     if needed > free:
         remedy = "free some, or set `--trainer.default_root_dir` to another disk"
         yield Finding("fails", f"{text}, and `{existing}` has {_gib(free)} left: {remedy}")

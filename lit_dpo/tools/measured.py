@@ -273,16 +273,18 @@ class Measuring(Callback):
             return 0.0, 0.0, 0.0
         known = sorted((tokens, float(np.mean(_later(times)))) for tokens, times in self.times.items())
         sizes, times = [float(tokens) for tokens, _ in known], [mean for _, mean in known]
-        epoch, update = float(np.interp(self.planned, sizes, times).sum()), float(np.mean(self.updates))
+        passes = float(np.dot(np.interp(self.planned, sizes, times), self.plan.epochs))
+        update = float(np.mean(self.updates))
         # The first pass over the lengths grows the memory, and so do the first steps of a fit.
         growth = max(0.0, sum(seconds[0] - float(np.mean(_later(seconds))) for seconds in self.times.values()))
         first = max(0.0, self.first - self.accumulate * times[0] - update)
-        training = self.plan.epochs * epoch + self.plan.steps * update + first + growth
+        training = passes + self.plan.steps * update + first + growth
         speed = sum(s for _, s in self.evaluated) / max(1, sum(n for n, _ in self.evaluated))
         first_save, alone, second, *others = self.saves
         later = float(np.mean(others or second))
         last = sum([first_save, second][: self.plan.last]) + later * max(0, self.plan.last - 2)
-        evaluated = sum(self.held_out_tokens) * self.plan.validations + sum(self.held_out_tokens[: self.plan.before])
+        before = sum(self.held_out_tokens[: self.plan.before]) * len(self.plan.pairs)
+        evaluated = sum(self.held_out_tokens) * self.plan.validations + before
         return training, speed * evaluated, last + alone * self.plan.best
 
     @property

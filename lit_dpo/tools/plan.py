@@ -1,17 +1,21 @@
-"""What a fit will do, told before its first step: batches, steps, validations and checkpoints."""
+"""What a run will do, told before its first step: batches, steps, validations and checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lit_dpo.callbacks import LastCheckpoint
-from lit_dpo.data import PreferenceDataModule
+from lit_dpo.data import Partition, Pool, PreferenceDataModule
+from lit_dpo.data.partition import OutsideRunError
+from lit_dpo.stepwise import NO_STEP
 
 
 @dataclass(frozen=True)
@@ -22,23 +26,27 @@ class Plan:
         batches: Rows of the training batches of an epoch, on one process.
         tokens: Tokens of each.
         evaluated: Rows of the validation batches.
-        epochs: How often the training batches are gone through, in part perhaps.
+        epochs: How often each is gone through; the mean, where some are gone through once more than others.
         steps: Optimizer steps of the run.
         validations: How often all validation batches are gone through.
-        before: Validation batches that are gone through once more, before training; Lightning's sanity check.
+        before: Validation batches that are gone through before each fit; Lightning's sanity check.
         last: How often a checkpoint to resume from is written.
         best: How often one is written because it is among the best, if each validation is better than those before.
+        pairs: How many the fits train on, one after the other: several in stepwise training.
+        known: Whether this is what stepwise training will do; else all pairs are taken as one step.
     """
 
     batches: list[Any]
     tokens: list[int]
     evaluated: list[Any]
-    epochs: float
+    epochs: list[float]
     steps: int
     validations: int
     before: int
     last: int
     best: int
+    pairs: list[int]
+    known: bool = True
 
 
 def computed_tokens(batches: Iterable[Any], lengths: Tensor, padded: bool = False) -> list[int]:
@@ -57,7 +65,9 @@ def computed_tokens(batches: Iterable[Any], lengths: Tensor, padded: bool = Fals
 
 
 def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[Any] = (), saves: bool = False) -> Plan:
-    """The plan of a fit whose data are set up.
+    """The plan of a run whose data are set up: of a fit, or of all fits of stepwise training.
+
+    Where the steps of a partition are not known before training, all pairs are taken as one step.
 
     Args:
         data: What is trained on.
@@ -66,13 +76,75 @@ def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[An
         saves: Whether it writes checkpoints.
 
     Raises:
-        ValueError: There is nothing that ends it.
+        ValueError: There is nothing that ends it, or a partition cannot divide the pairs.
     """
+    if not data.stepwise:
+        return _of_fit(data, trainer, callbacks, saves)
+    training, fits = data.training, []
+    everything = torch.arange(len(training.pool))
+    steps = rows_of_steps(data.partition, training.pool_sources)
+    for rows in steps or [everything]:
+        training.use_rows(rows)
+        fits.append(_of_fit(data, trainer, callbacks, saves))
+    training.use_rows(everything)
+    return replace(_one_after_the_other(fits), known=steps is not None)
+
+
+def rows_of_steps(partition: Partition, sources: Sequence[str]) -> list[Tensor] | None:
+    """Row numbers that each step trains on; `None` if they are not known before training.
+
+    Args:
+        partition: It is asked as in a run, but without a policy and a folder.
+        sources: Name of the data source of each pair.
+
+    Raises:
+        ValueError: The pairs cannot be divided in this way.
+    """
+    pool, found = Pool(sources), list[Tensor]()
+    for step in count():
+        try:
+            answer = partition.next(step, pool)
+        except OutsideRunError:
+            return None
+        if answer is None and not found:
+            raise ValueError(NO_STEP)
+        if answer is None:
+            return found
+        if not isinstance(answer, Tensor):
+            return None
+        found.append(answer)
+    raise AssertionError  # numbers have no end
+
+
+def _one_after_the_other(fits: Sequence[Plan]) -> Plan:
+    """The plan of several fits, which have their validation batches in common."""
+
+    def joined(name: str) -> list[Any]:
+        return list(chain.from_iterable(getattr(fit, name) for fit in fits))
+
+    def summed(name: str) -> int:
+        return sum(getattr(fit, name) for fit in fits)
+
+    return Plan(
+        joined("batches"),
+        joined("tokens"),
+        fits[0].evaluated,
+        joined("epochs"),
+        summed("steps"),
+        summed("validations"),
+        fits[0].before,
+        summed("last"),
+        summed("best"),
+        joined("pairs"),
+    )
+
+
+def _of_fit(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[Any], saves: bool) -> Plan:
     layout, loader = data.step_layout(), data.train_dataloader()
-    count, accumulate = layout["batches"], layout["accumulate"]
+    size, accumulate = layout["batches"], layout["accumulate"]
     sampler: Any = loader.sampler
-    batches = list(sampler)[:count]
-    per_epoch = -(-count // accumulate)
+    batches = list(sampler)[:size]
+    per_epoch = -(-size // accumulate)
     most, epochs = trainer.max_steps, trainer.max_epochs
     if epochs is None:
         epochs = 1000 if most == -1 else -1  # as Lightning has it
@@ -84,15 +156,15 @@ def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[An
     found = list(held.sampler) if held else []
     found = found[: limit if isinstance(limit, int) else int(len(found) * limit)]
     every = trainer.val_check_interval
-    within = int(every) if isinstance(every, int) else max(1, int(count * every))
-    if within % accumulate and within < count:  # validations come at the ends of optimizer steps
+    within = int(every) if isinstance(every, int) else max(1, int(size * every))
+    if within % accumulate and within < size:  # validations come at the ends of optimizer steps
         within = max(accumulate, within // accumulate * accumulate)
     full, rest = divmod(steps, per_epoch)
     if (apart := trainer.check_val_every_n_epoch) is None:
-        validations, after = divmod(full * count + rest * accumulate, within)
+        validations, after = divmod(full * size + rest * accumulate, within)
     else:
-        validations = full // apart * (count // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
-        of_last, done = (full + 1, rest * accumulate) if rest else (full, count)  # its number and its batches
+        validations = full // apart * (size // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
+        of_last, done = (full + 1, rest * accumulate) if rest else (full, size)  # its number and its batches
         after = of_last % apart or done % within
     during = validations if found else 0
     regular = [c.every_n_steps for c in callbacks if isinstance(c, LastCheckpoint) and c.every_n_steps]
@@ -103,10 +175,11 @@ def planned(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[An
         batches,
         computed_tokens([plan.rows for plan in batches], data.training.dataset.lengths),
         found,
-        steps / per_epoch,
+        [steps / per_epoch] * len(batches),
         steps,
         validations + whole if found else 0,
         0 if whole else min(int(trainer.num_sanity_val_steps), len(found)),
         last if saves else 0,
         ranking * during if saves else 0,
+        [len(data.training.rows)],
     )

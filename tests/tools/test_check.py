@@ -11,14 +11,17 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
+from lit_dpo import BySource, EasyToHard, OnPolicy, RandomSplit, Verifier
 from lit_dpo.checkpoints.io import DurableCheckpointIO
 from lit_dpo.cli import main
 from lit_dpo.models import load_model
 from lit_dpo.module import PreferenceModule
 from lit_dpo.tokenizers import quickstart_tokenizer
 from lit_dpo.tools.check import check
+from lit_dpo.tools.plan import rows_of_steps
 from tests import runs
 from tests.test_cli import built, quick  # noqa: F401 - fixtures
+from tests.test_rounds import is_right
 
 pytestmark = [
     *runs.QUIET,
@@ -59,6 +62,64 @@ def here(tmp_path, monkeypatch):
     for name in ["predictions.jsonl", *(f"runs/dpo/{file}" for file in files)]:
         (tmp_path / name).write_text("somebody's own")
     return tmp_path
+
+
+@pytest.mark.slow
+def test_all_steps_of_stepwise_training_are_counted(here, capsys, monkeypatch):
+    """Each has validations and checkpoints of its own, and a last optimizer step of fewer rows, and all stay."""
+    files = [runs.pairs_file(here, count, f"{count}.jsonl", start=100 * count) for count in (30, 11)]
+    words = ["--data.train", str(files).replace("'", '"'), "--data.batch_size", 2, "--trainer.max_steps", -1]
+    words += ["--trainer.val_check_interval", "0.5", "--trainer.num_sanity_val_steps", 1, "--data.validation", files[1]]
+    words += ["--model.optimizer.lr", "0"]  # so that none is the best, and early stopping ends nothing
+    config = ("--config", "sdpo", "--config", TINY, "--trainer.callbacks", "[BestCheckpoint]")
+    _, lines = checked(capsys, *words, config=config)
+    [found] = [line for line in lines if "steps:" in line]
+    assert found == "fine     steps: `BySource` gives 2 of 11 to 30 pairs; the estimates are for all of them"
+    [line] = [line for line in lines if line.startswith("estimate time")]
+    saved, save = [], Trainer.save_checkpoint
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *args, **options: saved.append(save(*args, **options)))
+    main(["fit", *config, *map(str, words), "--trainer.default_root_dir", "out"])
+    parts = sorted((here / "out/version_0").glob("partition_*"))
+    logged = [list(csv.DictReader((part / "version_0/metrics.csv").read_text().splitlines())) for part in parts]
+    steps = sum(1 + max(int(row["step"]) for row in rows if row["train/loss"]) for rows in logged)
+    validations = sum(bool(row["val/loss"]) for rows in logged for row in rows)
+    assert (len(parts), steps, validations) == (2, 6, 4)
+    assert f" {steps} steps;" in line
+    assert f"for {validations} validations" in line
+    assert f" s for up to {len(saved) + validations} checkpoints" in line
+    sizes = [path.stat().st_size for path in here.glob("out/version_0/**/*.ckpt")]
+    assert len(sizes) == 4  # none is a best one
+    [disk] = [line for line in lines if "disk:" in line]
+    one = float(re.search(r"checkpoints of ([\d.]+) GiB", disk)[1]) * 2**30
+    assert one == pytest.approx(max(sizes), rel=0.2)
+    assert float(re.search(r"disk: ([\d.]+) GiB", disk)[1]) * 2**30 == pytest.approx(7.66 * one, rel=0.05)
+    assert "(the last two and 1 of the best of each of 2 steps, and one being written) and 2 exports" in disk
+
+
+def test_steps_are_known_where_the_rows_alone_decide(here):
+    def known(partition):
+        return [rows.tolist() for rows in rows_of_steps(partition, ["a", "b", "a"])]
+
+    assert known(BySource(["b", "a"])) == [[1], [0, 2]]
+    assert [len(rows) for rows in known(RandomSplit(2))] == [2, 1]
+    for asking in (EasyToHard(), OnPolicy("missing.jsonl", Verifier(is_right))):
+        assert rows_of_steps(asking, ["a", "b"]) is None
+    with pytest.raises(ValueError, match="`order` names x"):
+        known(BySource(["x"]))
+
+
+@pytest.mark.slow
+def test_steps_that_ask_the_policy_are_told_from_others(here, capsys):
+    """And what stepwise training refuses is refused."""
+    config = ("--config", "sdpo", "--config", TINY)
+    _, lines = checked(capsys, "--data.partition", "EasyToHard", config=config)
+    [found] = [line for line in lines if "steps:" in line]
+    assert found.startswith("estimate steps: `EasyToHard` divides or makes the pairs as training goes on")
+    status, lines = checked(
+        capsys, "--model.reference", "{class_path: FrozenReference, init_args: {model: a/b}}", config=config
+    )
+    assert (status, len(lines)) == (2, 1)
+    assert lines[0].startswith("fails    Stepwise, the reference is the policy of the step before: leave the `model`")
 
 
 @pytest.mark.every(3)
