@@ -602,6 +602,14 @@ MISTAKES = {
     "no checkpoint": (["--ckpt_path", "{}/pairs.jsonl"], ["pairs.jsonl` is damaged", "not a zip file"]),
     "no run": (["--ckpt_path", "last"], ["no run is in", "Leave `ckpt_path` out"]),
     "foreign class": (["--model.loss", "os.system"], ["may not name `os.system`", "--allow-import os"]),
+    "option of no class": (
+        ["--model.reference.model", "a/b"],
+        ["`model.reference.model` is an option of a class, and none is named", "Did you mean FrozenReference"],
+    ),
+    "option of no class's class": (
+        ["--model.reference.of.model", "a/b"],
+        ["add `--model.reference CLASS` before it. Did you mean CachedReference?"],
+    ),
     "config": (["--config", "no.yaml"], ["no.yaml"]),
     "accelerator": (["--trainer.accelerator", "gpus"], ["gpus"]),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, suppress
+from inspect import signature
 from io import StringIO
 from typing import Any, NoReturn
 
@@ -88,6 +89,11 @@ def nearest(message: str, parser: Any) -> list[str]:
     if unknown := re.search(r"`([\w.]+)`: there is no class `([\w.]+)`", message):
         kind = _KINDS.get(unknown[1].rpartition(".")[2])
         return did_you_mean(unknown[2], set() if kind is None else {kind.__name__, *subclass_names(kind)} - _ABSTRACT)
+    if owned := re.match(r"`([\w.]+)` is an option of a class.*: add `--([\w.]+) CLASS`", message):
+        kind, name = _KINDS.get(owned[2].rpartition(".")[2]), owned[1].removeprefix(f"{owned[2]}.").partition(".")[0]
+        return (
+            sorted(sub.__name__ for sub in _subclasses(kind) if name in signature(sub).parameters)[:3] if kind else []
+        )
     options = all_options(parser)
     nothing_misspelt = r"\S*/\S*|.*(required and not given|is no subclass of).*"  # paths, and what is missing
     message = re.sub(nothing_misspelt, "", message)
@@ -102,12 +108,14 @@ def nearest(message: str, parser: Any) -> list[str]:
 
 def subclass_names(base: type[Any]) -> set[str]:
     """Names of all classes below one that are nobody's own."""
-    return {
-        name
-        for sub in base.__subclasses__()
-        for name in (sub.__name__, *subclass_names(sub))
-        if not name.startswith("_")
-    }
+    return {found.__name__ for found in _subclasses(base)}
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    for sub in base.__subclasses__():
+        if not sub.__name__.startswith("_"):
+            yield sub
+        yield from _subclasses(sub)
 
 
 _ABSTRACT = {kind.__name__ for kind in _KINDS.values() if kind not in (LoRA, VLLM)}
