@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -356,6 +357,42 @@ def test_a_command_that_fails_is_one_sentence_and_loses_nothing(code, message, t
         judged(tmp_path, Command(program(tmp_path, code), seconds=1.0, restarts=0))
     assert "\n" not in str(error.value)
     assert lines(tmp_path / "step" / "scores.0.jsonl") == [[0, [1.0, 2.0, 3.0]]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_command_that_hangs_ends_with_the_run(number, tmp_path):
+    """With what it has started, however the run ends; another program of the same user does not."""
+    code = (
+        f"import subprocess; child = subprocess.Popen(['sleep', '300']); "
+        f"pathlib.Path({str(tmp_path / 'pids')!r}).write_text(f'{{os.getpid()}} {{child.pid}}.'); time.sleep(300)"
+    )
+    asking = f"from lit_dpo import Command; Command({program(tmp_path, code)!r}, seconds=300.0).score(['1='], ['1'])"
+    decoy = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    asker = subprocess.Popen([sys.executable, "-c", asking], cwd=ROOT)
+    try:
+        while not ((pids := tmp_path / "pids").exists() and pids.read_text().endswith(".")):
+            assert asker.poll() is None
+            time.sleep(0.05)
+        asker.send_signal(number)
+        assert asker.wait(10) == -number
+        hanging = [Path(f"/proc/{pid}/stat") for pid in pids.read_text().rstrip(".").split()]
+        end = time.monotonic() + 20
+        while any(_runs(path) for path in hanging) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert [path for path in hanging if _runs(path)] == []
+        assert decoy.poll() is None
+    finally:
+        for process in (asker, decoy):
+            process.kill()
+            process.wait()
+
+
+def _runs(stat):
+    try:
+        return stat.read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_the_identity_of_a_command_has_the_content_of_its_files(tmp_path):

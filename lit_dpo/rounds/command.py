@@ -9,6 +9,7 @@ import selectors
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,8 +25,8 @@ class Command(Judge):
 
     A line that it reads is `{"prompt": ..., "completion": ...}`, a line that it writes a number, `true`, `false`, or
     `null` for no opinion, flushed before it reads the next one. It is started once, without a shell, and goes on from
-    one completion to the next. What the model said reaches it as data on its standard input alone. A configuration may
-    name a command only where the command line has `--allow-command`.
+    one completion to the next, and it ends with this process, however that ends. What the model said reaches it as data
+    on its standard input alone. A configuration may name a command only where the command line has `--allow-command`.
 
     Args:
         command: The program and its arguments, as a shell would split them.
@@ -49,6 +50,7 @@ class Command(Judge):
         refuse_command(command)
         self.command, self.seconds, self.restarts = command, seconds, restarts
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._left = b""  # what the program wrote behind the last whole line
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
@@ -91,11 +93,14 @@ class Command(Judge):
         assert process.stdin  # for the types
         assert process.stdout
         os.set_blocking(process.stdin.fileno(), False)
+        self._process = process  # which has to be ended even if the next line fails
+        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         return process
 
     def _exchange(self, line: bytes) -> bytes:
         """Write one line and read one, waiting for both at once, so that neither side can block the other."""
-        process = self._process = self._process or self._start()
+        process = self._process or self._start()
         assert process.stdin  # for the types
         assert process.stdout
         end = time.monotonic() + self.seconds
@@ -135,6 +140,10 @@ class Command(Judge):
     def close(self) -> None:
         """End the program, with all that it has started and that did not leave its group."""
         process, self._process, self._left = self._process, None, b""
+        guard, self._guard = self._guard, None
+        if guard is not None:  # first, since another program may have the number soon
+            guard.kill()
+            guard.communicate()
         if process is None:
             return
         with suppress(ProcessLookupError, PermissionError):
@@ -146,6 +155,11 @@ class Command(Judge):
 
 
 _LONGEST = 65536  # bytes of an answer
+_GUARD = """
+import os, signal, sys
+sys.stdin.read()  # until the process that holds the other end is gone
+os.killpg(int(sys.argv[1]), signal.SIGKILL)
+"""
 
 
 class _LostError(Exception):
