@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_dpo import (
+    Active,
     BestVsWorst,
     CachedReference,
     Discriminated,
@@ -192,6 +193,33 @@ def test_memory_does_not_grow_with_the_prompts(name, tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert (peaks[1] - peaks[0]) / 1750 < 300  # bytes a prompt; its completions or its row are 500 and more as text
+
+
+@pytest.mark.slow
+def test_memory_of_active_rounds_grows_by_a_few_numbers_a_prompt(tmp_path):
+    """The second round, which ranks by both rules and trains on the answers of the first as well."""
+    peaks = []
+    for count in (250, 2000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        file = runs.write(folder / "rows.jsonl", [{"prompt": f"{'long ' * 40}{n}="} for n in range(count)])
+        judge = Verifier(lambda prompt, text: float(text[-1]))
+        partition = Active(file, judge, budget=count, rounds=2, samples=4)
+        for step in range(2):
+            pool = Saying(folder / f"partition_{step}", logps=surprised)
+            pool.asked = Nothing()
+            tracemalloc.start()
+            rows = partition.next(step, pool)
+            assert sum(1 for row in rows if row["chosen"] != row["rejected"]) == count * (step + 1) // 2
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        peaks.append(peak)
+    assert (peaks[1] - peaks[0]) / 1750 < 300  # bytes a prompt; the prompt alone is 200
+
+
+def surprised(prompts, completions, step):
+    for number, said in enumerate(completions):
+        yield [-1.0 / (1 + place + step * number) for place in range(len(said))]
 
 
 class Nothing:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import replace_file, write_json
 from lit_dpo.data.partition import Pool, Prompt
+from lit_dpo.data.streams import Each, Streamed
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info
 from lit_dpo.rounds.base import Rounds, check, own_rank
@@ -21,6 +24,7 @@ from lit_dpo.rounds.rows import Row, digest_of, prompts_of, row_of, said_of
 from lit_dpo.sampling import Sampler
 from lit_dpo.vllm_engine import VLLM
 
+T = TypeVar("T")
 ASKED = "asked.jsonl"
 _QUESTIONS = "questions.json"
 
@@ -112,54 +116,53 @@ class Active(Rounds):
         self.prompts, self.judge, self.budget, self.prompts_per_round = prompts, judge, budget, prompts_per_round
         self.entropy, self.gap, self.share, self.restarts = entropy, gap, share, restart
 
-    def make(self, step: int, pool: Pool) -> tuple[list[Row], dict[str, Any]]:
+    def make(self, step: int, pool: Pool) -> tuple[Sequence[Row], dict[str, Any]]:
         """Samples, both rankings, answers of the judge, and the pairs of all answers so far."""
-        earlier = [line for before in range(step) for line in _lines(pool.folder_of(before) / ASKED)]
-        known = {json.dumps(one["prompt"]) for one in earlier}
-        prompts = [
-            one for one in prompts_of(self.prompts, step, self.prompts_per_round)[0] if json.dumps(one) not in known
-        ]
+        earlier = _told(*(pool.folder_of(before) / ASKED for before in range(step)))
+        known = {_key(one["prompt"]) for one in earlier}
+        every = prompts_of(self.prompts, step, self.prompts_per_round)[0]
+        prompts = _those((n for n, one in enumerate(every) if _key(one) not in known), every)
         own = {name: getattr(self, name) for name in ("budget", "rounds", "entropy", "gap", "share", "restarts")}
         digests = {"prompts": digest_of(prompts), "earlier": digest_of(earlier)}
         self.begin(step, pool, partition="Active", **digests, **own, **self.judge.identity())
         _refuse_strangers(pool)
         found = self.sample(step, pool, prompts)
         texts, counts = said_of(found)
-        able = [number for number, said in enumerate(texts) if len(said) > 1]
+        pairs = Each(len(texts), lambda number: texts[number][:2])
+        able = array("q", (number for number, said in enumerate(pairs) if len(said) > 1))
         left = self.budget * (step + 1) // self.rounds - len(earlier)
-        ranked = self._questions(pool, lambda: self._ranked(step, pool, prompts, found, texts, able, left)[:left])
+        ranked = self._questions(pool, lambda: self._ranked(step, pool, prompts, found, pairs, able, left)[:left])
         rank_zero_info(f"Round {step}: asking about {len(ranked)} of {len(prompts)} prompts")
-        pairs = [texts[number][:2] for number in ranked]
-        asked_of = [prompts[number] for number in ranked]
-        scores = self.judged(pool, self.judge, asked_of, pairs)
-        asked = [
-            {"prompt": prompt, "completions": pair, "scores": given}
-            for prompt, pair, given in zip(asked_of, pairs, scores, strict=True)
-        ]
+        asked_of, asked = _those(ranked, prompts), _those(ranked, pairs)
+        scores = self.judged(pool, self.judge, asked_of, asked)
         if is_first():
             with replace_file(pool.folder / ASKED) as file:
-                file.write("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in asked).encode())
-        rows, reasons = _pairs([*earlier, *asked])
+                for prompt, pair, given in zip(asked_of, asked, scores, strict=True):
+                    line = {"prompt": prompt, "completions": pair, "scores": given}
+                    file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+        pool.gathered({})  # all wait until it is there
+        answers = _told(*(pool.folder_of(before) / ASKED for before in range(step + 1)))
+        rows, reasons = _pairs(answers)
         reasons["fewer than two completions"] += len(prompts) - len(able)
         return rows, {
             "prompts": len(prompts),
             **counts,
-            "asked": len(asked),
-            "asked_so_far": len(earlier) + len(asked),
+            "asked": len(ranked),
+            "asked_so_far": len(answers),
             "without_pair": dict(sorted((+reasons).items())),
         }
 
     # -- rankings -----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _questions(pool: Pool, rank: Callable[[], list[int]]) -> list[int]:
+    def _questions(pool: Pool, rank: Callable[[], Sequence[int]]) -> Sequence[int]:
         """The numbers of the prompts asked about, as they were written down before the first question."""
         path = pool.folder / _QUESTIONS
         if any(pool.gathered({own_rank(): path.exists()}).values()):  # asked of all before one of them writes it
-            return list(read_json(path)["prompts"])
+            return array("q", read_json(path)["prompts"])
         ranked = rank()
         if is_first():
-            write_json(path, {"prompts": ranked})
+            write_json(path, {"prompts": list(ranked)})
         return ranked
 
     def _ranked(
@@ -168,36 +171,64 @@ class Active(Rounds):
         pool: Pool,
         prompts: Sequence[Prompt],
         found: Sequence[Sequence[Mapping[str, Any]]],
-        texts: Sequence[Sequence[str]],
+        pairs: Sequence[Sequence[str]],
         able: Sequence[int],
         left: int,
-    ) -> list[int]:
+    ) -> Sequence[int]:
         """The numbers of the prompts that may be asked about, the most wanted first."""
-        order = sorted(able, key=lambda number: digest_of(self.sampler.seed, step, prompts[number]))
+        chance = Each(len(able), lambda place: bytes.fromhex(digest_of(self.sampler.seed, step, prompts[able[place]])))
+        order = _sorted(able, chance)
         if self.entropy:
-            samples = {number: [one["ids"] for one in found[number]] for number in able}
-            logps = self._logps(pool, prompts, samples, step)
-            order.sort(key=lambda number: statistics.fmean(logps[number]))
+            samples = Each(len(order), lambda place: [one["ids"] for one in found[order[place]]])
+            order = _sorted(order, self._values(pool, _those(order, prompts), samples, step, statistics.fmean))
         if self.gap and step:
             if self.entropy:
                 share = 0.5 if self.share is None else self.share
                 order = order[: max(left, math.ceil(share * len(order)))]
-            ids = {number: [_ids_of(text, found[number]) for text in texts[number][:2]] for number in order}
-            now = self._logps(pool, prompts, ids, step)
-            first = self._logps(pool, prompts, ids, 0)
-            rewards = {n: [a - b for a, b in zip(now[n], first[n], strict=True)] for n in order}
-            order.sort(key=lambda number: -abs(rewards[number][0] - rewards[number][1]))
+            kept = order
+            asked_of = _those(kept, prompts)
+            ids = Each(len(kept), lambda place: [_ids_of(text, found[kept[place]]) for text in pairs[kept[place]]])
+            now, first = (self._values(pool, asked_of, ids, model, _difference) for model in (step, 0))
+            order = _sorted(kept, Each(len(kept), lambda place: -abs(now[place] - first[place])))
         return order
 
-    def _logps(
-        self, pool: Pool, prompts: Sequence[Prompt], ids: Mapping[int, list[list[int]]], step: int
-    ) -> dict[int, list[float]]:
-        """Log-probs of completions under the model that starts a step, by the number of their prompt."""
-        numbers = [*ids]
+    def _values(
+        self,
+        pool: Pool,
+        prompts: Sequence[Prompt],
+        ids: Sequence[list[list[int]]],
+        step: int,
+        value: Callable[[list[float]], float],
+    ) -> array[float]:
+        """A number for each prompt, made of log-probs of its completions under the model that starts a step."""
         with self.seconds("ranking"):
-            own = [numbers[place] for place in pool.share(len(numbers))]
-            found = pool.logps([prompts[number] for number in own], [ids[number] for number in own], step)
-            return pool.gathered(dict(zip(own, found, strict=True)))
+            own = pool.share(len(prompts))
+            found = pool.logps(_those(own, prompts), _those(own, ids), step)
+            parts = pool.gathered({own_rank(): (own, array("d", map(value, found)))})
+        values = array("d", bytes(8 * len(prompts)))
+        for numbers, part in parts.values():
+            for number, one in zip(numbers, part, strict=True):
+                values[number] = one
+        return values
+
+
+def _difference(logps: list[float]) -> float:
+    return logps[0] - logps[1]
+
+
+def _key(prompt: Prompt) -> bytes:
+    return blake2b(json.dumps(prompt).encode(), digest_size=20).digest()
+
+
+def _those(numbers: Iterable[int], values: Sequence[T]) -> Sequence[T]:
+    """The values of these numbers, each read when it is asked for."""
+    kept = numbers if isinstance(numbers, range | array) else array("q", numbers)
+    return Each(len(kept), lambda place: values[kept[place]])
+
+
+def _sorted(numbers: Sequence[int], keys: Sequence[Any]) -> array[int]:
+    """Numbers by the keys that stand at their places; those of one key stay in their order."""
+    return array("q", (numbers[place] for place in sorted(range(len(numbers)), key=keys.__getitem__)))
 
 
 def _ids_of(text: str, found: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -205,23 +236,37 @@ def _ids_of(text: str, found: Sequence[Mapping[str, Any]]) -> list[int]:
     return next(list(one["ids"]) for one in found if one["finished"] and one["text"] == text)
 
 
-def _pairs(asked: Sequence[Mapping[str, Any]]) -> tuple[list[Row], Counter[str]]:
+def _pairs(asked: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Row], Counter[str]]:
     """Rows of all answers, and why some questions gave none."""
-    rows: list[Row] = []
-    reasons: Counter[str] = Counter()
-    for one in asked:
-        (first, second), (left, right) = one["completions"], one["scores"]
-        if left is None or right is None or left == right:
-            reasons["equal scores" if left is not None and left == right else "no opinion"] += 1
-            continue
-        rows.append(row_of(one["prompt"], *((first, second) if left > right else (second, first))))
+    reasons = Counter(found for one in asked if isinstance(found := _pair(one), str))
+    rows = Streamed(
+        len(asked) - reasons.total(), lambda: (row for row in map(_pair, asked) if not isinstance(row, str))
+    )
     return rows, reasons
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        raise ValueError(f"`{path}` is missing, which holds what the judge has said: restore it.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _pair(one: Mapping[str, Any]) -> Row | str:
+    """The row of one answer, or why there is none."""
+    (first, second), (left, right) = one["completions"], one["scores"]
+    if left is None or right is None:
+        return "no opinion"
+    if left == right:
+        return "equal scores"
+    return row_of(one["prompt"], *((first, second) if left > right else (second, first)))
+
+
+def _told(*paths: Path) -> Sequence[dict[str, Any]]:
+    """What the judge has said, read anew from these files each time."""
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"`{path}` is missing, which holds what the judge has said: restore it.")
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for path in paths:
+            with path.open(encoding="utf-8", newline="\n") as file:
+                yield from (json.loads(line) for line in file if line.strip())
+
+    return Streamed(sum(1 for _ in lines()), lines)
 
 
 def _refuse_strangers(pool: Pool) -> None:
