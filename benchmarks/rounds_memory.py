@@ -4,8 +4,8 @@
     python benchmarks/rounds_memory.py --partitions Filtered SelfPlay --out benchmarks/results
 
 Each number of prompts runs in a process of its own, on one thread: the model of `sort3` (see sort3.py) after a little
-training, completions of at most 9 tokens; 8 of each prompt on-policy, 2 discriminated, 1 otherwise. The peak is of the
-memory that is resident, and the floor what the process holds before the round.
+training, completions of at most 9 tokens; 8 of each prompt on-policy and active, 2 discriminated, 1 otherwise. The peak
+is of the memory that is resident, and the floor what the process holds before the round.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from common import (
 )
 
 from lit_dpo import (
+    Active,
     Discriminated,
     Discriminator,
     Filtered,
@@ -72,6 +73,10 @@ class MeasuredDiscriminated(Measured, Discriminated):
     """Two completions of each prompt, 64 gold labels, a discriminator that learns from them in one epoch."""
 
 
+class MeasuredActive(Measured, Active):
+    """Eight completions of each prompt, ranked by entropy; the judge is asked about half of them."""
+
+
 class MeasuredSelfPlay(Measured, SelfPlay):
     """One segment of each answer; the buffer holds all pairs."""
 
@@ -86,6 +91,8 @@ def made(name: str, prompts: int, asked: str, pairs: str) -> Any:
     if name == "Discriminated":
         learns = Discriminator(lr=1e-3, epochs=1, folds=2)
         return MeasuredDiscriminated(asked, judge, learns, prompts_per_round=prompts, gold_per_round=64, **most)
+    if name == "Active":
+        return MeasuredActive(asked, judge, budget=prompts // 2, samples=8, **most)
     return MeasuredSelfPlay(pairs, segment_tokens=3, buffer=prompts)
 
 
@@ -131,7 +138,7 @@ def main() -> None:
     """Measure each number of prompts, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 10000, 40000])
-    names = ("OnPolicy", "Filtered", "Discriminated", "SelfPlay")
+    names = ("OnPolicy", "Filtered", "Discriminated", "SelfPlay", "Active")
     parser.add_argument("--partitions", nargs="+", choices=names, default=names)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--model", help="of a worker")
