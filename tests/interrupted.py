@@ -87,8 +87,8 @@ class Hold(Callback):
 class Die(Callback):
     """Be ended by the kernel some time after so many lines were logged, whatever is under way; no timer but its own.
 
-    A process that nobody else has to stop in time, so that it comes as far on a busy machine as on an idle one. The
-    default action of the signal of a timer is that of SIGKILL: nothing of the process runs any more.
+    Nobody else has to stop it in time, so that it comes no further on a busy machine than on an idle one. The default
+    action of the signal of a timer is that of SIGKILL: nothing of the process runs any more.
     """
 
     def __init__(self, path, lines, seconds):

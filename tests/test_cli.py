@@ -604,12 +604,17 @@ MISTAKES = {
     "foreign class": (["--model.loss", "os.system"], ["may not name `os.system`", "--allow-import os"]),
     "option of no class": (
         ["--model.reference.model", "a/b"],
-        ["`model.reference.model` is an option of a class, and none is named", "Did you mean FrozenReference"],
+        ["`model.reference.model` is an option of a class, and none is named: name the class for `model.reference`"],
     ),
     "option of no class's class": (
-        ["--model.reference.of.model", "a/b"],
-        ["add `--model.reference CLASS` before it. Did you mean CachedReference?"],
+        ["--model.reference", "CachedReference", "--model.reference.of.model", "a/b"],
+        ["`of.model` is an option of a class, and none is named: name the class for `of` before it"],
     ),
+    "misspelt class path": (
+        ["--model.reference.class_path", "FrozenReferense"],
+        ["`model.reference`: there is no class `FrozenReferense`", "Did you mean FrozenReference"],
+    ),
+    "foreign class path": (["--model.reference.class_path", "os.system"], ["may not name `os.system`"]),
     "config": (["--config", "no.yaml"], ["no.yaml"]),
     "accelerator": (["--trainer.accelerator", "gpus"], ["gpus"]),
 }

@@ -359,7 +359,18 @@ def test_a_command_that_fails_is_one_sentence_and_loses_nothing(code, message, t
     assert lines(tmp_path / "step" / "scores.0.jsonl") == [[0, [1.0, 2.0, 3.0]]]
 
 
+def test_nothing_of_a_command_is_left_when_it_is_closed(tmp_path):
+    judge = Command(program(tmp_path))
+    assert judge.score(["1="], ["12"]) == [2]
+    started = [judge._process, judge._guard]
+    assert [process.poll() for process in started] == [None, None]
+    judge.close()
+    assert [process.poll() for process in started] == [-signal.SIGKILL] * 2
+    judge.close()
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc to see processes by")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_command_that_hangs_ends_with_the_run(number, tmp_path):
     """With what it has started, however the run ends; another program of the same user does not."""
@@ -391,7 +402,7 @@ def test_a_command_that_hangs_ends_with_the_run(number, tmp_path):
 def _runs(stat):
     try:
         return stat.read_text().rpartition(") ")[2][0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it goes while it is read
         return False
 
 

@@ -79,9 +79,11 @@ class RunSummary(Callback):
 
 
 def _stopped_early(trainer: Trainer) -> list[str]:
-    """What early stopping says, if it is what ended the run."""
+    """What early stopping says, if it is what ended the run, before its last step."""
     reasons = [callback.stopping_reason_message for callback in trainer.early_stopping_callbacks if trainer.should_stop]
     said = [reason.removesuffix(" Signaling Trainer to stop.") for reason in reasons if reason]
+    if not said or trainer.global_step >= trainer.estimated_stepping_batches:
+        return []
     return [f"Stopped early, at step {trainer.global_step}: {reason}" for reason in said]
 
 

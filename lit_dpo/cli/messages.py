@@ -33,9 +33,9 @@ def users_fault(error: Exception) -> bool:
 def one_sentence(message: object) -> str:
     """An error message on one line, without jsonargparse's own words where there are better ones."""
     text = " ".join(str(message).split())
-    if nested := re.search(r'key "([\w.]+)":.*NestedArg\(key=\'([\w.]+)\'', text):
+    if nested := re.search(r'key "([\w.]+)":.*Given value: NestedArg\(key=\'(?!class_path)([\w.]+)\'', text):
         option, name = nested.groups()
-        return f"`{option}.{name}` is an option of a class, and none is named: add `--{option} CLASS` before it."
+        return f"`{option}.{name}` is an option of a class, and none is named: name the class for `{option}` before it."
     if denied := re.search(r"Importing '([\w.]+)' is not allowed", text):
         package = denied[1].partition(".")[0]
         return f"A configuration may not name `{denied[1]}`: if you trust that package, add `--allow-import {package}`"

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import redirect_stderr, suppress
-from inspect import signature
+from inspect import isabstract, signature
 from io import StringIO
 from typing import Any, NoReturn
 
@@ -89,11 +89,10 @@ def nearest(message: str, parser: Any) -> list[str]:
     if unknown := re.search(r"`([\w.]+)`: there is no class `([\w.]+)`", message):
         kind = _KINDS.get(unknown[1].rpartition(".")[2])
         return did_you_mean(unknown[2], set() if kind is None else {kind.__name__, *subclass_names(kind)} - _ABSTRACT)
-    if owned := re.match(r"`([\w.]+)` is an option of a class.*: add `--([\w.]+) CLASS`", message):
+    if owned := re.search(r"^`([\w.]+)` is an option of a class.* for `([\w.]+)` before it", message):
         kind, name = _KINDS.get(owned[2].rpartition(".")[2]), owned[1].removeprefix(f"{owned[2]}.").partition(".")[0]
-        return (
-            sorted(sub.__name__ for sub in _subclasses(kind) if name in signature(sub).parameters)[:3] if kind else []
-        )
+        having = {sub.__name__ for sub in _subclasses(kind) if name in signature(sub).parameters} if kind else set()
+        return sorted(having) if len(having) <= 3 else []
     options = all_options(parser)
     nothing_misspelt = r"\S*/\S*|.*(required and not given|is no subclass of).*"  # paths, and what is missing
     message = re.sub(nothing_misspelt, "", message)
@@ -113,7 +112,7 @@ def subclass_names(base: type[Any]) -> set[str]:
 
 def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
     for sub in base.__subclasses__():
-        if not sub.__name__.startswith("_"):
+        if not sub.__name__.startswith("_") and not isabstract(sub):
             yield sub
         yield from _subclasses(sub)
 

@@ -23,10 +23,6 @@ Prompt = str | Sequence[Mapping[str, str]]
 """Plain text, or chat messages with `role` and `content`."""
 
 
-class OutsideRunError(ValueError):
-    """A pool that no run has made was asked for what only a run has: the policy, its samples, a folder."""
-
-
 class Pool:
     """The training pairs, held-out ones left out, and the policy that starts a step.
 
@@ -100,10 +96,10 @@ class Pool:
         Every process of a run calls `Partition.next`, so that several of them may write there at a time.
 
         Raises:
-            OutsideRunError: There is none.
+            ValueError: There is none.
         """
         if self._folder is None:
-            raise OutsideRunError("This pool has no folder: run the partition through `fit_stepwise`.")
+            raise ValueError("This pool has no folder: run the partition through `fit_stepwise`.")
         self._folder.mkdir(parents=True, exist_ok=True)
         return self._folder
 
@@ -121,20 +117,20 @@ class Pool:
         """The pairs as texts, by row number; the data are read again for it, and each text when it is asked for.
 
         Raises:
-            OutsideRunError: There are none.
+            ValueError: There are none.
         """
         if self._pairs is None:
-            raise OutsideRunError("This pool has no texts: run the partition through `fit_stepwise`.")
+            raise ValueError("This pool has no texts: run the partition through `fit_stepwise`.")
         return self._pairs()
 
     def model(self, step: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model that starts a step, this one or an earlier one, and its tokenizer; a copy that may be changed.
 
         Raises:
-            OutsideRunError: There is none.
+            ValueError: There is none.
         """
         if self._model is None:
-            raise OutsideRunError("Models need `fit_stepwise`: run the partition through it.")
+            raise ValueError("Models need `fit_stepwise`: run the partition through it.")
         return self._model(step)
 
     def margins(self, step: int | None = None) -> Tensor:
@@ -150,12 +146,10 @@ class Pool:
             Shape `(rows,)`, float64.
 
         Raises:
-            OutsideRunError: There is no policy.
+            ValueError: There is no policy.
         """
         if self._score is None:
-            raise OutsideRunError(
-                "Margins need the policy that starts the step: run the partition through `fit_stepwise`."
-            )
+            raise ValueError("Margins need the policy that starts the step: run the partition through `fit_stepwise`.")
         return self._score(step)
 
     def sample(
@@ -186,13 +180,10 @@ class Pool:
             For each prompt its completions.
 
         Raises:
-            OutsideRunError: There is no policy.
-            ValueError: An argument is out of its range.
+            ValueError: There is no policy, or an argument is out of its range.
         """
         if self._generate is None:
-            raise OutsideRunError(
-                "Samples need the policy that starts the step: run the partition through `fit_stepwise`."
-            )
+            raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
         if isinstance(prompts, str):
             raise ValueError("`prompts` must be a list of prompts, got a text: give `[prompt]`.")
         if min(samples, max_new_tokens, batch_size) < 1 or temperature < 0:
@@ -209,10 +200,10 @@ class Pool:
         """What encodes rows as they are trained on.
 
         Raises:
-            OutsideRunError: There is none.
+            ValueError: There is none.
         """
         if self._encoder is None:
-            raise OutsideRunError("This pool encodes no rows: run the partition through `fit_stepwise`.")
+            raise ValueError("This pool encodes no rows: run the partition through `fit_stepwise`.")
         return self._encoder()
 
     def complete(self, prompts: Sequence[Prompt | Opening], sampler: Sampler) -> Iterator[list[Completion]]:
@@ -227,12 +218,10 @@ class Pool:
             An iterator over the completions of each prompt, in order. The policy is in memory until its end.
 
         Raises:
-            OutsideRunError: There is no policy.
+            ValueError: There is no policy.
         """
         if self._complete is None:
-            raise OutsideRunError(
-                "Samples need the policy that starts the step: run the partition through `fit_stepwise`."
-            )
+            raise ValueError("Samples need the policy that starts the step: run the partition through `fit_stepwise`.")
         return self._complete(prompts, sampler)
 
     def logps(
@@ -249,12 +238,10 @@ class Pool:
             An iterator over the sums over tokens, in nats, of each prompt's completions.
 
         Raises:
-            OutsideRunError: There is no such model.
+            ValueError: There is no such model.
         """
         if self._logps is None:
-            raise OutsideRunError(
-                "Log-probs need the model that starts a step: run the partition through `fit_stepwise`."
-            )
+            raise ValueError("Log-probs need the model that starts a step: run the partition through `fit_stepwise`.")
         return self._logps(prompts, completions, step)
 
     def share(self, count: int) -> range:
@@ -277,11 +264,14 @@ class Partition(ABC):
         other_reference: Whether a model of its own may be the reference in every step instead.
         first_reference: Whether the model that starts the first step is the reference of all of them.
         restarts: Whether each step trains that model anew; samples are those of what the step before has made.
+        rows_alone: Whether `next` looks at the number of pairs and the names of their sources alone. Then `lit-dpo
+            check` asks it too, without a policy or a folder, and counts all steps.
     """
 
     other_reference: ClassVar[bool] = False
     first_reference: ClassVar[bool] = False
     restarts: bool = False
+    rows_alone: ClassVar[bool] = False
 
     @abstractmethod
     def next(self, step: int, pool: Pool) -> Tensor | Sequence[Mapping[str, object]] | None:

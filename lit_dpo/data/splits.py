@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from lit_dpo.data.partition import Partition, Pool
 
 class OneShot(Partition):
     """Everything at once: plain training."""
+
+    rows_alone: ClassVar[bool] = True
 
     def next(self, step: int, pool: Pool) -> Tensor | None:
         """All pairs in a single step."""
@@ -25,6 +28,8 @@ class BySource(Partition):
         order: Names of the sources in training order; empty means the order in which they are given to the data
             module. Names are those that the load report prints.
     """
+
+    rows_alone: ClassVar[bool] = True
 
     def __init__(self, order: Sequence[str] = ()) -> None:
         self.order = tuple(order)
@@ -51,6 +56,8 @@ class RandomSplit(Partition):
         parts: Number of steps, at least 1.
         seed: Seed of the random split.
     """
+
+    rows_alone: ClassVar[bool] = True
 
     def __init__(self, parts: int = 2, seed: int = 0) -> None:
         self.parts, self.seed = _positive(parts), seed

@@ -9,6 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -118,7 +119,7 @@ class Active(Rounds):
 
     def make(self, step: int, pool: Pool) -> tuple[Sequence[Row], dict[str, Any]]:
         """Samples, both rankings, answers of the judge, and the pairs of all answers so far."""
-        earlier = _told(*(pool.folder_of(before) / ASKED for before in range(step)))
+        earlier = _told([pool.folder_of(before) / ASKED for before in range(step)])
         known = {_key(one["prompt"]) for one in earlier}
         every = prompts_of(self.prompts, step, self.prompts_per_round)[0]
         prompts = _those((n for n, one in enumerate(every) if _key(one) not in known), every)
@@ -130,18 +131,21 @@ class Active(Rounds):
         texts, counts = said_of(found)
         pairs = Each(len(texts), lambda number: texts[number][:2])
         able = array("q", (number for number, said in enumerate(pairs) if len(said) > 1))
-        left = self.budget * (step + 1) // self.rounds - len(earlier)
+        left = max(0, self.budget * (step + 1) // self.rounds - len(earlier))
         ranked = self._questions(pool, lambda: self._ranked(step, pool, prompts, found, pairs, able, left)[:left])
         rank_zero_info(f"Round {step}: asking about {len(ranked)} of {len(prompts)} prompts")
         asked_of, asked = _those(ranked, prompts), _those(ranked, pairs)
         scores = self.judged(pool, self.judge, asked_of, asked)
+
+        def told() -> Iterator[dict[str, Any]]:
+            for prompt, pair, given in zip(asked_of, asked, scores, strict=True):
+                yield {"prompt": prompt, "completions": pair, "scores": given}
+
         if is_first():
             with replace_file(pool.folder / ASKED) as file:
-                for prompt, pair, given in zip(asked_of, asked, scores, strict=True):
-                    line = {"prompt": prompt, "completions": pair, "scores": given}
+                for line in told():
                     file.write(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
-        pool.gathered({})  # all wait until it is there
-        answers = _told(*(pool.folder_of(before) / ASKED for before in range(step + 1)))
+        answers = Streamed(len(earlier) + len(ranked), lambda: chain(earlier, told()))
         rows, reasons = _pairs(answers)
         reasons["fewer than two completions"] += len(prompts) - len(able)
         return rows, {
@@ -255,7 +259,7 @@ def _pair(one: Mapping[str, Any]) -> Row | str:
     return row_of(one["prompt"], *((first, second) if left > right else (second, first)))
 
 
-def _told(*paths: Path) -> Sequence[dict[str, Any]]:
+def _told(paths: Sequence[Path]) -> Sequence[dict[str, Any]]:
     """What the judge has said, read anew from these files each time."""
     for path in paths:
         if not path.exists():

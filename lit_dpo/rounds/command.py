@@ -25,8 +25,9 @@ class Command(Judge):
 
     A line that it reads is `{"prompt": ..., "completion": ...}`, a line that it writes a number, `true`, `false`, or
     `null` for no opinion, flushed before it reads the next one. It is started once, without a shell, and goes on from
-    one completion to the next, and it ends with this process, however that ends. What the model said reaches it as data
-    on its standard input alone. A configuration may name a command only where the command line has `--allow-command`.
+    one completion to the next. It is ended with this process, or within 5 seconds if that is killed. What the model
+    said reaches it as data on its standard input alone. A configuration may name a command only where the command line
+    has `--allow-command`.
 
     Args:
         command: The program and its arguments, as a shell would split them.
@@ -94,8 +95,8 @@ class Command(Judge):
         assert process.stdout
         os.set_blocking(process.stdin.fileno(), False)
         self._process = process  # which has to be ended even if the next line fails
-        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)]
-        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        guard, none = [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)], subprocess.DEVNULL
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stdout=none, stderr=none, start_new_session=True)
         return process
 
     def _exchange(self, line: bytes) -> bytes:
@@ -141,13 +142,13 @@ class Command(Judge):
         """End the program, with all that it has started and that did not leave its group."""
         process, self._process, self._left = self._process, None, b""
         guard, self._guard = self._guard, None
-        if guard is not None:  # first, since another program may have the number soon
-            guard.kill()
-            guard.communicate()
         if process is None:
             return
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
+        if guard is not None:  # before `wait`, behind which another program may have the number
+            guard.kill()
+            guard.communicate()
         process.wait()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
@@ -156,8 +157,11 @@ class Command(Judge):
 
 _LONGEST = 65536  # bytes of an answer
 _GUARD = """
-import os, signal, sys
+import os, signal, sys, time
 sys.stdin.read()  # until the process that holds the other end is gone
+for _ in range(50):  # a program that reads its own input ends by itself
+    os.killpg(int(sys.argv[1]), 0)  # an error ends this one as well: there is nothing to kill
+    time.sleep(0.1)
 os.killpg(int(sys.argv[1]), signal.SIGKILL)
 """
 

@@ -267,7 +267,8 @@ def _time(found: Measuring) -> Iterator[Finding]:
     if found.swing is not None:
         text += f"; the same batches took up to {found.swing:.0%} more or less when they came again"
     if found.reference_pass:
-        text += f"; before it up to {_long(found.reference_pass)} for the reference's pass over the rows"
+        when = "before it" if len(plan.pairs) == 1 else f"before the {len(plan.pairs)} steps, together"
+        text += f"; {when} up to {_long(found.reference_pass)} for the reference's pass over the rows"
     yield Finding("estimate", text)
 
 
@@ -289,11 +290,12 @@ def _disk(folder: Path, found: Measuring, callbacks: Sequence[Any], saves: bool,
     one, steps = found.parts["weights"] + found.parts["optimizer"], len(found.plan.pairs)
     needed, free = one * ((2 + kept) * steps + bool(kept)), shutil.disk_usage(existing).free
     each = "" if steps == 1 else f" of each of {steps} steps"
+    each = each if found.plan.known else " of one step"
     best = f" and {kept} of the best" if kept else ""
     text = f"checkpoints of {_gib(one)} (the last two{best}{each}{', and one being written' if kept else ''})"
     if stepwise:
         needed += found.parts["weights"] * steps
-        text += f" and {steps} exports"
+        text += f" and {steps} export{'s' * (steps > 1)}" + ("" if found.plan.known else "; those of all steps stay")
     text = f"disk: {_gib(needed)} for {text}"
     if needed > free:
         remedy = "free some, or set `--trainer.default_root_dir` to another disk"

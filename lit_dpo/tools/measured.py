@@ -237,10 +237,10 @@ class Measuring(Callback):
             return
         reference.seconds, reference.tokens = 0.0, 0
         self.memory.restart()
-        for dataset, rows, loader in trainer.datamodule.reference_sets("fit"):
+        for number, (dataset, rows, loader) in enumerate(trainer.datamodule.reference_sets("fit")):
             plans = list(loader(rows).sampler)
             tokens = computed_tokens([p.rows for p in plans], dataset.lengths, module.scorer.form == "padded")
-            whole += sum(tokens)
+            whole += sum(tokens) * (len(self.plan.pairs) if number else 1)  # each fit has its rows, and validates
             some: Any = [plans[number] for number in _spread(tokens, _SIZES)]
             for batch in DataLoader(dataset, batch_size=None, sampler=some):
                 with trainer.precision_plugin.forward_context():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lit_dpo.callbacks import LastCheckpoint
 from lit_dpo.data import Partition, Pool, PreferenceDataModule
-from lit_dpo.data.partition import OutsideRunError
 from lit_dpo.stepwise import NO_STEP
 
 
@@ -94,26 +93,20 @@ def rows_of_steps(partition: Partition, sources: Sequence[str]) -> list[Tensor] 
     """Row numbers that each step trains on; `None` if they are not known before training.
 
     Args:
-        partition: It is asked as in a run, but without a policy and a folder.
+        partition: It is asked if it looks at the rows alone.
         sources: Name of the data source of each pair.
 
     Raises:
         ValueError: The pairs cannot be divided in this way.
     """
-    pool, found = Pool(sources), list[Tensor]()
-    for step in count():
-        try:
-            answer = partition.next(step, pool)
-        except OutsideRunError:
-            return None
-        if answer is None and not found:
-            raise ValueError(NO_STEP)
-        if answer is None:
-            return found
-        if not isinstance(answer, Tensor):
-            return None
-        found.append(answer)
-    raise AssertionError  # numbers have no end
+    if not partition.rows_alone:
+        return None
+    pool, steps = Pool(sources), list[Any]()
+    while (rows := partition.next(len(steps), pool)) is not None:
+        steps.append(rows)
+    if not steps:
+        raise ValueError(NO_STEP)
+    return steps
 
 
 def _one_after_the_other(fits: Sequence[Plan]) -> Plan:

@@ -72,6 +72,8 @@ def test_the_end_of_the_run_says_why_it_stopped_early(tmp_path, capsys):
     again.load_state_dict(stopping.state_dict())
     follow([(0.9, 0), (0.9, 0)], tmp_path, again, RunSummary())
     assert "Stopped early" not in capsys.readouterr().out
+    follow(script[:4], tmp_path, RewardEarlyStopping(patience=2), RunSummary())  # its last validation says stop
+    assert "Stopped early" not in capsys.readouterr().out
 
 
 def test_the_tie_before_the_first_step_is_no_accuracy_to_beat(tmp_path):
