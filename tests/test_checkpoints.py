@@ -143,6 +143,7 @@ for round in range(20):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_while_saving_always_leaves_a_loadable_checkpoint(tmp_path):
     """20 of 20, with the temporary folder on another file system, where Lightning's own way loses some."""
     other = "/dev/shm" if os.path.isdir("/dev/shm") else str(tmp_path)

@@ -121,7 +121,7 @@ def folder(tmp_path, monkeypatch):
     sys.modules.update(before)
 
 
-QUICK = ("index.md", "concepts.md", "data.md", "extending.md", "from_trl.md", "methods.md", "README.md")
+QUICK = ("index.md", "concepts.md", "from_trl.md", "methods.md", "README.md")
 
 
 @pytest.mark.parametrize(
