@@ -10,8 +10,8 @@ from tests import distributed, runs
 
 pytestmark = runs.QUIET
 
-TOGETHER = ("ddp,fsdp2", "fsdp1")  # by one start of two processes; FSDP1 by a stand-in, see `distributed.FSDP1OnCPU`
-STRATEGIES = ("ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow))
+TOGETHER = ("fsdp2", "ddp,fsdp1")  # by one start of two processes; FSDP1 by a stand-in, see `distributed.FSDP1OnCPU`
+STRATEGIES = ("fsdp2", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp1", marks=pytest.mark.slow))
 
 
 REST = tuple(name for name in distributed.VARIANTS if name not in distributed.QUICK)

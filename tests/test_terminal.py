@@ -33,7 +33,7 @@ def quickstart(folder):
     return [sys.executable, "-m", "lit_dpo", "fit", "--config", "configs/quickstart.yaml", *options]
 
 
-@pytest.fixture(scope="module", params=[80, pytest.param(160, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(width, marks=pytest.mark.slow) for width in (80, 160)])
 def finished(request, tmp_path_factory):
     """A short quickstart on a terminal of some width, and its folder."""
     folder = tmp_path_factory.mktemp(f"columns{request.param}")
