@@ -95,6 +95,7 @@ def test_a_batch_scores_as_its_sequences_do_alone(model_type):
     assert (gradients[0] - gradients[1]).norm() < 2e-2 * gradients[1].norm()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("reference", REFERENCES)
 @pytest.mark.parametrize("model_type", each([*FLAT, *PADDED]))
 def test_at_rate_0_every_loss_is_log_2(model_type, reference, tmp_path, monkeypatch):

@@ -185,6 +185,7 @@ class TestTable:
         assert len(quoted) >= 4
         assert [number for number in quoted if number not in table] == []
 
+    @pytest.mark.slow
     def test_the_table_is_that_of_the_results(self, tmp_path):
         """Judged again from the committed results, which a change of a rule has to show in."""
         import run

@@ -167,6 +167,7 @@ def run(words, block, capsys):
     assert not status, f"{block}: {capsys.readouterr().err}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_runs(path, folder, monkeypatch):
     compile(path.read_text(), str(path), "exec")

@@ -170,6 +170,7 @@ def test_ctrl_c_while_importing_prints_one_line():
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_package_is_light_and_holds_every_name():
     code = """
 import sys, lit_dpo
