@@ -116,8 +116,8 @@ def refuse_settings(module: PreferenceModule, partition: Partition) -> None:
     """Refuse what stepwise training cannot do, before data are read.
 
     Raises:
-        ValueError: The reference is a model of its own, the partition is not asked as it will be, or the first model
-            is needed later and cannot be had then.
+        ValueError: The reference is a model of its own, `next` of the partition takes other arguments, or the first
+            model is needed in later steps and was given as an object, which training changes.
     """
     reference = getattr(module.reference, "of", None) or module.reference  # the cached one, if it is
     if isinstance(reference, FrozenReference) and reference.model is not None and not partition.other_reference:

@@ -47,6 +47,16 @@ class Each(Sequence[T]):
         return self._make(place) if isinstance(place, int) else [self._make(n) for n in place]
 
 
+def those(numbers: Iterable[int], values: Sequence[T]) -> Each[T]:
+    """The values of these numbers, each read when it is asked for; 8 bytes a number.
+
+    >>> list(those([2, 0], ["a", "b", "c"]))
+    ['c', 'a']
+    """
+    kept = numbers if isinstance(numbers, range | array) else array("q", numbers)
+    return Each(len(kept), lambda place: values[kept[place]])
+
+
 class Streamed(Sequence[T]):
     """Values of a stream that can be begun again; counted by whoever makes it.
 
@@ -159,5 +169,4 @@ def different(values: Iterable[Any], key: Callable[[Any], Any]) -> Sequence[Any]
             found.append(value)
             yield key(value)
 
-    first = Grouped(keys()).first
-    return Each(len(first), lambda number: found[int(first[number])])
+    return those(Grouped(keys()).first, found)

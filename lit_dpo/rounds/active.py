@@ -7,16 +7,16 @@ import math
 import statistics
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import replace_file, write_json
 from lit_dpo.data.partition import Pool, Prompt
-from lit_dpo.data.streams import Each, Streamed
+from lit_dpo.data.streams import Each, Streamed, those
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info
 from lit_dpo.rounds.base import Rounds, check, own_rank
@@ -25,7 +25,6 @@ from lit_dpo.rounds.rows import Row, digest_of, prompts_of, row_of, said_of
 from lit_dpo.sampling import Sampler
 from lit_dpo.vllm_engine import VLLM
 
-T = TypeVar("T")
 ASKED = "asked.jsonl"
 _QUESTIONS = "questions.json"
 
@@ -122,7 +121,7 @@ class Active(Rounds):
         earlier = _told([pool.folder_of(before) / ASKED for before in range(step)])
         known = {_key(one["prompt"]) for one in earlier}
         every = prompts_of(self.prompts, step, self.prompts_per_round)[0]
-        prompts = _those((n for n, one in enumerate(every) if _key(one) not in known), every)
+        prompts = those((n for n, one in enumerate(every) if _key(one) not in known), every)
         own = {name: getattr(self, name) for name in ("budget", "rounds", "entropy", "gap", "share", "restarts")}
         digests = {"prompts": digest_of(prompts), "earlier": digest_of(earlier)}
         self.begin(step, pool, partition="Active", **digests, **own, **self.judge.identity())
@@ -134,7 +133,7 @@ class Active(Rounds):
         left = max(0, self.budget * (step + 1) // self.rounds - len(earlier))
         ranked = self._questions(pool, lambda: self._ranked(step, pool, prompts, found, pairs, able, left)[:left])
         rank_zero_info(f"Round {step}: asking about {len(ranked)} of {len(prompts)} prompts")
-        asked_of, asked = _those(ranked, prompts), _those(ranked, pairs)
+        asked_of, asked = those(ranked, prompts), those(ranked, pairs)
         scores = self.judged(pool, self.judge, asked_of, asked)
 
         def told() -> Iterator[dict[str, Any]]:
@@ -184,13 +183,13 @@ class Active(Rounds):
         order = _sorted(able, chance)
         if self.entropy:
             samples = Each(len(order), lambda place: [one["ids"] for one in found[order[place]]])
-            order = _sorted(order, self._values(pool, _those(order, prompts), samples, step, statistics.fmean))
+            order = _sorted(order, self._values(pool, those(order, prompts), samples, step, statistics.fmean))
         if self.gap and step:
             if self.entropy:
                 share = 0.5 if self.share is None else self.share
                 order = order[: max(left, math.ceil(share * len(order)))]
             kept = order
-            asked_of = _those(kept, prompts)
+            asked_of = those(kept, prompts)
             ids = Each(len(kept), lambda place: [_ids_of(text, found[kept[place]]) for text in pairs[kept[place]]])
             now, first = (self._values(pool, asked_of, ids, model, _difference) for model in (step, 0))
             order = _sorted(kept, Each(len(kept), lambda place: -abs(now[place] - first[place])))
@@ -207,7 +206,7 @@ class Active(Rounds):
         """A number for each prompt, made of log-probs of its completions under the model that starts a step."""
         with self.seconds("ranking"):
             own = pool.share(len(prompts))
-            found = pool.logps(_those(own, prompts), _those(own, ids), step)
+            found = pool.logps(those(own, prompts), those(own, ids), step)
             parts = pool.gathered({own_rank(): (own, array("d", map(value, found)))})
         values = array("d", bytes(8 * len(prompts)))
         for numbers, part in parts.values():
@@ -222,12 +221,6 @@ def _difference(logps: list[float]) -> float:
 
 def _key(prompt: Prompt) -> bytes:
     return blake2b(json.dumps(prompt).encode(), digest_size=20).digest()
-
-
-def _those(numbers: Iterable[int], values: Sequence[T]) -> Sequence[T]:
-    """The values of these numbers, each read when it is asked for."""
-    kept = numbers if isinstance(numbers, range | array) else array("q", numbers)
-    return Each(len(kept), lambda place: values[kept[place]])
 
 
 def _sorted(numbers: Sequence[int], keys: Sequence[Any]) -> array[int]:

@@ -14,7 +14,7 @@ from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import naming, write_json
 from lit_dpo.data.opening import Opening
 from lit_dpo.data.partition import Partition, Pool, Prompt
-from lit_dpo.data.streams import Each
+from lit_dpo.data.streams import Each, those
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info, rank_zero_only, rank_zero_warn
 from lit_dpo.rounds import measured
@@ -227,8 +227,7 @@ class Rounds(Partition):
             try:
                 own = array("q", (n for n in pool.share(len(prompts)) if n not in journal))
                 if own:
-                    asked = Each(len(own), lambda number: prompts[own[number]])
-                    found = pool.complete(asked, replace(sampler or self.sampler, round=step))
+                    found = pool.complete(those(own, prompts), replace(sampler or self.sampler, round=step))
                     with progress("Sampling", len(own), pool.progress) as advance:
                         for number, completions in zip(own, found, strict=True):
                             plain = [{"ids": list(c.ids), "text": c.text, "finished": c.finished} for c in completions]

@@ -84,19 +84,21 @@ class Command(Judge):
             ) from error
 
     def _start(self) -> subprocess.Popen[bytes]:
+        none = subprocess.DEVNULL
         try:
-            process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 self.words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
             )
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)],
+                stdin=subprocess.PIPE, stdout=none, stderr=none, start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             reason = f"cannot be started ({error.strerror})"
             raise JudgeError(f"The judge `{self.command}` {reason}: name another program.") from error
         assert process.stdin  # for the types
         assert process.stdout
         os.set_blocking(process.stdin.fileno(), False)
-        self._process = process  # which has to be ended even if the next line fails
-        guard, none = [sys.executable, "-I", "-S", "-c", _GUARD, str(process.pid)], subprocess.DEVNULL
-        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, stdout=none, stderr=none, start_new_session=True)
         return process
 
     def _exchange(self, line: bytes) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from lit_dpo.checkpoints.claim import is_first
 from lit_dpo.checkpoints.durable import replace_file
 from lit_dpo.data.partition import Pool, Prompt
-from lit_dpo.data.streams import Each, Streamed
+from lit_dpo.data.streams import Streamed, those
 from lit_dpo.files import read_json
 from lit_dpo.processes import rank_zero_info, rank_zero_warn
 from lit_dpo.rounds.base import RECORD, Rounds, check, own_rank
@@ -141,8 +141,7 @@ class Discriminated(Rounds):
         """The pairs of some prompts by a judge, and counts."""
         if not numbers:
             return [], {"no_opinion": 0, "without_pair": {}}
-        some = Each(len(numbers), lambda place: prompts[numbers[place]])
-        said = Each(len(numbers), lambda place: texts[numbers[place]])
+        some, said = those(numbers, prompts), those(numbers, texts)
         return picked(self.picker, some, said, self.judged(pool, judge, some, said, name))
 
     def _trained(self, step: int, pool: Pool, labelled: list[Labelled]) -> tuple[float, int]:

@@ -64,7 +64,7 @@ def _steps(partition: str, plan: Plan) -> Finding:
         return Finding("estimate", f"{text} step here; what it takes to score, sample and judge is not in the time")
     few, many = min(plan.pairs), max(plan.pairs)
     each = f"{few:,} to {many:,} pairs" if few < many else f"{few:,} pairs"
-    return Finding("fine", f"steps: `{partition}` gives {len(plan.pairs)} of {each}; the estimates are for all of them")
+    return Finding("fine", f"steps: `{partition}` makes {len(plan.pairs)}, each of {each}; the estimates are for all")
 
 
 def about_settings(module: PreferenceModule, trainer: Trainer) -> Iterator[Finding]:

@@ -240,7 +240,7 @@ class Measuring(Callback):
         for number, (dataset, rows, loader) in enumerate(trainer.datamodule.reference_sets("fit")):
             plans = list(loader(rows).sampler)
             tokens = computed_tokens([p.rows for p in plans], dataset.lengths, module.scorer.form == "padded")
-            whole += sum(tokens) * (len(self.plan.pairs) if number else 1)  # each fit has its rows, and validates
+            whole += sum(tokens) * (len(self.plan.pairs) if number else 1)  # validation rows are scored in each fit
             some: Any = [plans[number] for number in _spread(tokens, _SIZES)]
             for batch in DataLoader(dataset, batch_size=None, sampler=some):
                 with trainer.precision_plugin.forward_context():

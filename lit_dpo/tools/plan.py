@@ -134,10 +134,10 @@ def _one_after_the_other(fits: Sequence[Plan]) -> Plan:
 
 def _of_fit(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[Any], saves: bool) -> Plan:
     layout, loader = data.step_layout(), data.train_dataloader()
-    size, accumulate = layout["batches"], layout["accumulate"]
+    count, accumulate = layout["batches"], layout["accumulate"]
     sampler: Any = loader.sampler
-    batches = list(sampler)[:size]
-    per_epoch = -(-size // accumulate)
+    batches = list(sampler)[:count]
+    per_epoch = -(-count // accumulate)
     most, epochs = trainer.max_steps, trainer.max_epochs
     if epochs is None:
         epochs = 1000 if most == -1 else -1  # as Lightning has it
@@ -149,15 +149,15 @@ def _of_fit(data: PreferenceDataModule, trainer: Trainer, callbacks: Sequence[An
     found = list(held.sampler) if held else []
     found = found[: limit if isinstance(limit, int) else int(len(found) * limit)]
     every = trainer.val_check_interval
-    within = int(every) if isinstance(every, int) else max(1, int(size * every))
-    if within % accumulate and within < size:  # validations come at the ends of optimizer steps
+    within = int(every) if isinstance(every, int) else max(1, int(count * every))
+    if within % accumulate and within < count:  # validations come at the ends of optimizer steps
         within = max(accumulate, within // accumulate * accumulate)
     full, rest = divmod(steps, per_epoch)
     if (apart := trainer.check_val_every_n_epoch) is None:
-        validations, after = divmod(full * size + rest * accumulate, within)
+        validations, after = divmod(full * count + rest * accumulate, within)
     else:
-        validations = full // apart * (size // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
-        of_last, done = (full + 1, rest * accumulate) if rest else (full, size)  # its number and its batches
+        validations = full // apart * (count // within) + ((full + 1) % apart == 0) * (rest * accumulate // within)
+        of_last, done = (full + 1, rest * accumulate) if rest else (full, count)  # its number and its batches
         after = of_last % apart or done % within
     during = validations if found else 0
     regular = [c.every_n_steps for c in callbacks if isinstance(c, LastCheckpoint) and c.every_n_steps]

@@ -74,7 +74,7 @@ def test_all_steps_of_stepwise_training_are_counted(here, capsys, monkeypatch):
     config = ("--config", "sdpo", "--config", TINY, "--trainer.callbacks", "[BestCheckpoint]")
     _, lines = checked(capsys, *words, config=config)
     [found] = [line for line in lines if "steps:" in line]
-    assert found == "fine     steps: `BySource` gives 2 of 11 to 30 pairs; the estimates are for all of them"
+    assert found == "fine     steps: `BySource` makes 2, each of 11 to 30 pairs; the estimates are for all"
     [line] = [line for line in lines if line.startswith("estimate time")]
     saved, save = [], Trainer.save_checkpoint
     monkeypatch.setattr(Trainer, "save_checkpoint", lambda *args, **options: saved.append(save(*args, **options)))
@@ -96,7 +96,7 @@ def test_all_steps_of_stepwise_training_are_counted(here, capsys, monkeypatch):
     assert "(the last two and 1 of the best of each of 2 steps, and one being written) and 2 exports" in disk
 
 
-def test_steps_are_known_where_the_rows_alone_decide(here):
+def test_steps_are_known_where_the_rows_alone_decide():
     def known(partition):
         return [rows.tolist() for rows in rows_of_steps(partition, ["a", "b", "a"])]
 
